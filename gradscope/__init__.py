@@ -1,0 +1,24 @@
+"""gradscope: does the gradient arrive, and if not, which line stops it?
+
+The names below are loaded on first use, so that ``import gradscope`` costs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradscope.findings import Finding
+    from gradscope.session import Session
+
+__all__ = ["Finding", "Session"]
+
+_HOMES = {"Finding": "gradscope.findings", "Session": "gradscope.session"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

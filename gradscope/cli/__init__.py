@@ -1,0 +1,1 @@
+"""The command line: one file a command, each of which parses options and calls one library function."""

@@ -1,0 +1,60 @@
+"""The ``gradscope`` command: finds its subcommands lazily and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from gradscope._version import version
+from gradscope.errors import ExitCode, GradscopeError
+
+COMMANDS = {"trace": ("gradscope.cli.trace", "Run a model once and say whether the gradient arrives.")}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command only when it is run, so that ``--help`` stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the command names in the order of ``COMMANDS``."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command; None where there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, importing none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version(), "-V", "--version", package_name="torch-gradscope", prog_name="gradscope")
+def group() -> None:
+    """Does the gradient arrive? And if not: which line stops it, what else does, and what to do.
+
+    Exit codes: 0 the gradient arrives, 1 findings, 2 usage, 3 the target could not be analysed.
+    """
+
+
+def main() -> None:
+    """Run the command line; never show a traceback for an error that the user can mend."""
+    try:
+        code = group.main(prog_name="gradscope", standalone_mode=False)
+    except GradscopeError as error:
+        click.echo(f"gradscope: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"  {error.hint}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("gradscope: interrupted; nothing was written.", err=True)
+        code = 130
+    sys.exit(int(code) if code is not None else int(ExitCode.CLEAN))

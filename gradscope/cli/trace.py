@@ -1,0 +1,88 @@
+"""``gradscope trace``: run a model once, under observation, and report."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from gradscope.cli.output import FORMATS, format_of, write
+from gradscope.errors import ExitCode, UsageError
+from gradscope.session import Session
+from gradscope.targets.spec import Request, load_preset
+
+
+@click.command("trace", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", "model", required=True, metavar="NAME", help="A preset, such as deepseek-ocr.")
+@click.option("--input", "inputs", multiple=True, metavar="SPEC",
+              help="What to feed: page.png, 1x3x512x512, 1x3x64x64:bfloat16, tensor.pt.")
+@click.option("--mode", type=click.Choice(["auto", "structural", "real"]), default="auto", show_default=True,
+              help="structural: no weights, no arithmetic, any device pretended; real: compute.")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
+@click.option("--dtype", default=None, type=click.Choice(["float32", "bfloat16", "float16", "float64"]))
+@click.option("--weights", metavar="ID_OR_DIR",
+              help="Load this checkpoint instead of random weights (runs the checkpoint's own code).")
+@click.option("--head", is_flag=True, help="Put a trainable Linear(1024, 1280) behind the output.")
+@click.option("--fixed", is_flag=True, help="Trace the model through its reference fixer.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the fix by running it.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--format", "fmt", type=click.Choice(FORMATS), default="text", show_default=True,
+              help="What stdout carries.")
+@click.option("-o", "--output", "outputs", multiple=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="Also write here; the suffix picks the format. Repeatable.")
+@click.option("--force", is_flag=True, help="Overwrite files named by -o.")
+@click.option("--full", is_flag=True, help="Show the whole tree, unfolded.")
+@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    model: str, inputs: tuple[str, ...], mode: str, device: str, dtype: str | None, weights: str | None,
+    head: bool, fixed: bool, verify: bool, seed: int, fmt: str, outputs: tuple[Path, ...], force: bool,
+    full: bool, color: str, quiet: bool,
+) -> int:  # fmt: skip
+    """Run a model once and say for every parameter and input whether the gradient arrives.
+
+    \b
+    Examples:
+      gradscope trace --model deepseek-ocr
+      gradscope trace --model deepseek-ocr --input 1x3x512x512 --mode real --device cpu
+      gradscope trace --model deepseek-ocr --fixed -o healed.svg
+    """
+    for path in outputs:
+        format_of(path)
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists already.", hint="Choose another name, or add --force.")
+    request = Request(inputs=inputs, weights=weights, seed=seed, fixed=fixed, head=head)
+    progress = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    with progress.status(f"Tracing {model} ..."):
+        session = _trace(model, request, mode, device, dtype, verify=verify)
+    write(session, fmt, outputs, color=color, full=full)
+    return int(ExitCode.FINDINGS if session.worst() == "error" else ExitCode.CLEAN)
+
+
+def _trace(
+    model: str, request: Request, mode: str, device: str, dtype: str | None, *, verify: bool
+) -> Session:
+    try:
+        import torch
+
+        from gradscope.trace.tracer import trace_subject
+        from gradscope.trace.workshops import open_workshop
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UsageError(
+            "`gradscope trace` runs models and needs torch, which is not installed here.",
+            hint="Install it: pip install 'torch-gradscope[trace]'.",
+        ) from error
+    preset = load_preset(model)
+    with warnings.catch_warnings():
+        # The traced libraries' own warnings are not about the gradient and would bury the report.
+        warnings.simplefilter("ignore")
+        subject = preset(request)
+        if request.weights is not None and mode == "auto":
+            mode = "real"
+        workshop = open_workshop(mode, device, getattr(torch, dtype) if dtype else None)
+        return trace_subject(subject, workshop, verify=verify)

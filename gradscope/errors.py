@@ -1,0 +1,41 @@
+"""The errors a user may meet, each with the exit code the command line gives it.
+
+Every message is one sentence that says what happened; ``hint`` says what to do next.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command (published in ``docs/exit-codes.md``)."""
+
+    CLEAN = 0
+    FINDINGS = 1
+    USAGE = 2
+    NOT_ANALYSED = 3
+
+
+class GradscopeError(Exception):
+    """A failure that the user can do something about; never shown with a traceback."""
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(GradscopeError):
+    """The request itself cannot be carried out (unknown name, unreadable input, missing package)."""
+
+
+class NotAnalysedError(GradscopeError):
+    """The target could not be analysed; never to be mistaken for a clean result."""
+
+    exit_code = ExitCode.NOT_ANALYSED

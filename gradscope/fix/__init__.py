@@ -1,0 +1,1 @@
+"""Ways out: reference fixers for libraries that cut the gradient."""

@@ -1,0 +1,140 @@
+"""The session: one finished analysis, saved as JSON (schema ``gradscope.session/1``) and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradscope.errors import UsageError
+from gradscope.findings import SEVERITIES, Finding, Severity, Source
+from gradscope.flow import FlowGraph
+
+SCHEMA = "gradscope.session/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """The shortest way out that is known: what was, what is, and the lines of code between."""
+
+    before: str
+    after: str
+    code: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the remedy as in ``gradscope.session/1``."""
+        return {"before": self.before, "after": self.after, "code": self.code}
+
+
+@dataclass(slots=True)
+class Session:
+    """What one run of gradscope found; immutable by convention once returned.
+
+    ``verdict`` is ``flows``, ``partial``, ``blocked`` or ``crashes``. ``remarks`` tell what was
+    assumed or done for the run (random weights, parameters unfrozen), ``unseen`` what could not
+    be looked into.
+    """
+
+    kind: str
+    verdict: str
+    tool: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    fix_set: list[str] = field(default_factory=list)
+    fix_verified: bool = False
+    graph: FlowGraph = field(default_factory=FlowGraph)
+    crash: dict[str, Any] | None = None
+    remedy: Remedy | None = None
+    remarks: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def finding(self, finding_id: str) -> Finding:
+        """Return the finding with this id; raise ``KeyError`` where there is none."""
+        for finding in self.findings:
+            if finding.id == finding_id:
+                return finding
+        raise KeyError(finding_id)
+
+    def count(self, status: str) -> int:
+        """Return how many sources have this status."""
+        return sum(source.status == status for source in self.sources.values())
+
+    def worst(self) -> Severity | None:
+        """Return the gravest severity among the findings."""
+        present = {finding.severity for finding in self.findings}
+        return next((severity for severity in SEVERITIES if severity in present), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the session as JSON-ready data."""
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "tool": dict(self.tool),
+            "environment": dict(self.environment),
+            "target": dict(self.target),
+            "verdict": self.verdict,
+            "sources": [source.to_dict() for source in self.sources.values()],
+            "findings": [finding.to_dict() for finding in self.findings],
+            "fix_set": list(self.fix_set),
+            "fix_verified": self.fix_verified,
+            "graph": self.graph.to_dict(),
+            "crash": self.crash,
+            "remedy": self.remedy.to_dict() if self.remedy else None,
+            "remarks": list(self.remarks),
+            "unseen": list(self.unseen),
+            "stats": dict(self.stats),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Session:
+        """Read a session back; raise :class:`UsageError` for another schema."""
+        if data.get("schema") != SCHEMA:
+            raise UsageError(
+                f"This is not a {SCHEMA} session: its schema is {data.get('schema')!r}.",
+                hint="Save one with `gradscope trace ... -o session.json`.",
+            )
+        sources = {entry["name"]: Source(**entry) for entry in data["sources"]}
+        return cls(
+            kind=data["kind"],
+            verdict=data["verdict"],
+            tool=data["tool"],
+            environment=data["environment"],
+            target=data["target"],
+            sources=sources,
+            findings=[Finding.from_dict(entry) for entry in data["findings"]],
+            fix_set=data["fix_set"],
+            fix_verified=data["fix_verified"],
+            graph=FlowGraph.from_dict(data["graph"]),
+            crash=data.get("crash"),
+            remedy=Remedy(**data["remedy"]) if data.get("remedy") else None,
+            remarks=data.get("remarks", []),
+            unseen=data.get("unseen", []),
+            stats=data.get("stats", {}),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session as JSON, whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            partial.replace(target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UsageError(f"Cannot write {target}: {error.strerror or error}.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Session:
+        """Read a saved session; raise :class:`UsageError` where the file is not one."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"Cannot read a session from {path}: {error}.") from error
+        if not isinstance(data, dict):
+            raise UsageError(f"Cannot read a session from {path}: it is not a JSON object.")
+        return cls.from_dict(data)

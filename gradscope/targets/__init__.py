@@ -1,0 +1,1 @@
+"""What to trace and how to build and feed it."""

@@ -1,0 +1,54 @@
+"""What the user asked to trace, as one value, and the presets that can answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, TypeAlias
+
+from gradscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from gradscope.trace.subject import Subject
+
+PRESET_GROUP = "gradscope.presets"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The options of one trace that concern the target."""
+
+    inputs: tuple[str, ...] = ()
+    weights: str | None = None
+    seed: int = 0
+    fixed: bool = False
+    head: bool = False
+
+
+Preset: TypeAlias = "Callable[[Request], Subject]"
+
+
+def preset_names() -> list[str]:
+    """Return the names of the installed presets."""
+    return sorted({point.name for point in entry_points(group=PRESET_GROUP)})
+
+
+def load_preset(name: str) -> Preset:
+    """Return the preset of this name; other packages add theirs through entry points.
+
+    Raises:
+        UsageError: no such preset is installed, or it cannot be imported.
+    """
+    points = [point for point in entry_points(group=PRESET_GROUP) if point.name == name]
+    if not points:
+        known = ", ".join(preset_names()) or "none"
+        raise UsageError(f"There is no preset called {name!r}.", hint=f"Presets found here: {known}.")
+    try:
+        preset: Preset = points[0].load()
+    except ImportError as error:
+        raise UsageError(
+            f"The preset {name!r} cannot be loaded: {error}.",
+            hint=f"Install what it needs: pip install 'torch-gradscope[{name}]'.",
+        ) from error
+    return preset

@@ -1,0 +1,1 @@
+"""Run a model under observation and say what happened to its gradients."""

@@ -1,0 +1,211 @@
+"""From a recording to the flow graph: regions and modules nested, what lies between them as operations."""
+
+from __future__ import annotations
+
+import os
+
+from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
+from gradscope.trace.diagnose import Diagnosis
+from gradscope.trace.frames import expression, short_path
+from gradscope.trace.recording import CONSTRUCTOR, Operation, Recording, Scope, Site
+
+LONGEST_LABEL = 52
+MODULE_DEPTH = 4
+
+
+def draw(
+    recording: Recording,
+    diagnosis: Diagnosis,
+    ids: dict[Site, str],
+    frozen: set[str],
+    described: tuple[str, ...] = (),
+) -> FlowGraph:
+    """Return the graph of one run.
+
+    ``ids`` names the finding of each blamed site; ``described`` are the inputs in words, shown
+    where an input is no tensor (an image) and so has no value in the recording.
+    """
+    return _Drawing(recording, diagnosis, ids, frozen).graph(described)
+
+
+class _Drawing:
+    def __init__(
+        self, recording: Recording, diagnosis: Diagnosis, ids: dict[Site, str], frozen: set[str]
+    ) -> None:
+        self.recording = recording
+        self.diagnosis = diagnosis
+        self.ids = ids
+        self.frozen = frozen
+        self.nodes: dict[str, FlowNode] = {}
+        self.home: dict[int, str] = {}
+        self.edges: dict[tuple[str, str], FlowStatus] = {}
+        self.carrying = self._carrying_values()
+        self.names: dict[str, list[str]] = {}
+
+    def graph(self, described: tuple[str, ...]) -> FlowGraph:
+        for name, value in self.recording.leaves.items():
+            if name.startswith("input."):
+                status = self._status(value)
+                self._add(FlowNode(name, name, "input", status, detail=self.recording.values[value].detail))
+                self.home[value] = name
+        if not self.nodes:
+            for index, text in enumerate(described):
+                self._add(FlowNode(f"input.{index}", text, "input"))
+        for operation in self.recording.operations:
+            if self.diagnosis.live.intersection(operation.outputs):
+                self._place(operation)
+        self._finish()
+        return FlowGraph(list(self.nodes.values()), [FlowEdge(a, b, s) for (a, b), s in self.edges.items()])
+
+    # --- nodes ------------------------------------------------------------------------------
+
+    def _place(self, operation: Operation) -> None:
+        scopes = self._visible(operation.scope)
+        for depth, scope in enumerate(scopes):
+            self._open(scope, scopes[depth - 1] if depth else None)
+        if scopes and scopes[-1].kind == "module" and scopes[-1].module:
+            node_id = f"s{scopes[-1].id}"
+        else:
+            node_id = self._operation_node(operation, f"s{scopes[-1].id}" if scopes else None)
+        node = self.nodes[node_id]
+        output = operation.outputs[0] if operation.outputs else operation.inputs[0]
+        status = self._status(output)
+        for scope in scopes:
+            self._raise(self.nodes[f"s{scope.id}"], status)
+        self._raise(node, status)
+        node.detail = self.recording.values[output].detail
+        self._connect(operation, node_id)
+        for value in operation.outputs:
+            self.home[value] = node_id
+
+    def _visible(self, scope: int | None) -> list[Scope]:
+        shown: list[Scope] = []
+        named = 0
+        for ancestor in self.recording.ancestors(scope):
+            if ancestor.kind == "region":
+                if ancestor.region is None or ancestor.region.site not in self.ids:
+                    continue
+            elif ancestor.module:
+                named += 1
+                if named > MODULE_DEPTH or ancestor.module.count(".") >= MODULE_DEPTH:
+                    continue
+            elif not ancestor.label:
+                continue  # the model itself: the whole picture is inside it
+            elif named:
+                continue
+            shown.append(ancestor)
+        return shown
+
+    def _open(self, scope: Scope, parent: Scope | None) -> None:
+        node_id = f"s{scope.id}"
+        if node_id in self.nodes:
+            return
+        above = f"s{parent.id}" if parent else None
+        if scope.kind == "region" and scope.region is not None:
+            site = scope.region.site
+            label = f"{site.function.rpartition('.')[2]}  @{site.mechanism}" if site.how == "decorator" else site.function
+            path, line = short_path(site.path), site.line
+            self._add(
+                FlowNode(node_id, label, "region", "none", above, path=path, line=line, finding=self.ids[site])
+            )
+            return
+        label = scope.module.removeprefix(f"{parent.module}." if parent and parent.module else "") or scope.label
+        prefix = f"{scope.module}."
+        owned = [n for n in self.recording.leaves if scope.module and n.startswith(prefix)]
+        detail = self.recording.values[scope.outputs[0]].detail if scope.outputs else ""
+        self._add(
+            FlowNode(
+                node_id, label, "module", "none", above, module=scope.module, type=scope.type, detail=detail,
+                frozen=bool(owned) and self.frozen.issuperset(owned), parameters=len(owned),
+            )
+        )  # fmt: skip
+
+    def _operation_node(self, operation: Operation, parent: str | None) -> str:
+        place = operation.place
+        line = place.line if place else 0
+        last = next(reversed(self.nodes.values()), None)
+        path = place.code.co_filename if place else ""
+        if last and last.kind == "operation" and last.parent == parent and (last.path, last.line) == (path, line):
+            self.names[last.id].append(operation.name)
+            last.label = self._label(operation, self.names[last.id])
+            return last.id
+        node = FlowNode(f"o{operation.index}", self._label(operation, [operation.name]), "operation", "none", parent)
+        node.path, node.line = path, line
+        self.names[node.id] = [operation.name]
+        self._add(node)
+        return node.id
+
+    def _label(self, operation: Operation, names: list[str]) -> str:
+        text = expression(operation.place) if operation.place else ""
+        if text and len(text) <= LONGEST_LABEL:
+            return text
+        kept = [name for name in names if not name.startswith("__")] or names
+        return " · ".join(kept)[-LONGEST_LABEL:]
+
+    def _add(self, node: FlowNode) -> None:
+        self.nodes[node.id] = node
+
+    # --- statuses and edges -----------------------------------------------------------------
+
+    def _carrying_values(self) -> set[int]:
+        """Return the values that the data of some source reaches."""
+        carrying = set(self.recording.leaves.values())
+        for operation in self.recording.operations:
+            if carrying.intersection(operation.inputs):
+                carrying.update(operation.outputs)
+        return carrying
+
+    def _status(self, value: int) -> FlowStatus:
+        if value not in self.carrying:
+            return "none"
+        return "flows" if self.recording.values[value].connected else "blocked"
+
+    @staticmethod
+    def _raise(node: FlowNode, status: FlowStatus) -> None:
+        """Let a node show the latest thing that is known of it; silence overrides nothing."""
+        if status != "none":
+            node.status = status
+
+    def _connect(self, operation: Operation, node_id: str) -> None:
+        for value in operation.inputs:
+            origin = self.home.get(value)
+            if origin is not None and origin != node_id:
+                pair = self._siblings(origin, node_id)
+                if pair is not None:
+                    self.edges[pair] = self._status(value)
+
+    def _siblings(self, first: str, second: str) -> tuple[str, str] | None:
+        """Return the ancestors of two nodes (or the nodes) that have the same parent."""
+        a, b = self._lineage(first), self._lineage(second)
+        for left, right in zip(a, b, strict=False):
+            if left != right:
+                return (left, right)
+        return None
+
+    def _lineage(self, node_id: str) -> list[str]:
+        line = [node_id]
+        while (parent := self.nodes[line[-1]].parent) is not None:
+            line.append(parent)
+        return line[::-1]
+
+    def _finish(self) -> None:
+        self._connect_untraced_inputs()
+        for index, value in enumerate(self.recording.sinks):
+            node_id = f"output.{index}"
+            detail = self.recording.values[value].detail
+            self._add(FlowNode(node_id, node_id, "output", self._status(value), detail=detail))
+            if value in self.home:
+                pair = self._siblings(self.home[value], node_id)
+                if pair is not None:
+                    self.edges[pair] = self._status(value)
+        for node in self.nodes.values():
+            if os.path.isabs(node.path):
+                node.path = short_path(node.path)
+
+    def _connect_untraced_inputs(self) -> None:
+        """Lead an image to the first step of the forward pass."""
+        top = [node for node in self.nodes.values() if node.parent is None and node.type != CONSTRUCTOR]
+        steps = [node for node in top if node.kind != "input"]
+        for node in top:
+            if node.kind == "input" and steps and node.id not in {source for source, _ in self.edges}:
+                self.edges[(node.id, steps[0].id)] = "none"

@@ -1,0 +1,142 @@
+"""From a Python frame to the user's own source: which line, which function, which decorator."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+from gradscope.trace.recording import Place, Site
+
+TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# The fixers are code under test when they are traced, not part of the tracer.
+FIXER_FOLDER = os.path.join(OWN_FOLDER, "fix") + os.sep
+
+
+@functools.lru_cache(maxsize=4096)
+def is_user_file(filename: str) -> bool:
+    """Tell whether a file belongs to the model or a library, and not to torch or to the tracer."""
+    if filename.startswith(FIXER_FOLDER):
+        return True
+    return not filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<"))
+
+
+def user_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the nearest frame, from this one outward, that is user code."""
+    while frame is not None and not is_user_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def user_place(depth: int) -> Place | None:
+    """Return the user's place ``depth`` frames above the caller."""
+    frame = user_frame(sys._getframe(depth + 1))
+    return Place(frame.f_code, frame.f_lasti, frame.f_lineno) if frame else None
+
+
+def call_chain(frame: FrameType | None) -> tuple[str, ...]:
+    """Return the user functions that are active above ``frame``, outermost first.
+
+    Ends at the tracer's own frame, so that the code that called gradscope is not part of it.
+    """
+    names: list[str] = []
+    while frame is not None and not frame.f_code.co_filename.startswith(os.path.join(OWN_FOLDER, "trace")):
+        if is_user_file(frame.f_code.co_filename):
+            names.append(function_name(frame))
+        frame = frame.f_back
+    return tuple(names[::-1])
+
+
+def function_name(frame: FrameType) -> str:
+    """Return ``Class.method`` or ``function`` for a frame."""
+    code = frame.f_code
+    if sys.version_info >= (3, 11):
+        return code.co_qualname.replace("<locals>.", "")
+    owner = frame.f_locals.get("self")
+    return f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_name
+
+
+def region_site(frame: FrameType, mechanism: str) -> Site:
+    """Return the place to blame for a grad-mode switch entered from ``frame``.
+
+    Under a decorator that frame is torch's wrapper, which holds the decorated function as ``func``
+    (``torch/utils/_contextlib.py``); otherwise it is the ``with`` itself or the bare call.
+    """
+    func = frame.f_locals.get("func")
+    if frame.f_code.co_filename.endswith("_contextlib.py") and callable(func):
+        return decorator_site(func, mechanism)
+    found = user_frame(frame) or frame
+    statement = linecache.getline(found.f_code.co_filename, found.f_lineno).strip()
+    how = "block" if statement.startswith(("with", "async with")) else "call"
+    return Site(found.f_code.co_filename, found.f_lineno, function_name(found), mechanism, how)
+
+
+def decorator_site(func: Callable[..., Any], mechanism: str) -> Site:
+    """Return the line of the decorator that names ``mechanism`` on ``func``, else its first line."""
+    inner = inspect.unwrap(func)
+    code: CodeType = inner.__code__
+    line = code.co_firstlineno
+    lines = linecache.getlines(code.co_filename)[line - 1 :]
+    for decorator, text in _decorators(tuple(inspect.getblock(lines)) if lines else ()):
+        if mechanism in text:
+            line = code.co_firstlineno + decorator - 1
+            break
+    name = inner.__qualname__.replace("<locals>.", "")
+    return Site(code.co_filename, line, name, mechanism, "decorator")
+
+
+def _decorators(block: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    try:
+        tree = ast.parse(textwrap.dedent("".join(block)))
+    except SyntaxError:
+        return
+    for node in tree.body[:1]:
+        for decorator in getattr(node, "decorator_list", ()):
+            yield decorator.lineno, ast.unparse(decorator)
+
+
+def source_line(path: str, line: int) -> str:
+    """Return one line of source, stripped; empty where the file cannot be read."""
+    return linecache.getline(path, line).strip()
+
+
+def expression(place: Place) -> str:
+    """Return the source text of the call at a place (the whole line on Python 3.10)."""
+    if sys.version_info >= (3, 11):
+        positions = list(place.code.co_positions())
+        line, end_line, column, end_column = positions[place.offset // 2]
+        if line is not None and line == end_line:
+            text = linecache.getline(place.code.co_filename, line).encode()
+            return text[column:end_column].decode(errors="replace").strip()
+    return source_line(place.code.co_filename, place.line)
+
+
+def short_path(path: str) -> str:
+    """Return a path relative to the working folder or to the import folder it lies in."""
+    roots = [os.getcwd(), *(entry for entry in sys.path if entry)]
+    inside = [root for root in roots if path.startswith(os.path.join(root, ""))]
+    if not inside:
+        return path
+    nearest = max(inside, key=len)
+    return os.path.relpath(path, nearest)
+
+
+def function_name_of(place: Place) -> str:
+    """Return the name of the function that a place lies in."""
+    name: str = getattr(place.code, "co_qualname", place.code.co_name)
+    return name.replace("<locals>.", "")
+
+
+def source_site(place: Place, mechanism: str) -> Site:
+    """Return the site of a call that stops the gradient by itself."""
+    return Site(place.code.co_filename, place.line, function_name_of(place), mechanism, "call")

@@ -1,0 +1,175 @@
+"""The only place where gradscope patches torch: grad-mode switches, custom functions, module calls.
+
+Everything enters one ``ExitStack`` and is undone in reverse order, on return and on any exception.
+What is patched is what torch offers no hook for: ``TorchFunctionMode`` does not see
+``inference_mode`` at all, nor the site of the other switches, nor ``autograd.Function.apply``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
+from torch.nn.modules import module as module_hooks
+
+from gradscope.errors import GradscopeError
+from gradscope.trace.frames import call_chain, is_user_file, region_site
+from gradscope.trace.recording import Region, Site
+
+
+class Observer(Protocol):
+    """What a recorder must answer to."""
+
+    def enter_region(self, key: object, region: Region) -> None: ...
+    def leave_region(self, key: object) -> None: ...
+    def enter_module(self, module: nn.Module) -> None: ...
+    def leave_module(self, module: nn.Module, output: Any) -> None: ...
+    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any: ...
+
+
+class InstrumentationConflict(GradscopeError):
+    """Another tool replaced one of our patches while the trace ran and left its own behind."""
+
+
+@contextmanager
+def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
+    """Report switches, module calls and custom functions to ``observer`` while the block runs.
+
+    The ``neutralised`` sites are not entered: a skipped switch changes no grad mode, in either
+    direction, so that an outer region stays visible.
+    """
+    with ExitStack() as stack:
+        for cls, disables in ((no_grad, True), (enable_grad, False)):
+            _patch_switch(stack, cls, observer, neutralised, lambda self, off=disables: off)
+        _patch_switch(stack, inference_mode, observer, neutralised, lambda self: bool(self.mode))
+        _patch_set_grad_enabled(stack, observer, neutralised)
+        _patch_custom_functions(stack, observer)
+        _hook_modules(stack, observer)
+        yield
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+def _replace(stack: ExitStack, owner: type, name: str, replacement: Any) -> None:
+    patch = mock.patch.object(owner, name, replacement)
+    patch.start()
+    installed = owner.__dict__[name]
+
+    def restore() -> None:
+        if owner.__dict__.get(name) is not installed:
+            raise InstrumentationConflict(
+                f"{owner.__name__}.{name} was patched by another tool while gradscope traced.",
+                hint="Stop that tool inside the traced code and trace again.",
+            )
+        patch.stop()
+
+    stack.callback(restore)
+
+
+def _patch_switch(
+    stack: ExitStack,
+    cls: type,
+    observer: Observer,
+    neutralised: frozenset[Site],
+    disables: Callable[[Any], bool],
+) -> None:
+    enter, leave = cls.__enter__, cls.__exit__  # type: ignore[attr-defined]
+    skipped: set[int] = set()
+
+    def __enter__(self: Any) -> Any:
+        frame = sys._getframe(1)
+        site = region_site(frame, cls.__name__)
+        if site in neutralised:
+            skipped.add(id(self))
+            return None
+        result = enter(self)
+        observer.enter_region(self, Region(site, disables(self), call_chain(frame)))
+        return result
+
+    def __exit__(self: Any, *exc_info: Any) -> Any:
+        if id(self) in skipped:
+            skipped.discard(id(self))
+            return None
+        observer.leave_region(self)
+        return leave(self, *exc_info)
+
+    _replace(stack, cls, "__enter__", __enter__)
+    _replace(stack, cls, "__exit__", __exit__)
+
+
+def _patch_set_grad_enabled(
+    stack: ExitStack, observer: Observer, neutralised: frozenset[Site]
+) -> None:
+    """Patch the switch that acts when it is constructed, whether or not a ``with`` follows."""
+    construct, wrap = set_grad_enabled.__init__, set_grad_enabled.__call__
+    enter, leave = set_grad_enabled.__enter__, set_grad_enabled.__exit__
+
+    def begin(self: Any, frame: FrameType) -> None:
+        site = region_site(frame, "set_grad_enabled")
+        observer.enter_region(self, Region(site, not self.mode, call_chain(frame)))
+
+    def __init__(self: Any, mode: bool) -> None:
+        frame = sys._getframe(1)
+        # no_grad constructs a set_grad_enabled of its own on entering: that is no site.
+        own = not is_user_file(frame.f_code.co_filename) and "func" not in frame.f_locals
+        if not own and region_site(frame, "set_grad_enabled") in neutralised:
+            self.prev = self.mode = torch.is_grad_enabled()
+            return
+        construct(self, mode)
+        if not own:
+            begin(self, frame)
+
+    def __call__(self: Any, func: Any) -> Any:
+        observer.leave_region(self)
+        return wrap(self, func)
+
+    def __enter__(self: Any) -> Any:
+        frame = sys._getframe(1)
+        if "func" in frame.f_locals and not is_user_file(frame.f_code.co_filename):
+            # Under a decorator the switch was cloned inside torch: only here its site is known.
+            if region_site(frame, "set_grad_enabled") in neutralised:
+                self.mode = self.prev
+            else:
+                begin(self, frame)
+        return enter(self)
+
+    def __exit__(self: Any, *exc_info: Any) -> Any:
+        observer.leave_region(self)
+        return leave(self, *exc_info)
+
+    for name, function in (("__init__", __init__), ("__call__", __call__)):
+        _replace(stack, set_grad_enabled, name, function)
+    for name, function in (("__enter__", __enter__), ("__exit__", __exit__)):
+        _replace(stack, set_grad_enabled, name, function)
+
+
+def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:
+    """Patch ``Function.apply``: its operations run with grad off inside and are not regions."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return observer.custom_function(cls.__name__, args, lambda: original.__get__(None, cls)(*args, **kwargs))
+
+    _replace(stack, torch.autograd.Function, "apply", classmethod(apply))
+
+
+def _hook_modules(stack: ExitStack, observer: Observer) -> None:
+    def before(module: nn.Module, args: Any) -> None:
+        observer.enter_module(module)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        observer.leave_module(module, output)
+
+    for handle in (
+        module_hooks.register_module_forward_pre_hook(before),
+        module_hooks.register_module_forward_hook(after, always_call=True),
+    ):
+        stack.callback(handle.remove)

@@ -1,0 +1,135 @@
+"""Run a subject once under observation: build, call, and read off what autograd reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradscope.trace.autograd import reached_leaves
+from gradscope.trace.instrument import observe
+from gradscope.trace.recorder import Recorder, tensors_in
+from gradscope.trace.recording import Recording, Site
+from gradscope.trace.subject import Built, Subject, Workshop
+
+
+@dataclass(slots=True)
+class Run:
+    """One recorded run and what stayed of its model: names of sources, which of them are frozen."""
+
+    recording: Recording
+    frozen: set[str]
+    parameters: set[str]
+
+
+class Runner:
+    """Runs a subject again and again, with more and more sites neutralised."""
+
+    def __init__(self, subject: Subject, workshop: Workshop) -> None:
+        self.subject = subject
+        self.workshop = workshop
+        self._prepared: nn.Module | None = None
+
+    def run(self, neutralised: frozenset[Site] = frozenset()) -> Run:
+        """Build the model, make the call, and return what was seen.
+
+        Every run builds its model anew around the prepared parts, so that no run can leave an
+        inference tensor in a cache for the next. Switches neutralised: see ``instrument``.
+        """
+        simulate = getattr(self.workshop, "simulate", None)
+        recorder = Recorder(_absorbing(simulate, self.subject.absorbed))
+        with _untouched_state():
+            origin = self._prepare()
+            with observe(recorder, neutralised), torch.enable_grad(), recorder:
+                for name, parameter in origin.named_parameters():
+                    recorder.add_leaf(name, parameter, outside=True)
+                with recorder.constructing():
+                    built = self.subject.build(self.workshop, origin)
+                frozen, parameters = _name_leaves(recorder, built)
+                recorder.name_modules(built.model)
+                with _unfrozen(built.model):
+                    self._call(recorder, built)
+        return Run(recorder.recording, frozen, parameters)
+
+    def _prepare(self) -> nn.Module:
+        # In structural mode the parts cost nothing; a constructor may well have mutilated them.
+        if self._prepared is None or getattr(self.workshop, "simulate", None) is not None:
+            self._prepared = self.subject.prepare(self.workshop)
+        return self._prepared
+
+    def _call(self, recorder: Recorder, built: Built) -> None:
+        recording = recorder.recording
+        try:
+            result = built.call()
+        except (RuntimeError, NotImplementedError) as error:
+            recording.error = error
+            return
+        sinks = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+        recording.sinks = recorder.value_ids(result)
+        leaves = {id(tensor) for tensor in reached_leaves(sinks)}
+        named = {**dict(built.model.named_parameters(remove_duplicate=False)), **built.inputs}
+        recording.reached = frozenset(name for name, tensor in named.items() if id(tensor) in leaves)
+
+
+def _name_leaves(recorder: Recorder, built: Built) -> tuple[set[str], set[str]]:
+    """Make the model's parameters and its wanted inputs the sources of the run."""
+    frozen: set[str] = set()
+    parameters: set[str] = set()
+    for name, parameter in built.model.named_parameters():
+        recorder.add_leaf(name, parameter)
+        parameters.add(name)
+        if not parameter.requires_grad:
+            frozen.add(name)
+    for name, tensor in built.inputs.items():
+        tensor.requires_grad_(True)
+        recorder.add_leaf(name, tensor)
+    own = {value for value in recorder.recording.leaves.values()}
+    outside = recorder.recording.outside
+    for name in [name for name, value in outside.items() if value in own]:
+        del outside[name]
+    return frozen, parameters
+
+
+@contextmanager
+def _unfrozen(model: nn.Module) -> Iterator[None]:
+    """Let every floating parameter require a gradient, and put the flags back afterwards.
+
+    Frozen is not blocked: a frozen parameter's status is what it would be if it were trained.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _untouched_state() -> Iterator[None]:
+    """Put grad mode and the random state back, however the block ends."""
+    grad = torch.is_grad_enabled()
+    random_state = torch.get_rng_state()
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_rng_state(random_state)
+
+
+def _absorbing(simulate: Any, absorbed: frozenset[str]) -> Any:
+    """Return a caller of torch functions for which the absorbed methods give back their tensor."""
+
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(func, "__name__", "") in absorbed:
+            return args[0]
+        return simulate(func, args, kwargs) if simulate else func(*args, **kwargs)
+
+    return call

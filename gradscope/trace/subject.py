@@ -1,0 +1,62 @@
+"""What is to be traced: the model, the call to make, and how to build both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from gradscope.session import Remedy
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Workshop(Protocol):
+    """Builds modules and inputs for the mode of the run (real, or structural on a pretended device)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def materialise(self, factory: Callable[[bool], Module]) -> Module:
+        """Build a module; the factory is told whether to give the weights values."""
+        ...
+
+    def tensor(self, real: torch.Tensor) -> torch.Tensor:
+        """Bring an input tensor to the device and dtype of the run."""
+        ...
+
+
+@dataclass(slots=True)
+class Built:
+    """A model and one call of it, ready to run.
+
+    ``call`` runs the forward pass and returns its outputs, ``inputs`` are the tensors among its
+    arguments that a gradient is wanted for (name to tensor), ``origin`` a module that the model was
+    made from: its parameters that did not become the model's own are watched too.
+    """
+
+    model: nn.Module
+    call: Callable[[], Any]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    origin: nn.Module | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A named target: ``prepare`` makes what the recorder should not see, ``build`` the rest.
+
+    ``build`` gets what ``prepare`` returned and runs under the recorder, so that what a constructor
+    detaches is seen as well.
+    """
+
+    name: str
+    entry: str
+    prepare: Callable[[Workshop], nn.Module]
+    build: Callable[[Workshop, nn.Module], Built]
+    inputs: tuple[str, ...] = ()
+    remedy: Remedy | None = None
+    remarks: tuple[str, ...] = ()
+    absorbed: frozenset[str] = frozenset()

@@ -1,0 +1,79 @@
+"""Where models are built for a run: for real, or without memory on a pretended device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from gradscope.errors import UsageError
+from gradscope.trace.structural import PretendedDevice
+from gradscope.trace.subject import Workshop
+
+Module = TypeVar("Module", bound=nn.Module)
+
+NOT_THERE = {
+    "cuda": lambda: not torch.cuda.is_available(),
+    "mps": lambda: not torch.backends.mps.is_available(),
+    "cpu": lambda: False,
+}
+
+
+class RealWorkshop:
+    """Builds models that compute; the device has to be there."""
+
+    mode = "real"
+    simulate = None
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        kind = torch.device(device).type
+        if NOT_THERE.get(kind, lambda: True)():
+            raise UsageError(
+                f"Real mode on {device} needs that device, and torch {torch.__version__} finds none here.",
+                hint="Use `--device cpu`, or leave out `--mode real`: structural mode pretends the device.",
+            )
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    def materialise(self, factory: Callable[[bool], Module]) -> Module:
+        """Build the module with values and move it to the device and dtype of the run."""
+        return factory(True).to(device=self.device, dtype=self.dtype)
+
+    def tensor(self, real: torch.Tensor) -> torch.Tensor:
+        """Move an input to the device and dtype of the run."""
+        return real.to(device=self.device, dtype=self.dtype)
+
+
+class StructuralWorkshop:
+    """Builds models without values; nothing is computed, shapes and autograd are true."""
+
+    mode = "structural"
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.simulate = PretendedDevice(device)
+        self.device = self.simulate.device
+        self.dtype = dtype
+
+    def materialise(self, factory: Callable[[bool], Module]) -> Module:
+        """Build the module without memory for its weights."""
+        return self.simulate.materialise(lambda: factory(False), self.dtype)
+
+    def tensor(self, real: torch.Tensor) -> torch.Tensor:
+        """Return a fake tensor of the same shape on the pretended device."""
+        return self.simulate.tensor(real, self.dtype)
+
+
+def open_workshop(mode: str, device: str, dtype: torch.dtype | None) -> Workshop:
+    """Return the workshop for a mode and a device; ``auto`` means structural on pretended CUDA.
+
+    Without a wish for the dtype it is bfloat16 on an accelerator and float32 on the CPU, as the
+    libraries traced here choose themselves.
+    """
+    if device == "auto":
+        device = "cuda" if mode != "real" or torch.cuda.is_available() else "cpu"
+    chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    if mode == "real":
+        return RealWorkshop(device, chosen)
+    return StructuralWorkshop(device, chosen)

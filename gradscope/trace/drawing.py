@@ -73,7 +73,8 @@ class _Drawing:
         for scope in scopes:
             self._raise(self.nodes[f"s{scope.id}"], status)
         self._raise(node, status)
-        node.detail = self.recording.values[output].detail
+        if node.kind == "operation" or not node.detail:
+            node.detail = self.recording.values[output].detail
         self._connect(operation, node_id)
         for value in operation.outputs:
             self.home[value] = node_id

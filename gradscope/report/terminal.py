@@ -1,0 +1,178 @@
+"""The report in a terminal: verdict, findings, the tree with its breaks, the way out."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.syntax import Syntax
+from rich.text import Text
+from rich.tree import Tree
+
+from gradscope.findings import Finding
+from gradscope.report.views import MOST_LINES, ViewNode, fold
+from gradscope.session import Session
+
+VERDICTS = {
+    "flows": ("green", "the gradient arrives"),
+    "blocked": ("red", "the gradient does not arrive"),
+    "partial": ("yellow", "the gradient arrives on one path and is cut on another"),
+    "crashes": ("red", "autograd refuses the run"),
+}
+COLOURS = {"flows": "green", "blocked": "red", "none": "bright_black"}
+SEVERITY_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+SIGNS = {
+    "cut": ("✂", "X"), "flows": ("→", ">"), "blocked": ("✗", "x"), "none": ("·", "."),
+    "frozen": ("❄ frozen", "frozen"), "yes": ("✓", "ok"),
+}  # fmt: skip
+
+
+def render(session: Session, console: Console, *, full: bool = False) -> None:
+    """Print the session; the tree is folded to about 45 lines unless ``full``."""
+    _Page(session, console).show(full)
+
+
+class _Page:
+    def __init__(self, session: Session, console: Console) -> None:
+        self.session = session
+        self.console = console
+        encoding = (console.encoding or "ascii").lower().replace("-", "")
+        self.ascii = not encoding.startswith("utf")
+
+    def show(self, full: bool) -> None:
+        self._verdict()
+        for finding in self.session.findings:
+            if finding.severity != "note":
+                self._finding(finding)
+        self._tree(full)
+        for finding in self.session.findings:
+            if finding.severity == "note":
+                self._finding(finding)
+        self._way_out()
+        self._list("What was assumed", self.session.remarks)
+        self._list("What could not be seen", self.session.unseen)
+
+    # --- sections ---------------------------------------------------------------------------
+
+    def _verdict(self) -> None:
+        session = self.session
+        colour, words = VERDICTS[session.verdict]
+        sign = self._sign("yes" if session.verdict == "flows" else "blocked")
+        target = session.target
+        self.console.print(f"[bold {colour}]{sign} {session.verdict}[/]  {words}", highlight=False)
+        line = f"{target['name']}.{target['entry']}({', '.join(target['inputs'])})"
+        how = f"{target['mode']} on {target['device']}, {target['dtype']}"
+        self._print(f"  {line}   {how}, {session.stats.get('runs', 1)} runs in {session.stats.get('seconds', 0)} s")
+        for kind in ("input", "parameter"):
+            group = [source for source in session.sources.values() if source.kind == kind]
+            if not group:
+                continue
+            counts = Counter(source.status for source in group)
+            words = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+            noun = kind if len(group) == 1 else f"{kind}s"
+            frozen = sum(source.frozen for source in group)
+            tail = f" ({frozen} frozen, which blocks nothing)" if frozen else ""
+            names = f" [{group[0].name}]" if kind == "input" and len(group) == 1 else ""
+            self._print(f"  {len(group)} {noun}{names}: {words}{tail}")
+        if session.crash is not None:
+            crash = session.crash
+            self.console.print()
+            self._print(f"  {crash['exception']}: {crash['message']}", style="red")
+            self._print(f"  raised at {crash['path']}:{crash['line']}, caused by:")
+
+    def _finding(self, finding: Finding) -> None:
+        colour = SEVERITY_COLOURS[finding.severity]
+        self.console.print()
+        head = Text(f"{finding.id} ", style="bold")
+        head.append(f"{finding.severity} {finding.rule} {finding.name}", style=f"bold {colour}")
+        if finding.behind:
+            head.append(f"  behind {finding.behind}", style="bold")
+        self.console.print(head, highlight=False)
+        self._print(f"   {finding.path}:{finding.line}", style="bold", no_wrap=True)
+        if finding.source:
+            self._print(f"   > {finding.source}", style=colour)
+        self._print(f"   {finding.message}")
+        if finding.cuts and finding.severity != "note":
+            self._print(f"   cuts off {self._summary(finding.cuts)}")
+        if len(finding.chain) > 1:
+            arrow = " -> " if self.ascii else " → "
+            self._print(f"   reached by {arrow.join(finding.chain)}")
+        if finding.fix:
+            self._print(f"   {finding.fix}", style="green")
+
+    def _tree(self, full: bool) -> None:
+        views = fold(self.session.graph, None if full else MOST_LINES)
+        if not views:
+            return
+        self.console.print()
+        root = Tree(Text("Forward pass", style="bold"), guide_style="bright_black")
+        for view in views:
+            self._branch(root, view)
+        self.console.print(root, highlight=False)
+
+    def _branch(self, tree: Tree, view: ViewNode) -> None:
+        branch = tree.add(self._label(view))
+        for child in view.children:
+            self._branch(branch, child)
+
+    def _label(self, view: ViewNode) -> Text:
+        node = view.node
+        if node.kind == "region" and node.finding:
+            rule = self.session.finding(node.finding).rule
+            text = Text(f"{self._sign('cut')} {view.label}", style="bold red")
+            text.append(f"  {rule}", style="red")
+            text.append(f"  {node.path}:{node.line}", style="bold")
+            return text
+        text = Text(f"{self._sign(node.status)} ", style=COLOURS[node.status])
+        text.append(view.label, style="bold" if node.kind in ("module", "input", "output") else "")
+        if node.kind == "module" and node.type and node.type not in (view.label, "constructor"):
+            text.append(f"  {node.type}", style="cyan")
+        if node.frozen:
+            text.append(f"  {self._sign('frozen')}", style="blue")
+        if node.detail:
+            text.append(f"  {node.detail}", style="bright_black")
+        return text
+
+    def _way_out(self) -> None:
+        session = self.session
+        if session.fix_set:
+            self.console.print()
+            proven = "verified by running it" if session.fix_verified else "not verified"
+            sign = self._sign("yes") if session.fix_verified else "?"
+            self._print(f"Smallest fix: {' + '.join(session.fix_set)} together, {proven} {sign}", style="bold green")
+        elif session.worst() == "error":
+            self.console.print()
+            self._print("No fix was found that a run could verify.", style="bold yellow")
+        if session.remedy is not None and session.worst() == "error":
+            self._print(f"  before  {session.remedy.before}", style="red")
+            self._print(f"  after   {session.remedy.after}", style="green")
+            code = Syntax(session.remedy.code, "python", background_color="default", word_wrap=True)
+            self.console.print(Padding(code, (1, 0, 0, 2)))
+
+    def _list(self, title: str, lines: list[str]) -> None:
+        if lines:
+            self.console.print()
+            self._print(title, style="bold bright_black")
+            for line in lines:
+                self.console.print(Padding(Text(f"- {line}", style="bright_black"), (0, 0, 0, 2)))
+
+    # --- small parts ------------------------------------------------------------------------
+
+    def _summary(self, names: tuple[str, ...]) -> str:
+        if len(names) <= 3:
+            return ", ".join(names)
+        groups = Counter(name.split(".")[0] for name in names)
+        return f"{len(names)} sources: " + ", ".join(f"{name}.* {count}" for name, count in groups.items())
+
+    def _sign(self, name: str) -> str:
+        return SIGNS[name][1 if self.ascii else 0]
+
+    def _print(self, text: str, *, style: str = "", no_wrap: bool = False) -> None:
+        if no_wrap:
+            # A file:line must stay one word, whatever the width.
+            self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+            return
+        indent = len(text) - len(text.lstrip())
+        self.console.print(Padding(Text(text.lstrip(), style=style), (0, 0, 0, indent), expand=False))

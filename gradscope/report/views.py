@@ -1,0 +1,128 @@
+"""Pure transforms from the flow graph to what is worth showing: folded, cut at a depth, never too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from gradscope.flow import FlowGraph, FlowNode
+
+MOST_LINES = 44
+
+
+@dataclass(slots=True)
+class ViewNode:
+    """A node to show: one flow node, or several folded into one (``ids`` has them all)."""
+
+    node: FlowNode
+    label: str
+    ids: list[str]
+    children: list[ViewNode] = field(default_factory=list)
+
+    def walk(self) -> Iterator[ViewNode]:
+        """Yield this node and everything below it."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+def fold(graph: FlowGraph, most_lines: int | None = MOST_LINES) -> list[ViewNode]:
+    """Return the graph as a tree with repeats folded, no longer than ``most_lines`` where given.
+
+    Where it is too long, the deepest modules are closed first; regions stay open, since they are
+    where the gradient breaks.
+    """
+    children: dict[str | None, list[FlowNode]] = {}
+    for node in graph.nodes:
+        children.setdefault(node.parent, []).append(node)
+    whole = _build(children, None)
+    if most_lines is None:
+        return whole
+    for depth in (3, 2, 1, 0):
+        shown = [_closed(node, depth) for node in whole]
+        if sum(1 for top in shown for _ in top.walk()) <= most_lines:
+            return shown
+    return _shortened(shown, most_lines)
+
+
+# --- the parts -------------------------------------------------------------------------------------
+
+
+def _build(children: dict[str | None, list[FlowNode]], parent: str | None) -> list[ViewNode]:
+    nodes = [
+        ViewNode(node, node.label, [node.id], _build(children, node.id)) for node in children.get(parent, [])
+    ]
+    return _fold_preparation(_fold_repeats(nodes))
+
+
+def _fold_repeats(nodes: list[ViewNode]) -> list[ViewNode]:
+    """Fold ``blocks.0`` to ``blocks.11`` into one where they are alike."""
+    folded: list[ViewNode] = []
+    start = 0
+    while start < len(nodes):
+        end = start + 1
+        while end < len(nodes) and _alike(nodes[start], nodes[end]):
+            end += 1
+        folded.append(_merged(nodes[start:end]))
+        start = end
+    return folded
+
+
+def _alike(first: ViewNode, other: ViewNode) -> bool:
+    a, b = first.node, other.node
+    same = (a.kind, a.type, a.status, a.frozen) == (b.kind, b.type, b.status, b.frozen)
+    indexed = a.label.rpartition(".")[2].isdigit() and b.label.rpartition(".")[2].isdigit()
+    return same and a.kind == "module" and indexed and a.label.rpartition(".")[0] == b.label.rpartition(".")[0]
+
+
+def _merged(run: list[ViewNode]) -> ViewNode:
+    first = run[0]
+    if len(run) == 1:
+        return first
+    last = run[-1].node.label.rpartition(".")[2]
+    node = replace(first.node, detail=run[-1].node.detail, parameters=sum(n.node.parameters for n in run))
+    label = f"{first.label}-{last}  x{len(run)}"
+    return ViewNode(node, label, [i for member in run for i in _ids(member)], first.children)
+
+
+def _fold_preparation(nodes: list[ViewNode]) -> list[ViewNode]:
+    """Fold the steps before the first one that could carry a gradient into ``preprocess``."""
+    steps = [n for n in nodes if n.node.kind in ("operation", "module") and n.node.type != "constructor"]
+    count = 0
+    while count < len(steps) and steps[count].node.status == "none":
+        count += 1
+    if count < 2 or count == len(steps) == len(nodes) and nodes[0].node.parent is None:
+        return nodes
+    group = steps[:count]
+    last = group[-1].node
+    node = FlowNode(group[0].node.id, "preprocess", "operation", "none", last.parent, detail=last.detail)
+    merged = ViewNode(node, f"preprocess  ({count} steps)", [i for member in group for i in _ids(member)])
+    position = nodes.index(group[0])
+    return [*nodes[:position], merged, *[n for n in nodes[position:] if n not in group]]
+
+
+def _ids(view: ViewNode) -> list[str]:
+    return [i for node in view.walk() for i in node.ids]
+
+
+def _closed(view: ViewNode, depth: int) -> ViewNode:
+    """Return the node with modules open for ``depth`` levels only."""
+    is_module = view.node.kind == "module"
+    if is_module and depth == 0:
+        return ViewNode(view.node, view.label, _ids(view))
+    below = depth - 1 if is_module else depth
+    children = [_closed(child, below) for child in view.children]
+    # One lone operation inside a module says no more than the module itself.
+    if is_module and len(children) < 2 and not any(child.children for child in children):
+        return ViewNode(view.node, view.label, _ids(view))
+    return ViewNode(view.node, view.label, view.ids, children)
+
+
+def _shortened(nodes: list[ViewNode], most_lines: int) -> list[ViewNode]:
+    if len(nodes) <= most_lines:
+        room = most_lines - len(nodes)
+        return [ViewNode(n.node, n.label, n.ids, _shortened(n.children, max(room, 1))) for n in nodes]
+    kept = nodes[: max(most_lines - 1, 1)]
+    hidden = len(nodes) - len(kept)
+    more = FlowNode("more", "more", "operation")
+    return [*kept, ViewNode(more, f"... {hidden} more (--full shows them)", ["more"])]

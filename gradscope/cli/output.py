@@ -53,7 +53,7 @@ def _render(session: Session, fmt: str, *, full: bool) -> bytes:
         with console.capture() as captured:
             terminal.render(session, console, full=full)
         return captured.get().encode()
-    source = dot.build(session).source
+    source = dot.build(session, full=full).source
     if fmt == "dot":
         return source.encode()
     return dot.render(source, fmt)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.text import Text
 from rich.tree import Tree
@@ -80,7 +80,8 @@ class _Page:
             crash = session.crash
             self.console.print()
             self._print(f"  {crash['exception']}: {crash['message']}", style="red")
-            self._print(f"  raised at {crash['path']}:{crash['line']}, caused by:")
+            where = f"in {crash['module']}" if crash.get("module") else f"at {crash['path']}:{crash['line']}"
+            self._print(f"  raised {where}, caused by:")
 
     def _finding(self, finding: Finding) -> None:
         colour = SEVERITY_COLOURS[finding.severity]
@@ -148,15 +149,17 @@ class _Page:
         if session.remedy is not None and session.worst() == "error":
             self._print(f"  before  {session.remedy.before}", style="red")
             self._print(f"  after   {session.remedy.after}", style="green")
-            code = Syntax(session.remedy.code, "python", background_color="default", word_wrap=True)
-            self.console.print(Padding(code, (1, 0, 0, 2)))
+            self.console.print()
+            code = Syntax("", "python", background_color="default").highlight(session.remedy.code)
+            for row in code.split("\n"):
+                self.console.print(Text("  ").append_text(row), soft_wrap=True)
 
     def _list(self, title: str, lines: list[str]) -> None:
         if lines:
             self.console.print()
             self._print(title, style="bold bright_black")
             for line in lines:
-                self.console.print(Padding(Text(f"- {line}", style="bright_black"), (0, 0, 0, 2)))
+                self._print(f"  - {line}", style="bright_black")
 
     # --- small parts ------------------------------------------------------------------------
 
@@ -174,5 +177,6 @@ class _Page:
             # A file:line must stay one word, whatever the width.
             self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
             return
-        indent = len(text) - len(text.lstrip())
-        self.console.print(Padding(Text(text.lstrip(), style=style), (0, 0, 0, indent), expand=False))
+        indent = " " * (len(text) - len(text.lstrip()))
+        for line in textwrap.wrap(text, self.console.width, subsequent_indent=indent, break_on_hyphens=False):
+            self.console.print(Text(line, style=style), soft_wrap=True)

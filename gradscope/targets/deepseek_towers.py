@@ -135,15 +135,15 @@ def build_towers(
     """Build both towers on the CPU; the global random state is left as it was.
 
     Args:
-        size: ``full`` has the checkpoint's shapes, ``tiny`` about 6 M parameters (same 1024 channels).
+        size: ``full`` has the checkpoint's shapes, ``tiny`` about 11 M parameters (same 1024 channels).
         dtype: dtype of every parameter.
         seed: seed of the random values.
         initialise: False leaves the values as torch made them (structural mode needs none).
     """
     with torch.random.fork_rng(devices=[]):
         towers = Towers(SHAPES[size]).eval()
-        if initialise:
-            _fill(towers, seed)
+    if initialise:
+        _fill(towers, torch.Generator().manual_seed(seed))
     return towers.to(dtype)
 
 
@@ -168,7 +168,7 @@ def load_checkpoint(id_or_dir: str, *, dtype: torch.dtype, device: torch.device)
             use_safetensors=True,
             torch_dtype=dtype,
         )
-    except (OSError, ImportError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+    except (OSError, ImportError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotAnalysedError(
             f"The checkpoint {id_or_dir} could not be loaded: {reason}",
@@ -179,14 +179,13 @@ def load_checkpoint(id_or_dir: str, *, dtype: torch.dtype, device: torch.device)
     return loaded
 
 
-def _fill(towers: nn.Module, seed: int) -> None:
+def _fill(towers: nn.Module, generator: torch.Generator) -> None:
     """Give every parameter values that let a gradient through.
 
     transformers' default for this SAM family is a standard deviation of 1e-10, which makes the
     features exactly zero; the relative position tables start at zero as well.
     """
-    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in towers.named_parameters():
             is_norm = "norm" in name and parameter.dim() == 1 and name.endswith("weight")
-            parameter.normal_(1.0 if is_norm else 0.0, INITIAL_STD)
+            parameter.normal_(1.0 if is_norm else 0.0, INITIAL_STD, generator=generator)

@@ -37,10 +37,12 @@ class _Drawing:
         self.ids = ids
         self.frozen = frozen
         self.nodes: dict[str, FlowNode] = {}
+        self.order: dict[str, int] = {}
         self.home: dict[int, str] = {}
         self.edges: dict[tuple[str, str], FlowStatus] = {}
         self.carrying = self._carrying_values()
         self.names: dict[str, list[str]] = {}
+        self.containers = {scope.parent for scope in recording.scopes}
 
     def graph(self, described: tuple[str, ...]) -> FlowGraph:
         for name, value in self.recording.leaves.items():
@@ -76,8 +78,21 @@ class _Drawing:
         if node.kind == "operation" or not node.detail:
             node.detail = self.recording.values[output].detail
         self._connect(operation, node_id)
+        home = self._home(operation, scopes[-1].id, node_id) if scopes else node_id
         for value in operation.outputs:
-            self.home[value] = node_id
+            self.home[value] = home
+
+    def _home(self, operation: Operation, scope: int, node_id: str) -> str:
+        """Return the node that a result comes from, as drawn.
+
+        An operation between the children of a module (a residual sum) is not drawn: what it gives
+        out counts as coming from the child that was last to contribute.
+        """
+        if scope not in self.containers or not self.nodes[node_id].module:
+            return node_id
+        inside = [home for value in operation.inputs if (home := self.home.get(value)) in self.nodes]
+        inside = [home for home in inside if node_id in self._lineage(home)[:-1]]
+        return max(inside, key=self.order.__getitem__, default=node_id)
 
     def _visible(self, scope: int | None) -> list[Scope]:
         shown: list[Scope] = []
@@ -144,6 +159,7 @@ class _Drawing:
         return " · ".join(kept)[-LONGEST_LABEL:]
 
     def _add(self, node: FlowNode) -> None:
+        self.order[node.id] = len(self.order)
         self.nodes[node.id] = node
 
     # --- statuses and edges -----------------------------------------------------------------

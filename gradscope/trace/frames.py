@@ -21,6 +21,7 @@ TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # The fixers are code under test when they are traced, not part of the tracer.
 FIXER_FOLDER = os.path.join(OWN_FOLDER, "fix") + os.sep
+RUNNER_FILE = os.path.join(OWN_FOLDER, "trace", "runner.py")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,16 +33,15 @@ def is_user_file(filename: str) -> bool:
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:
-    """Return the nearest frame, from this one outward, that is user code."""
+    """Return the nearest frame, from this one outward, that is user code.
+
+    None where the call was made by the tracer itself: the code that called gradscope is not meant.
+    """
     while frame is not None and not is_user_file(frame.f_code.co_filename):
+        if frame.f_code.co_filename == RUNNER_FILE:
+            return None
         frame = frame.f_back
     return frame
-
-
-def user_place(depth: int) -> Place | None:
-    """Return the user's place ``depth`` frames above the caller."""
-    frame = user_frame(sys._getframe(depth + 1))
-    return Place(frame.f_code, frame.f_lasti, frame.f_lineno) if frame else None
 
 
 def call_chain(frame: FrameType | None) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def call_chain(frame: FrameType | None) -> tuple[str, ...]:
     Ends at the tracer's own frame, so that the code that called gradscope is not part of it.
     """
     names: list[str] = []
-    while frame is not None and not frame.f_code.co_filename.startswith(os.path.join(OWN_FOLDER, "trace")):
+    while frame is not None and frame.f_code.co_filename != RUNNER_FILE:
         if is_user_file(frame.f_code.co_filename):
             names.append(function_name(frame))
         frame = frame.f_back

@@ -70,6 +70,8 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.__name__ == "__get__" and _operation_name(func) is None:
+            return func(*args, **kwargs)  # shape, dtype, device: nine calls of ten
         run = self._simulate or _plain
         name = _operation_name(func)
         if name is None:

@@ -192,12 +192,15 @@ def _outside_findings(proof: Proof, count: int) -> list[Finding]:
 def _crash(recording: Recording) -> dict[str, object] | None:
     if recording.error is None:
         return None
-    place = recording.pending.place if recording.pending else None
+    pending = recording.pending
+    place = pending.place if pending else None
+    modules = [scope.module for scope in recording.ancestors(pending.scope)] if pending else []
     return {
         "exception": type(recording.error).__name__,
         "message": str(recording.error).strip().splitlines()[0],
         "path": short_path(place.code.co_filename) if place else "",
         "line": place.line if place else 0,
+        "module": modules[-1] if modules else "",
     }
 
 

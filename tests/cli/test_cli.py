@@ -1,0 +1,62 @@
+"""The command as users run it: exit codes, one sentence for bad input, a quick start without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def gradscope(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gradscope", *args], capture_output=True, text=True, check=False, cwd=cwd, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["trace", "--model", "nothing"], 2, "no preset called"),
+        (["trace", "--model", "deepseek-ocr", "--input", "3x3"], 2, "takes a float tensor"),
+        (["trace", "--model", "deepseek-ocr", "--input", "1x3x100x100"], 2, "multiples of 64"),
+        (["trace", "--model", "deepseek-ocr", "--weights", "./no/such/folder"], 2, "no checkpoint folder"),
+        (["trace", "--model", "deepseek-ocr", "-o", "x.bmp"], 2, "names no format"),
+        (["trase"], 2, "No such command"),
+        (["trace"], 2, "--model"),
+    ],
+)
+def test_a_bad_request_is_one_sentence(args: list[str], code: int, words: str) -> None:
+    done = gradscope(*args)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_trace_writes_its_reports_and_overwrites_nothing(tmp_path: Path) -> None:
+    args = ["trace", "--model", "deepseek-ocr", "--no-verify", "--format", "json"]
+    files = ["-o", "s.json", "-o", "g.svg", "-o", "g.png", "-o", "g.dot", "-o", "r.txt"]
+    done = gradscope(*args, *files, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["schema"] == "gradscope.session/1"
+    assert json.loads((tmp_path / "s.json").read_text())["verdict"] == "blocked"
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    assert "encoder.py" in (tmp_path / "g.svg").read_text()
+    assert "GS101" in (tmp_path / "r.txt").read_text()
+    again = gradscope(*args, *files, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys, gradscope\n"
+        "from click.testing import CliRunner\n"
+        "from gradscope.cli.main import group\n"
+        "assert CliRunner().invoke(group, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(group, ['trace', '--help']).exit_code == 0\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,106 @@
+"""The reports over a hand-made session: folding, length, plain terminals, pictures."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from gradscope.findings import Finding, Source
+from gradscope.flow import FlowEdge, FlowGraph, FlowNode
+from gradscope.report import dot, terminal
+from gradscope.report.views import fold
+from gradscope.session import Remedy, Session
+
+
+def node(name: str, kind: str, parent: str | None = None, **fields: object) -> FlowNode:
+    return FlowNode(name, str(fields.pop("label", name)), kind, "blocked", parent, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def session() -> Session:
+    blocks = [node(f"b{i}", "module", "sam", label=f"blocks.{i}", type="Block") for i in range(12)]
+    nodes = [
+        node("input.0", "input"),
+        node("r", "region", label="encode  @inference_mode", finding="F1", path="pkg/encoder.py", line=12),
+        node("sam", "module", "r", module="sam", type="Sam", frozen=True),
+        *blocks,
+        node("o", "operation", "r", label="tokens + x_tok", detail="1x256x1024 bfloat16"),
+    ]
+    edges = [FlowEdge("sam", "o", "blocked"), FlowEdge("b0", "b1", "blocked")]
+    finding = Finding("F1", "GS101", "inference-mode-decorator", "error", "encode runs under inference_mode.",
+                      "pkg/encoder.py", 12, cuts=("sam.w",), verified=True, source="@torch.inference_mode()")  # fmt: skip
+    return Session(
+        kind="trace", verdict="blocked", target={"name": "m", "entry": "encode", "mode": "structural",
+        "device": "cuda", "dtype": "bfloat16", "inputs": ["image 8x8"]},
+        sources={"sam.w": Source("sam.w", "parameter", "blocked", True, ["F1"])}, findings=[finding],
+        fix_set=["F1"], fix_verified=True, graph=FlowGraph(nodes, edges),
+        remedy=Remedy("was", "is", "x = fix(x)"), remarks=["The weights are random."],
+    )  # fmt: skip
+
+
+EXPECTED = """\
+✗ blocked  the gradient does not arrive
+  m.encode(image 8x8)   structural on cuda, bfloat16, 1 runs in 0 s
+  1 parameter: 1 blocked (1 frozen, which blocks nothing)
+
+F1 error GS101 inference-mode-decorator
+   pkg/encoder.py:12
+   > @torch.inference_mode()
+   encode runs under inference_mode.
+   cuts off sam.w
+
+Forward pass
+├── ✗ input.0
+└── ✂ encode  @inference_mode  GS101  pkg/encoder.py:12
+    ├── ✗ sam  Sam  ❄ frozen
+    │   └── ✗ blocks.0-11  x12  Block
+    └── ✗ tokens + x_tok  1x256x1024 bfloat16
+
+Smallest fix: F1 together, verified by running it ✓
+  before  was
+  after   is
+
+  x = fix(x)
+
+What was assumed
+  - The weights are random.
+"""
+
+
+def shown(session: Session, encoding: str = "utf-8", width: int = 80) -> str:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    terminal.render(session, Console(file=stream, width=width, no_color=True))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_the_terminal_report_reads_as_designed(session: Session) -> None:
+    assert shown(session) == EXPECTED
+
+
+def test_an_ascii_terminal_gets_ascii(session: Session) -> None:
+    text = shown(session, "ascii")
+    assert "pkg/encoder.py:12" in text
+    assert text.isascii()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_file_and_line_stay_one_word(session: Session, width: int) -> None:
+    assert "pkg/encoder.py:12" in shown(session, width=width).splitlines()[6 if width < 80 else 5]
+
+
+def test_a_thousand_nodes_fit_the_screen() -> None:
+    nodes = [node(f"n{i}", "module", f"n{i // 3}" if i else None, type=f"T{i}") for i in range(1000)]
+    views = fold(FlowGraph(nodes, []))
+    assert sum(1 for top in views for _ in top.walk()) <= 60
+
+
+def test_the_picture_clusters_regions(session: Session) -> None:
+    source = dot.build(session).source
+    assert "cluster_r" in source
+    assert "blocks.0-11  x12" in source
+    assert dot.render(source, "png").startswith(b"\x89PNG")
+    assert b"tokens + x_tok" in dot.render(source, "svg")

@@ -1,0 +1,150 @@
+"""Small models, each stopped in one way, judged by a real backward; each with a look-alike that is fine."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from gradscope.session import Session
+from gradscope.trace.subject import Built, Subject, Workshop
+from gradscope.trace.tracer import trace_subject
+from gradscope.trace.workshops import open_workshop
+
+
+class Two(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+def no_grad_block(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return x * 2
+
+
+@torch.no_grad()
+def no_grad_decorator(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def switched_off(x: torch.Tensor) -> torch.Tensor:
+    with torch.set_grad_enabled(False):
+        return x * 2
+
+
+@torch.set_grad_enabled(False)
+def switched_off_decorator(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def detached(x: torch.Tensor) -> torch.Tensor:
+    return x.detach() * 2
+
+
+def data(x: torch.Tensor) -> torch.Tensor:
+    return x.data * 2
+
+
+def phantom_view(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return x.view(-1, 4)
+
+
+def enabled_inside(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), torch.enable_grad():
+        return x * 2
+
+
+def inference_off_inside(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), torch.inference_mode(False):
+        return x * 2
+
+
+def unused_no_grad(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        x.norm()
+    return x * 2
+
+
+def straight_through(x: torch.Tensor) -> torch.Tensor:
+    return x + (x.round() - x).detach()
+
+
+def passed_through(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x.contiguous()
+    return y * 2
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+def custom_function(x: torch.Tensor) -> torch.Tensor:
+    return Doubled.apply(x)
+
+
+def run(between: Callable[[torch.Tensor], torch.Tensor], mode: str) -> Session:
+    def prepare(workshop: Workshop) -> nn.Module:
+        return workshop.materialise(lambda filled: Two(between))
+
+    def build(workshop: Workshop, model: nn.Module) -> Built:
+        x = workshop.tensor(torch.randn(3, 4))
+        return Built(model, lambda: model(x), {"input.0": x})
+
+    return trace_subject(Subject("two", "forward", prepare, build), open_workshop(mode, "cpu", None))
+
+
+def reached_by_backward(between: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, bool]:
+    """Ask torch itself, by one true backward pass."""
+    model, x = Two(between), torch.randn(3, 4, requires_grad=True)
+    model(x).sum().backward()
+    named = {**dict(model.named_parameters()), "input.0": x}
+    return {name: tensor.grad is not None for name, tensor in named.items()}
+
+
+CUTS = [
+    (no_grad_block, "GS104", 1), (no_grad_decorator, "GS102", 0), (switched_off, "GS105", 1),
+    (switched_off_decorator, "GS105", 0), (detached, "GS201", 1), (data, "GS202", 1), (phantom_view, "GS104", 1),
+]  # fmt: skip
+LOOK_ALIKES = [enabled_inside, inference_off_inside, unused_no_grad, straight_through, passed_through, custom_function]
+
+
+@pytest.mark.parametrize("mode", ["structural", "real"])
+@pytest.mark.parametrize(("between", "rule", "offset"), CUTS)
+def test_a_cut_is_named_at_its_line(
+    between: Callable[[torch.Tensor], torch.Tensor], rule: str, offset: int, mode: str
+) -> None:
+    session = run(between, mode)
+    truth = reached_by_backward(between)
+    assert {name: s.status == "flows" for name, s in session.sources.items()} == truth
+    assert not all(truth.values())
+    code = inspect.unwrap(between).__code__
+    assert [(f.rule, f.line) for f in session.findings] == [(rule, code.co_firstlineno + offset)]
+    assert session.fix_verified == rule.startswith("GS1")
+
+
+@pytest.mark.parametrize("mode", ["structural", "real"])
+@pytest.mark.parametrize("between", LOOK_ALIKES)
+def test_a_look_alike_is_no_cut(between: Callable[[torch.Tensor], torch.Tensor], mode: str) -> None:
+    session = run(between, mode)
+    assert all(reached_by_backward(between).values())
+    assert session.verdict == "flows"
+    assert session.findings == []

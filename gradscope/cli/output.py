@@ -23,9 +23,7 @@ def format_of(path: Path) -> str:
         return SUFFIXES[path.suffix.lower()]
     except KeyError:
         known = ", ".join(SUFFIXES)
-        raise UsageError(
-            f"The suffix of {path} names no format.", hint=f"Use one of {known}."
-        ) from None
+        raise UsageError(f"The suffix of {path} names no format.", hint=f"Use one of {known}.") from None
 
 
 def write(session: Session, fmt: str, outputs: Sequence[Path], *, color: str, full: bool) -> None:
@@ -42,7 +40,7 @@ def write(session: Session, fmt: str, outputs: Sequence[Path], *, color: str, fu
     elif fmt == "png" and sys.stdout.isatty():
         raise UsageError("A PNG picture cannot go to a terminal.", hint="Use `-o picture.png`.")
     else:
-        click.get_binary_stream("stdout").write(_render(session, fmt, full=full))
+        sys.stdout.buffer.write(_render(session, fmt, full=full))
 
 
 def _render(session: Session, fmt: str, *, full: bool) -> bytes:
@@ -52,8 +50,9 @@ def _render(session: Session, fmt: str, *, full: bool) -> bytes:
         console = Console(width=100, no_color=True, file=None, record=True, quiet=False)
         with console.capture() as captured:
             terminal.render(session, console, full=full)
-        return captured.get().encode()
-    source = dot.build(session, full=full).source
+        text: str = captured.get()
+        return text.encode()
+    source: str = dot.build(session, full=full).source
     if fmt == "dot":
         return source.encode()
     return dot.render(source, fmt)

@@ -17,22 +17,47 @@ from gradscope.targets.spec import Request, load_preset
 
 @click.command("trace", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", "model", required=True, metavar="NAME", help="A preset, such as deepseek-ocr.")
-@click.option("--input", "inputs", multiple=True, metavar="SPEC",
-              help="What to feed: page.png, 1x3x512x512, 1x3x64x64:bfloat16, tensor.pt.")
-@click.option("--mode", type=click.Choice(["auto", "structural", "real"]), default="auto", show_default=True,
-              help="structural: no weights, no arithmetic, any device pretended; real: compute.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SPEC",
+    help="What to feed: page.png, 1x3x512x512, 1x3x64x64:bfloat16, tensor.pt.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["auto", "structural", "real"]),
+    default="auto",
+    show_default=True,
+    help="structural: no weights, no arithmetic, any device pretended; real: compute.",
+)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
 @click.option("--dtype", default=None, type=click.Choice(["float32", "bfloat16", "float16", "float64"]))
-@click.option("--weights", metavar="ID_OR_DIR",
-              help="Load this checkpoint instead of random weights (runs the checkpoint's own code).")
+@click.option(
+    "--weights",
+    metavar="ID_OR_DIR",
+    help="Load this checkpoint instead of random weights (runs the checkpoint's own code).",
+)
 @click.option("--head", is_flag=True, help="Put a trainable Linear(1024, 1280) behind the output.")
 @click.option("--fixed", is_flag=True, help="Trace the model through its reference fixer.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the fix by running it.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--format", "fmt", type=click.Choice(FORMATS), default="text", show_default=True,
-              help="What stdout carries.")
-@click.option("-o", "--output", "outputs", multiple=True, type=click.Path(dir_okay=False, path_type=Path),
-              help="Also write here; the suffix picks the format. Repeatable.")
+@click.option(
+    "--format",
+    "fmt",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="What stdout carries.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write here; the suffix picks the format. Repeatable.",
+)
 @click.option("--force", is_flag=True, help="Overwrite files named by -o.")
 @click.option("--full", is_flag=True, help="Show the whole tree, unfolded.")
 @click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
@@ -62,12 +87,8 @@ def command(
     return int(ExitCode.FINDINGS if session.worst() == "error" else ExitCode.CLEAN)
 
 
-def _trace(
-    model: str, request: Request, mode: str, device: str, dtype: str | None, *, verify: bool
-) -> Session:
+def _trace(model: str, request: Request, mode: str, device: str, dtype: str | None, *, verify: bool) -> Session:
     try:
-        import torch
-
         from gradscope.trace.tracer import trace_subject
         from gradscope.trace.workshops import open_workshop
     except ModuleNotFoundError as error:
@@ -84,5 +105,5 @@ def _trace(
         subject = preset(request)
         if request.weights is not None and mode == "auto":
             mode = "real"
-        workshop = open_workshop(mode, device, getattr(torch, dtype) if dtype else None)
+        workshop = open_workshop(mode, device, dtype)
         return trace_subject(subject, workshop, verify=verify)

@@ -117,15 +117,11 @@ class DifferentiableEncoder(nn.Module):
         self._compile = compile
         self._compiled: Callable[..., torch.Tensor] | None = None
 
-    def forward(
-        self, images: Picture | Sequence[Picture], *, resize: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def forward(self, images: Picture | Sequence[Picture], *, resize: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the tokens ``[B, N, 1024]`` of images; see ``preprocess`` for what images may be."""
         return self.forward_features(self.preprocess(images, resize=resize))
 
-    def preprocess(
-        self, images: Picture | Sequence[Picture], *, resize: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def preprocess(self, images: Picture | Sequence[Picture], *, resize: tuple[int, int] | None = None) -> torch.Tensor:
         """Return normalised pixels ``[B, 3, H, W]`` in the device and dtype of the weights.
 
         Args:
@@ -299,9 +295,7 @@ def _move(module: nn.Module, device: str | torch.device | None) -> None:
         ) from error
 
 
-def _preprocessing(
-    encoder: Any, normalization: str
-) -> tuple[Constants | None, Callable[[Image], torch.Tensor] | None]:
+def _preprocessing(encoder: Any, normalization: str) -> tuple[Constants | None, Callable[[Image], torch.Tensor] | None]:
     """Return mean and standard deviation for tensors, and the transform for images."""
     if normalization == "official":
         return OFFICIAL, _official_transform
@@ -375,9 +369,7 @@ def _open(picture: Any) -> Iterator[Image]:
         with PIL.Image.open(path) as image:
             yield image.convert("RGB")
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise UsageError(
-            f"{path} cannot be read as an image: {error}.", hint="Give a PNG or JPEG file."
-        ) from error
+        raise UsageError(f"{path} cannot be read as an image: {error}.", hint="Give a PNG or JPEG file.") from error
 
 
 def _pages(path: Path) -> list[Image]:
@@ -393,9 +385,7 @@ def _pages(path: Path) -> list[Image]:
             scale = pymupdf.Matrix(PDF_SCALE, PDF_SCALE)
             rendered = [page.get_pixmap(matrix=scale).tobytes("png") for page in document]
     except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read as a PDF: {error}.", hint="Give a PDF without password."
-        ) from error
+        raise UsageError(f"{path} cannot be read as a PDF: {error}.", hint="Give a PDF without password.") from error
     if not rendered:
         raise UsageError(f"{path} has no pages.", hint="Give a PDF with pages.")
     return [PIL.Image.open(io.BytesIO(page)).convert("RGB") for page in rendered]

@@ -60,7 +60,11 @@ def render(source: str, fmt: str) -> bytes:
             hint="pip install 'torch-gradscope[render]', or ask for --format dot.",
         )
     done = subprocess.run(
-        [executable, f"-T{fmt}"], input=source.encode(), capture_output=True, check=False, timeout=SECONDS_TO_RENDER
+        [executable, f"-T{fmt}"],
+        input=source.encode(),
+        capture_output=True,
+        check=False,
+        timeout=SECONDS_TO_RENDER,
     )
     if done.returncode or not done.stdout:
         reason = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
@@ -88,7 +92,7 @@ def _place(dot: graphviz.Digraph, view: ViewNode, session: Session) -> None:
     with dot.subgraph(name=f"cluster_{node.id}") as cluster:
         if node.kind == "region":
             rule = session.finding(node.finding).rule if node.finding else ""
-            label = f"  CUT  {view.label}  {rule}  \\l  {node.path}:{node.line}  \\l"
+            label = f"  CUT  {view.label}  {rule}  \\l  {graphviz.escape(node.path)}:{node.line}  \\l"
             cluster.attr(label=label, color="#c62828", fontcolor="#c62828", penwidth="2.5",
                          style="rounded", fontsize="13", labeljust="l", margin="16")  # fmt: skip
         else:
@@ -101,7 +105,7 @@ def _place(dot: graphviz.Digraph, view: ViewNode, session: Session) -> None:
 
 def _text(view: ViewNode) -> str:
     node = view.node
-    lines = [view.label]
+    lines = [graphviz.escape(view.label)]
     if node.type and node.kind == "module" and node.type not in (view.label, "constructor"):
         lines[0] += f"  {node.type}"
     if node.frozen:

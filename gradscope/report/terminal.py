@@ -81,7 +81,7 @@ class _Page:
             self.console.print()
             self._print(f"  {crash['exception']}: {crash['message']}", style="red")
             where = f"in {crash['module']}" if crash.get("module") else f"at {crash['path']}:{crash['line']}"
-            self._print(f"  raised {where}, caused by:")
+            self._print(f"  raised {where}, caused by:", no_wrap=True)
 
     def _finding(self, finding: Finding) -> None:
         colour = SEVERITY_COLOURS[finding.severity]
@@ -111,7 +111,8 @@ class _Page:
         root = Tree(Text("Forward pass", style="bold"), guide_style="bright_black")
         for view in views:
             self._branch(root, view)
-        self.console.print(root, highlight=False)
+        # A file:line stays one word: the terminal itself wraps what is too long.
+        self.console.print(root, highlight=False, soft_wrap=True)
 
     def _branch(self, tree: Tree, view: ViewNode) -> None:
         branch = tree.add(self._label(view))
@@ -122,12 +123,12 @@ class _Page:
         node = view.node
         if node.kind == "region" and node.finding:
             rule = self.session.finding(node.finding).rule
-            text = Text(f"{self._sign('cut')} {view.label}", style="bold red")
+            text = Text(f"{self._sign('cut')} {self._plain(view.label)}", style="bold red")
             text.append(f"  {rule}", style="red")
-            text.append(f"  {node.path}:{node.line}", style="bold")
+            text.append(f"  {self._plain(node.path)}:{node.line}", style="bold")
             return text
         text = Text(f"{self._sign(node.status)} ", style=COLOURS[node.status])
-        text.append(view.label, style="bold" if node.kind in ("module", "input", "output") else "")
+        text.append(self._plain(view.label), style="bold" if node.kind in ("module", "input", "output") else "")
         if node.kind == "module" and node.type and node.type not in (view.label, "constructor"):
             text.append(f"  {node.type}", style="cyan")
         if node.frozen:
@@ -169,10 +170,15 @@ class _Page:
         groups = Counter(name.split(".")[0] for name in names)
         return f"{len(names)} sources: " + ", ".join(f"{name}.* {count}" for name, count in groups.items())
 
+    def _plain(self, text: str) -> str:
+        """Replace what the terminal's encoding cannot show."""
+        return text.encode("ascii", "replace").decode() if self.ascii else text
+
     def _sign(self, name: str) -> str:
         return SIGNS[name][1 if self.ascii else 0]
 
     def _print(self, text: str, *, style: str = "", no_wrap: bool = False) -> None:
+        text = self._plain(text)
         if no_wrap:
             # A file:line must stay one word, whatever the width.
             self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)

@@ -49,9 +49,7 @@ def fold(graph: FlowGraph, most_lines: int | None = MOST_LINES) -> list[ViewNode
 
 
 def _build(children: dict[str | None, list[FlowNode]], parent: str | None) -> list[ViewNode]:
-    nodes = [
-        ViewNode(node, node.label, [node.id], _build(children, node.id)) for node in children.get(parent, [])
-    ]
+    nodes = [ViewNode(node, node.label, [node.id], _build(children, node.id)) for node in children.get(parent, [])]
     return _fold_preparation(_fold_repeats(nodes))
 
 
@@ -70,9 +68,15 @@ def _fold_repeats(nodes: list[ViewNode]) -> list[ViewNode]:
 
 def _alike(first: ViewNode, other: ViewNode) -> bool:
     a, b = first.node, other.node
-    same = (a.kind, a.type, a.status, a.frozen) == (b.kind, b.type, b.status, b.frozen)
+    same = _shape(first) == _shape(other)
     indexed = a.label.rpartition(".")[2].isdigit() and b.label.rpartition(".")[2].isdigit()
     return same and a.kind == "module" and indexed and a.label.rpartition(".")[0] == b.label.rpartition(".")[0]
+
+
+def _shape(view: ViewNode) -> tuple[object, ...]:
+    """Return what two nodes must share to be shown as one; a break inside one of them keeps it apart."""
+    node = view.node
+    return (node.kind, node.type, node.status, node.frozen, node.finding, *map(_shape, view.children))
 
 
 def _merged(run: list[ViewNode]) -> ViewNode:
@@ -87,18 +91,18 @@ def _merged(run: list[ViewNode]) -> ViewNode:
 
 def _fold_preparation(nodes: list[ViewNode]) -> list[ViewNode]:
     """Fold the steps before the first one that could carry a gradient into ``preprocess``."""
-    steps = [n for n in nodes if n.node.kind in ("operation", "module") and n.node.type != "constructor"]
+    steps = [n for n in nodes if n.node.kind != "input" and n.node.type != "constructor"]
     count = 0
-    while count < len(steps) and steps[count].node.status == "none":
+    while count < len(steps) and steps[count].node.kind != "region" and steps[count].node.status == "none":
         count += 1
-    if count < 2 or count == len(steps) == len(nodes) and nodes[0].node.parent is None:
+    if count < 2 or count == len(steps):
         return nodes
     group = steps[:count]
     last = group[-1].node
     node = FlowNode(group[0].node.id, "preprocess", "operation", "none", last.parent, detail=last.detail)
     merged = ViewNode(node, f"preprocess  ({count} steps)", [i for member in group for i in _ids(member)])
     position = nodes.index(group[0])
-    return [*nodes[:position], merged, *[n for n in nodes[position:] if n not in group]]
+    return [*nodes[:position], merged, *nodes[position + count :]]
 
 
 def _ids(view: ViewNode) -> list[str]:
@@ -113,16 +117,25 @@ def _closed(view: ViewNode, depth: int) -> ViewNode:
     below = depth - 1 if is_module else depth
     children = [_closed(child, below) for child in view.children]
     # One lone operation inside a module says no more than the module itself.
-    if is_module and len(children) < 2 and not any(child.children for child in children):
+    if is_module and len(children) < 2 and not any(child.children or len(child.ids) > 1 for child in children):
         return ViewNode(view.node, view.label, _ids(view))
     return ViewNode(view.node, view.label, view.ids, children)
 
 
 def _shortened(nodes: list[ViewNode], most_lines: int) -> list[ViewNode]:
-    if len(nodes) <= most_lines:
-        room = most_lines - len(nodes)
-        return [ViewNode(n.node, n.label, n.ids, _shortened(n.children, max(room, 1))) for n in nodes]
-    kept = nodes[: max(most_lines - 1, 1)]
-    hidden = len(nodes) - len(kept)
+    """Keep the first lines of a tree that is too long even when closed, and say how many are left out."""
+    total = sum(1 for top in nodes for _ in top.walk())
+    kept, _ = _first_lines(nodes, most_lines - 1)
+    shown = sum(1 for top in kept for _ in top.walk())
     more = FlowNode("more", "more", "operation")
-    return [*kept, ViewNode(more, f"... {hidden} more (--full shows them)", ["more"])]
+    return [*kept, ViewNode(more, f"... {total - shown} more (--full shows them)", ["more"])]
+
+
+def _first_lines(nodes: list[ViewNode], room: int) -> tuple[list[ViewNode], int]:
+    kept: list[ViewNode] = []
+    for view in nodes:
+        if room <= 0:
+            break
+        children, room = _first_lines(view.children, room - 1)
+        kept.append(ViewNode(view.node, view.label, view.ids, children))
+    return kept, room

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -55,9 +56,7 @@ def preset(request: Request) -> Subject:
     def prepare(workshop: Workshop) -> nn.Module:
         if request.weights is not None:
             return load_checkpoint(request.weights, dtype=workshop.dtype, device=workshop.device)
-        return workshop.materialise(
-            lambda filled: build_towers("full", seed=request.seed, initialise=filled)
-        )
+        return workshop.materialise(lambda filled: build_towers("full", seed=request.seed, initialise=filled))
 
     def build(workshop: Workshop, towers: nn.Module) -> Built:
         return _build(encoder_class, workshop, towers, image, entry, request)
@@ -116,7 +115,12 @@ def _image(request: Request) -> Any:
 
 
 def _build(
-    encoder_class: type[nn.Module], workshop: Workshop, towers: nn.Module, image: Any, entry: str, request: Request
+    encoder_class: type[nn.Module],
+    workshop: Workshop,
+    towers: nn.Module,
+    image: Any,
+    entry: str,
+    request: Request,
 ) -> Built:
     options: dict[str, Any] = {"device": workshop.device, "dtype": workshop.dtype, "eager_to_device": False}
     tensor_path = isinstance(image, torch.Tensor)
@@ -152,10 +156,8 @@ def _with_head(model: nn.Module, call: Any, workshop: Workshop) -> tuple[nn.Modu
 
 def _remarks(request: Request, entry: str, image: Any) -> tuple[str, ...]:
     remarks = []
-    try:
+    with suppress(PackageNotFoundError):
         remarks.append(f"{PACKAGE} {version(PACKAGE)}, entered at {entry}.")
-    except PackageNotFoundError:
-        pass
     if request.weights is None:
         remarks.append("The weights are random: where gradients flow does not depend on them.")
     if not torch.cuda.is_available() and not request.fixed:

@@ -64,8 +64,7 @@ class SamTower(nn.Module):
         self.patch_embed = nn.Conv2d(3, shape.hidden, 16, stride=16)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, shape.hidden))
         self.blocks = nn.ModuleList(
-            SamVisionLayer(config, 0 if index in shape.global_layers else shape.window)
-            for index in range(shape.layers)
+            SamVisionLayer(config, 0 if index in shape.global_layers else shape.window) for index in range(shape.layers)
         )
         self.neck = SamVisionNeck(config)
         first, second = shape.compressor

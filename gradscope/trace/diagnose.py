@@ -21,7 +21,23 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__array__"), "GS302"),
     **dict.fromkeys(("argmax", "argmin", "argsort", "multinomial", "one_hot", "nonzero"), "GS401"),
     **dict.fromkeys(
-        "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ bucketize searchsorted".split(), "GS402"
+        [
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "__eq__",
+            "__ne__",
+            "__lt__",
+            "__le__",
+            "__gt__",
+            "__ge__",
+            "bucketize",
+            "searchsorted",
+        ],
+        "GS402",
     ),
     **dict.fromkeys(("long", "int", "short", "char", "byte", "bool", "to", "type"), "GS403"),
 }
@@ -101,9 +117,7 @@ def crash_cuts(recording: Recording) -> dict[Site, Cut]:
 # --- the two graphs --------------------------------------------------------------------------------
 
 
-def _propagate(
-    recording: Recording, start: dict[str, int], bits: dict[str, int]
-) -> tuple[list[int], list[int]]:
+def _propagate(recording: Recording, start: dict[str, int], bits: dict[str, int]) -> tuple[list[int], list[int]]:
     """Return, per value, the sources whose data and whose gradient link reach it (as bit sets)."""
     data = [0] * len(recording.values)
     linked = [0] * len(recording.values)
@@ -144,15 +158,13 @@ def _frontier(
     return cuts
 
 
-def _blame(
-    cuts: dict[Site, Cut], recording: Recording, operation: Operation, sources: set[str]
-) -> None:
+def _blame(cuts: dict[Site, Cut], recording: Recording, operation: Operation, sources: set[str]) -> None:
     """Attribute a lost gradient to the regions that were active, outermost first, or to the call."""
     outer: Site | None = None
     regions: Iterable[Region] = operation.regions
     if operation.regions:
         for region in regions:
-            rule = RULE_OF_REGION.get((region.site.mechanism, region.site.how), "GS105")
+            rule = _rule_of(region.site)
             cut = cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer))
             cut.sources |= sources
             cut.operations.append(operation)
@@ -164,6 +176,11 @@ def _blame(
         cut.sources |= sources
         cut.operations.append(operation)
         cut.module = _module_path(recording, operation)
+
+
+def _rule_of(site: Site) -> str:
+    how = "decorator" if site.how == "decorator" else "block"
+    return RULE_OF_REGION.get((site.mechanism, how), "GS105")
 
 
 def _module_path(recording: Recording, operation: Operation) -> str:

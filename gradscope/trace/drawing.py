@@ -29,9 +29,7 @@ def draw(
 
 
 class _Drawing:
-    def __init__(
-        self, recording: Recording, diagnosis: Diagnosis, ids: dict[Site, str], frozen: set[str]
-    ) -> None:
+    def __init__(self, recording: Recording, diagnosis: Diagnosis, ids: dict[Site, str], frozen: set[str]) -> None:
         self.recording = recording
         self.diagnosis = diagnosis
         self.ids = ids
@@ -119,11 +117,11 @@ class _Drawing:
         above = f"s{parent.id}" if parent else None
         if scope.kind == "region" and scope.region is not None:
             site = scope.region.site
-            label = f"{site.function.rpartition('.')[2]}  @{site.mechanism}" if site.how == "decorator" else site.function
-            path, line = short_path(site.path), site.line
-            self._add(
-                FlowNode(node_id, label, "region", "none", above, path=path, line=line, finding=self.ids[site])
+            label = (
+                f"{site.function.rpartition('.')[2]}  @{site.mechanism}" if site.how == "decorator" else site.function
             )
+            path, line = short_path(site.path), site.line
+            self._add(FlowNode(node_id, label, "region", "none", above, path=path, line=line, finding=self.ids[site]))
             return
         label = scope.module.removeprefix(f"{parent.module}." if parent and parent.module else "") or scope.label
         prefix = f"{scope.module}."

@@ -8,6 +8,7 @@ import inspect
 import linecache
 import os
 import sys
+import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -19,6 +20,7 @@ from gradscope.trace.recording import Place, Site
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+STDLIB_FOLDER = sysconfig.get_path("stdlib") + os.sep
 # The fixers are code under test when they are traced, not part of the tracer.
 FIXER_FOLDER = os.path.join(OWN_FOLDER, "fix") + os.sep
 RUNNER_FILE = os.path.join(OWN_FOLDER, "trace", "runner.py")
@@ -29,6 +31,8 @@ def is_user_file(filename: str) -> bool:
     """Tell whether a file belongs to the model or a library, and not to torch or to the tracer."""
     if filename.startswith(FIXER_FOLDER):
         return True
+    if filename.startswith(STDLIB_FOLDER) and "site-packages" not in filename:
+        return False
     return not filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<"))
 
 

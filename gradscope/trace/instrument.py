@@ -46,9 +46,9 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
     direction, so that an outer region stays visible.
     """
     with ExitStack() as stack:
-        for cls, disables in ((no_grad, True), (enable_grad, False)):
-            _patch_switch(stack, cls, observer, neutralised, lambda self, off=disables: off)
-        _patch_switch(stack, inference_mode, observer, neutralised, lambda self: bool(self.mode))
+        _patch_switch(stack, no_grad, observer, neutralised)
+        _patch_switch(stack, enable_grad, observer, neutralised)
+        _patch_switch(stack, inference_mode, observer, neutralised)
         _patch_set_grad_enabled(stack, observer, neutralised)
         _patch_custom_functions(stack, observer)
         _hook_modules(stack, observer)
@@ -74,13 +74,7 @@ def _replace(stack: ExitStack, owner: type, name: str, replacement: Any) -> None
     stack.callback(restore)
 
 
-def _patch_switch(
-    stack: ExitStack,
-    cls: type,
-    observer: Observer,
-    neutralised: frozenset[Site],
-    disables: Callable[[Any], bool],
-) -> None:
+def _patch_switch(stack: ExitStack, cls: type, observer: Observer, neutralised: frozenset[Site]) -> None:
     enter, leave = cls.__enter__, cls.__exit__  # type: ignore[attr-defined]
     skipped: set[int] = set()
 
@@ -91,7 +85,7 @@ def _patch_switch(
             skipped.add(id(self))
             return None
         result = enter(self)
-        observer.enter_region(self, Region(site, disables(self), call_chain(frame)))
+        observer.enter_region(self, Region(site, _disables(self), call_chain(frame)))
         return result
 
     def __exit__(self: Any, *exc_info: Any) -> Any:
@@ -105,26 +99,29 @@ def _patch_switch(
     _replace(stack, cls, "__exit__", __exit__)
 
 
-def _patch_set_grad_enabled(
-    stack: ExitStack, observer: Observer, neutralised: frozenset[Site]
-) -> None:
+def _disables(switch: Any) -> bool:
+    """Tell what a switch does: ``inference_mode(False)`` turns gradients on again, even inside no_grad."""
+    return bool(switch.mode) if isinstance(switch, inference_mode) else isinstance(switch, no_grad)
+
+
+def _patch_set_grad_enabled(stack: ExitStack, observer: Observer, neutralised: frozenset[Site]) -> None:
     """Patch the switch that acts when it is constructed, whether or not a ``with`` follows."""
     construct, wrap = set_grad_enabled.__init__, set_grad_enabled.__call__
     enter, leave = set_grad_enabled.__enter__, set_grad_enabled.__exit__
 
     def begin(self: Any, frame: FrameType) -> None:
         site = region_site(frame, "set_grad_enabled")
+        if site in neutralised:
+            self.mode = self.prev
+            torch._C._set_grad_enabled(self.prev)
+            return
         observer.enter_region(self, Region(site, not self.mode, call_chain(frame)))
 
     def __init__(self: Any, mode: bool) -> None:
         frame = sys._getframe(1)
         # no_grad constructs a set_grad_enabled of its own on entering: that is no site.
-        own = not is_user_file(frame.f_code.co_filename) and "func" not in frame.f_locals
-        if not own and region_site(frame, "set_grad_enabled") in neutralised:
-            self.prev = self.mode = torch.is_grad_enabled()
-            return
         construct(self, mode)
-        if not own:
+        if is_user_file(frame.f_code.co_filename):
             begin(self, frame)
 
     def __call__(self: Any, func: Any) -> Any:
@@ -133,22 +130,17 @@ def _patch_set_grad_enabled(
 
     def __enter__(self: Any) -> Any:
         frame = sys._getframe(1)
-        if "func" in frame.f_locals and not is_user_file(frame.f_code.co_filename):
-            # Under a decorator the switch was cloned inside torch: only here its site is known.
-            if region_site(frame, "set_grad_enabled") in neutralised:
-                self.mode = self.prev
-            else:
-                begin(self, frame)
+        # Under a decorator the switch was cloned inside torch: only here its site is known.
+        if not is_user_file(frame.f_code.co_filename):
+            begin(self, frame)
         return enter(self)
 
     def __exit__(self: Any, *exc_info: Any) -> Any:
         observer.leave_region(self)
         return leave(self, *exc_info)
 
-    for name, function in (("__init__", __init__), ("__call__", __call__)):
-        _replace(stack, set_grad_enabled, name, function)
-    for name, function in (("__enter__", __enter__), ("__exit__", __exit__)):
-        _replace(stack, set_grad_enabled, name, function)
+    for function in (__init__, __call__, __enter__, __exit__):
+        _replace(stack, set_grad_enabled, function.__name__, function)
 
 
 def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:

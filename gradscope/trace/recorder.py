@@ -22,9 +22,34 @@ from gradscope.trace.recording import CONSTRUCTOR, Operation, Place, Recording, 
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
 SHAPE_ONLY = frozenset(
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like "
-    "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ "
-    "storage_offset data_ptr untyped_storage is_same_size result_type retain_grad register_hook".split()
+    [
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "size",
+        "stride",
+        "dim",
+        "numel",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_inference",
+        "requires_grad_",
+        "storage_offset",
+        "data_ptr",
+        "untyped_storage",
+        "is_same_size",
+        "result_type",
+        "retain_grad",
+        "register_hook",
+    ]
 )
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
@@ -88,9 +113,7 @@ class Recorder(TorchFunctionMode):
         self._finish(name, inputs, outputs, place)
         return result
 
-    def _finish(
-        self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], place: Place | None
-    ) -> None:
+    def _finish(self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], place: Place | None) -> None:
         self.recording.pending = None
         if inputs and (outputs or name in ESCAPES):
             self.recording.operations.append(self._operation(name, inputs, outputs, place))

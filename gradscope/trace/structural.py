@@ -45,10 +45,10 @@ class PretendedDevice:
             module = factory()
         made: dict[int, torch.Tensor] = {}
         for owner in module.modules():
-            for table in (owner._parameters, owner._buffers):
-                for name, tensor in table.items():
+            for store in ("_parameters", "_buffers"):
+                for name, tensor in list(owner.__dict__[store].items()):
                     if tensor is not None:
-                        table[name] = made.setdefault(id(tensor), self._pretend(tensor, dtype))
+                        owner.__dict__[store][name] = made.setdefault(id(tensor), self._pretend(tensor, dtype))
         return module
 
     def tensor(self, real: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -67,9 +67,7 @@ class PretendedDevice:
         if self.device.type == "cpu":
             return False
         wanted = [kwargs.get("device"), *args[:2]]
-        return any(
-            isinstance(item, (str, torch.device)) and str(item).startswith(self.device.type) for item in wanted
-        )
+        return any(isinstance(item, (str, torch.device)) and str(item).startswith(self.device.type) for item in wanted)
 
 
 def _is_real(value: Any) -> bool:

@@ -75,7 +75,7 @@ def _refuse_unanalysed(subject: Subject, recording: Recording) -> None:
         ) from error
     if error is None and not recording.sinks:
         raise NotAnalysedError(
-            f"{subject.name}.{subject.entry} returned no floating-point tensor, so there is nothing to ask a gradient of."
+            f"{subject.name}.{subject.entry} returned no floating-point tensor: there is nothing to ask a gradient of."
         )
 
 
@@ -99,7 +99,8 @@ def _target(subject: Subject, workshop: Workshop) -> dict[str, object]:
 def _sources(proof: Proof, ids: dict[Site, str]) -> dict[str, Source]:
     crashed = proof.first.recording.error is not None
     sources: dict[str, Source] = {}
-    for name, status in proof.diagnosis.statuses.items():
+    for name, seen in proof.diagnosis.statuses.items():
+        status = seen
         found = [ids[site] for site, cut in proof.cuts.items() if name in cut.sources]
         if crashed:
             healed = proof.healed.recording.reached if proof.healed else frozenset()

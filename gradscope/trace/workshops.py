@@ -14,11 +14,11 @@ from gradscope.trace.subject import Workshop
 
 Module = TypeVar("Module", bound=nn.Module)
 
-NOT_THERE = {
-    "cuda": lambda: not torch.cuda.is_available(),
-    "mps": lambda: not torch.backends.mps.is_available(),
-    "cpu": lambda: False,
-}
+
+def _is_there(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    return torch.backends.mps.is_available() if kind == "mps" else kind == "cpu"
 
 
 class RealWorkshop:
@@ -29,7 +29,7 @@ class RealWorkshop:
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         kind = torch.device(device).type
-        if NOT_THERE.get(kind, lambda: True)():
+        if not _is_there(kind):
             raise UsageError(
                 f"Real mode on {device} needs that device, and torch {torch.__version__} finds none here.",
                 hint="Use `--device cpu`, or leave out `--mode real`: structural mode pretends the device.",
@@ -65,7 +65,7 @@ class StructuralWorkshop:
         return self.simulate.tensor(real, self.dtype)
 
 
-def open_workshop(mode: str, device: str, dtype: torch.dtype | None) -> Workshop:
+def open_workshop(mode: str, device: str, dtype: str | None = None) -> Workshop:
     """Return the workshop for a mode and a device; ``auto`` means structural on pretended CUDA.
 
     Without a wish for the dtype it is bfloat16 on an accelerator and float32 on the CPU, as the
@@ -73,7 +73,7 @@ def open_workshop(mode: str, device: str, dtype: torch.dtype | None) -> Workshop
     """
     if device == "auto":
         device = "cuda" if mode != "real" or torch.cuda.is_available() else "cpu"
-    chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    chosen: torch.dtype = getattr(torch, dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16"))
     if mode == "real":
         return RealWorkshop(device, chosen)
     return StructuralWorkshop(device, chosen)

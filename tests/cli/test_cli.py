@@ -12,7 +12,12 @@ import pytest
 
 def gradscope(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gradscope", *args], capture_output=True, text=True, check=False, cwd=cwd, timeout=300
+        [sys.executable, "-m", "gradscope", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        timeout=300,
     )
 
 

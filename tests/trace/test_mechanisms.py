@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from collections.abc import Callable
 
 import pytest
@@ -30,6 +31,12 @@ class Two(nn.Module):
 
 def no_grad_block(x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
+        return x * 2
+
+
+def exit_stack(x: torch.Tensor) -> torch.Tensor:
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
         return x * 2
 
 
@@ -121,10 +128,17 @@ def reached_by_backward(between: Callable[[torch.Tensor], torch.Tensor]) -> dict
 
 
 CUTS = [
-    (no_grad_block, "GS104", 1), (no_grad_decorator, "GS102", 0), (switched_off, "GS105", 1),
+    (no_grad_block, "GS104", 1), (exit_stack, "GS104", 2), (no_grad_decorator, "GS102", 0), (switched_off, "GS105", 1),
     (switched_off_decorator, "GS105", 0), (detached, "GS201", 1), (data, "GS202", 1), (phantom_view, "GS104", 1),
 ]  # fmt: skip
-LOOK_ALIKES = [enabled_inside, inference_off_inside, unused_no_grad, straight_through, passed_through, custom_function]
+LOOK_ALIKES = [
+    enabled_inside,
+    inference_off_inside,
+    unused_no_grad,
+    straight_through,
+    passed_through,
+    custom_function,
+]
 
 
 @pytest.mark.parametrize("mode", ["structural", "real"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch

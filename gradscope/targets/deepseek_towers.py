@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, CLIPVisionConfig, SamVisionConfig
+from transformers import CLIPVisionConfig, SamVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.sam.modeling_sam import SamVisionLayer, SamVisionNeck
 
@@ -160,6 +160,8 @@ def load_checkpoint(id_or_dir: str, *, dtype: torch.dtype, device: torch.device)
             f"There is no checkpoint folder {id_or_dir}.",
             hint="Give a folder with config.json, or a hub id such as deepseek-ai/DeepSeek-OCR.",
         )
+    from transformers import AutoModel  # a second of imports that the random towers do without
+
     try:
         model: Any = AutoModel.from_pretrained(
             str(folder) if looks_local else id_or_dir,

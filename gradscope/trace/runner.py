@@ -56,8 +56,7 @@ class Runner:
         return Run(recorder.recording, frozen, parameters)
 
     def _prepare(self) -> nn.Module:
-        # In structural mode the parts cost nothing; a constructor may well have mutilated them.
-        if self._prepared is None or getattr(self.workshop, "simulate", None) is not None:
+        if self._prepared is None:
             self._prepared = self.subject.prepare(self.workshop)
         return self._prepared
 

@@ -27,6 +27,8 @@ SIGNS = {
     "cut": ("✂", "X"), "flows": ("→", ">"), "blocked": ("✗", "x"), "none": ("·", "."),
     "frozen": ("❄ frozen", "frozen"), "yes": ("✓", "ok"),
 }  # fmt: skip
+# Wide enough for any line of the tree; a terminal that is narrower wraps it itself.
+LONGEST_LINE = 240
 
 
 def render(session: Session, console: Console, *, full: bool = False) -> None:
@@ -110,31 +112,47 @@ class _Page:
         self.console.print()
         root = Tree(Text("Forward pass", style="bold"), guide_style="bright_black")
         for view in views:
-            self._branch(root, view)
+            self._branch(root, view, self.console.width - 4)
         # A file:line stays one word: the terminal itself wraps what is too long.
-        self.console.print(root, highlight=False, soft_wrap=True)
+        width = self.console.width
+        self.console.width = max(width, LONGEST_LINE)
+        try:
+            self.console.print(root, highlight=False, soft_wrap=True)
+        finally:
+            self.console.width = width
 
-    def _branch(self, tree: Tree, view: ViewNode) -> None:
-        branch = tree.add(self._label(view))
+    def _branch(self, tree: Tree, view: ViewNode, room: int) -> None:
+        branch = tree.add(self._label(view, room))
         for child in view.children:
-            self._branch(branch, child)
+            self._branch(branch, child, room - 4)
 
-    def _label(self, view: ViewNode) -> Text:
+    def _label(self, view: ViewNode, room: int) -> Text:
+        """Return one line of the tree; what does not fit into ``room`` columns is left out."""
         node = view.node
         if node.kind == "region" and node.finding:
-            rule = self.session.finding(node.finding).rule
-            text = Text(f"{self._sign('cut')} {self._plain(view.label)}", style="bold red")
-            text.append(f"  {rule}", style="red")
-            text.append(f"  {self._plain(node.path)}:{node.line}", style="bold")
-            return text
+            return self._cut_label(view, room)
         text = Text(f"{self._sign(node.status)} ", style=COLOURS[node.status])
         text.append(self._plain(view.label), style="bold" if node.kind in ("module", "input", "output") else "")
-        if node.kind == "module" and node.type and node.type not in (view.label, "constructor"):
-            text.append(f"  {node.type}", style="cyan")
-        if node.frozen:
-            text.append(f"  {self._sign('frozen')}", style="blue")
-        if node.detail:
-            text.append(f"  {node.detail}", style="bright_black")
+        parts = [(self._sign("frozen"), "blue")] if node.frozen else []
+        parts += [(node.detail, "bright_black")] if node.detail else []
+        named = node.kind == "module" and node.type not in ("", view.label, "constructor")
+        if named and len(text) + sum(len(part) + 2 for part, _ in parts) + len(node.type) + 2 <= room:
+            parts.insert(0, (node.type, "cyan"))
+        for part, style in parts:
+            if len(text) + 2 + len(part) <= room:
+                text.append(f"  {part}", style=style)
+        return text
+
+    def _cut_label(self, view: ViewNode, room: int) -> Text:
+        node = view.node
+        rule = self.session.finding(node.finding).rule if node.finding else ""
+        where = f"  {self._plain(node.path)}:{node.line}"
+        label = self._plain(view.label)
+        if len(label) + len(rule) + len(where) + 4 > room:
+            label = label.partition("  @")[0]
+        text = Text(f"{self._sign('cut')} {label}", style="bold red")
+        text.append(f"  {rule}", style="red")
+        text.append(where, style="bold")
         return text
 
     def _way_out(self) -> None:

@@ -11,21 +11,18 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.checkpoint import checkpoint as checkpointed
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from gradscope.errors import UsageError
+from gradscope.fix.checkpointing import blocks_to_checkpoint, checkpointing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,9 +41,6 @@ TOWERS = ("sam", "clip_pre", "clip_tr")
 PAGE = (1024, 1024)
 PDF_SCALE = 2.0
 TENSOR_HINT = "Give [3, H, W] or [B, 3, H, W], uint8 or floating point in [0, 1]."
-
-# Blocks that have run once in this process; see _run_checkpointed.
-_warm: WeakSet[nn.Module] = WeakSet()
 
 
 class DifferentiableEncoder(nn.Module):
@@ -109,7 +103,7 @@ class DifferentiableEncoder(nn.Module):
                 self.position_table = nn.Parameter(own_table)
             else:
                 self.register_buffer("position_table", own_table, persistent=False)
-            self._blocks = _blocks_to_checkpoint(self, checkpoint)
+            self._blocks = blocks_to_checkpoint(self, checkpoint)
             self._set_trainable(trainable)
             _move(self, device)
         self.training = self.sam.training
@@ -167,7 +161,7 @@ class DifferentiableEncoder(nn.Module):
             return self._compiled(self, pixels)
         if not self._blocks or not torch.is_grad_enabled():
             return self._features(pixels)
-        with _checkpointing(self._blocks):
+        with checkpointing(self._blocks):
             return self._features(pixels)
 
     @property
@@ -389,59 +383,3 @@ def _pages(path: Path) -> list[Image]:
     if not rendered:
         raise UsageError(f"{path} has no pages.", hint="Give a PDF with pages.")
     return [PIL.Image.open(io.BytesIO(page)).convert("RGB") for page in rendered]
-
-
-# --- activation checkpointing ----------------------------------------------------------------------
-
-
-def _blocks_to_checkpoint(module: nn.Module, mode: str) -> tuple[nn.Module, ...]:
-    towers = {"none": (), "sam": ("sam",), "all": ("sam", "clip_tr")}[mode]
-    found: list[nn.Module] = []
-    for tower in towers:
-        blocks = _repeated_blocks(getattr(module, tower))
-        if not blocks:
-            raise UsageError(
-                f"checkpoint={mode!r} finds no list of equal blocks in {tower}.",
-                hint='Use checkpoint="none".',
-            )
-        found += blocks
-    return tuple(found)
-
-
-def _repeated_blocks(tower: nn.Module) -> list[nn.Module]:
-    """Return the blocks of the outermost lists of one class (``sam.blocks``, ``clip_tr.layers``)."""
-    if isinstance(tower, nn.ModuleList) and len({type(block) for block in tower}) == 1:
-        return list(tower)
-    return [block for child in tower.children() for block in _repeated_blocks(child)]
-
-
-@contextmanager
-def _checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Recompute every block in the backward pass of what runs inside; the blocks are restored on exit."""
-    with ExitStack() as restore:
-        # An early stop would throw through TorchScript where a block ends in a scripted function.
-        restore.enter_context(set_checkpoint_early_stop(False))
-        for block in blocks:
-            own = block.__dict__.get("forward")
-            inner = block.forward
-            block.forward = partial(_run_checkpointed, block, inner)
-            if own is None:
-                restore.callback(block.__dict__.pop, "forward")
-            else:
-                restore.callback(block.__dict__.__setitem__, "forward", own)
-        yield
-
-
-def _run_checkpointed(block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run one block so that only its input is kept.
-
-    The very first call of a ``torch.jit.script`` function saves its tensors in another order than every
-    later one. Checkpointing pairs them by order, so a first call in the forward pass and a second in the
-    recomputation would swap them and give wrong gradients without an error: run each block once before.
-    """
-    if block not in _warm:
-        cuda = [arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.is_cuda][:1]
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            inner(*args, **kwargs)
-        _warm.add(block)
-    return checkpointed(inner, *args, use_reentrant=False, **kwargs)

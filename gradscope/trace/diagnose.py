@@ -70,6 +70,20 @@ class Diagnosis:
     cuts: dict[Site, Cut]
     outside_cuts: dict[Site, Cut]
     live: set[int]
+    losses: list[tuple[Operation, int]] = field(default_factory=list)
+
+    def needs(self, site: Site) -> bool:
+        """Tell whether some source is lost only where this region is active.
+
+        Then the source stays blocked as long as the region is entered, whatever else is removed.
+        """
+        inside = outside = 0
+        for operation, lost in self.losses:
+            if any(region.site == site for region in operation.regions):
+                inside |= lost
+            else:
+                outside |= lost
+        return bool(inside & ~outside)
 
     @property
     def blocked(self) -> set[str]:
@@ -93,11 +107,13 @@ def diagnose(recording: Recording) -> Diagnosis:
             statuses[name] = "blocked" if flowing & bits[name] else "unused"
     wanted = sum(bits[name] for name, status in statuses.items() if status == "blocked")
     outside = sum(bits[name] for name in recording.outside)
+    losses = _frontier(recording, linked, live, wanted)
     return Diagnosis(
         statuses=statuses,
-        cuts=_frontier(recording, linked, live, wanted, bits),
-        outside_cuts=_frontier(recording, linked, live, outside, bits),
+        cuts=_cuts(recording, losses, bits),
+        outside_cuts=_cuts(recording, _frontier(recording, linked, live, outside), bits),
         live=live,
+        losses=losses,
     )
 
 
@@ -142,19 +158,23 @@ def _live_values(recording: Recording) -> set[int]:
     return live
 
 
-def _frontier(
-    recording: Recording, linked: list[int], live: set[int], wanted: int, bits: dict[str, int]
-) -> dict[Site, Cut]:
-    cuts: dict[Site, Cut] = {}
-    if not wanted:
-        return cuts
-    for operation in recording.operations:
+def _frontier(recording: Recording, linked: list[int], live: set[int], wanted: int) -> list[tuple[Operation, int]]:
+    """Return the operations that lose the gradient of wanted sources, each with those (as a bit set)."""
+    losses: list[tuple[Operation, int]] = []
+    for operation in recording.operations if wanted else ():
         if not live.intersection(operation.outputs):
             continue
         kept = _union(linked, operation.outputs)
         lost = _union(linked, operation.inputs) & ~kept & wanted
         if lost:
-            _blame(cuts, recording, operation, {name for name, bit in bits.items() if bit & lost})
+            losses.append((operation, lost))
+    return losses
+
+
+def _cuts(recording: Recording, losses: list[tuple[Operation, int]], bits: dict[str, int]) -> dict[Site, Cut]:
+    cuts: dict[Site, Cut] = {}
+    for operation, lost in losses:
+        _blame(cuts, recording, operation, {name for name, bit in bits.items() if bit & lost})
     return cuts
 
 

@@ -75,6 +75,8 @@ def _minimise(runner: Runner, proof: Proof) -> None:
     for site in proof.fix:
         if len(kept) == 1:
             break
+        if proof.diagnosis.needs(site):
+            continue  # the first run itself shows it: no further run can say otherwise
         without = frozenset(kept) - {site}
         run = runner.run(without)
         proof.runs += 1

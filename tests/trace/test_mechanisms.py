@@ -155,6 +155,34 @@ def test_a_cut_is_named_at_its_line(
     assert session.fix_verified == rule.startswith("GS1")
 
 
+def nested(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), torch.inference_mode():
+        return no_grad_decorator(x)
+
+
+def parallel(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        first = x * 2
+    with torch.inference_mode():
+        second = x * 3
+    return first.clone() + second.clone()
+
+
+def test_three_nested_cuts_are_all_needed() -> None:
+    session = run(nested, "real")
+    assert [f.rule for f in session.findings] == ["GS104", "GS103", "GS102"]
+    assert [f.behind for f in session.findings] == [None, "F1", "F2"]
+    assert session.fix_set == ["F1", "F2", "F3"]
+    assert session.fix_verified
+
+
+def test_of_two_parallel_cuts_one_is_enough_for_the_gradient_to_arrive() -> None:
+    session = run(parallel, "real")
+    assert {f.rule for f in session.findings} == {"GS104", "GS103"}
+    assert len(session.fix_set) == 1
+    assert session.fix_verified
+
+
 @pytest.mark.parametrize("mode", ["structural", "real"])
 @pytest.mark.parametrize("between", LOOK_ALIKES)
 def test_a_look_alike_is_no_cut(between: Callable[[torch.Tensor], torch.Tensor], mode: str) -> None:

@@ -59,13 +59,19 @@ def render(source: str, fmt: str) -> bytes:
             "No Graphviz renderer is installed.",
             hint="pip install 'torch-gradscope[render]', or ask for --format dot.",
         )
-    done = subprocess.run(
-        [executable, f"-T{fmt}"],
-        input=source.encode(),
-        capture_output=True,
-        check=False,
-        timeout=SECONDS_TO_RENDER,
-    )
+    try:
+        done = subprocess.run(
+            [executable, f"-T{fmt}"],
+            input=source.encode(),
+            capture_output=True,
+            check=False,
+            timeout=SECONDS_TO_RENDER,
+        )
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"{executable} did not draw the graph within {SECONDS_TO_RENDER} seconds.",
+            hint="Ask for the source instead (-o graph.dot), or leave out --full.",
+        ) from None
     if done.returncode or not done.stdout:
         reason = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
         raise UsageError(f"{executable} could not draw the graph: {reason[0]}")

@@ -141,7 +141,7 @@ def _build(
         call = model.forward_features if tensor_path else model
     if request.head:
         model, call = _with_head(model, call, workshop)
-    return Built(model=model, call=lambda: call(argument), inputs=inputs, origin=towers)
+    return Built(model=model, call=lambda: call(argument), inputs=inputs)
 
 
 def _with_head(model: nn.Module, call: Any, workshop: Workshop) -> tuple[nn.Module, Any]:

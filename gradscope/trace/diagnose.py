@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gradscope.trace.frames import function_name_of, source_site
+from gradscope.trace.frames import code_name, source_site
 from gradscope.trace.recording import Operation, Recording, Region, Site
 
 # How an operation that stops the gradient by itself is called in the catalogue.
@@ -57,7 +57,6 @@ class Cut:
     rule: str
     sources: set[str] = field(default_factory=set)
     chain: tuple[str, ...] = ()
-    operations: list[Operation] = field(default_factory=list)
     outer: Site | None = None
     module: str = ""
 
@@ -187,14 +186,12 @@ def _blame(cuts: dict[Site, Cut], recording: Recording, operation: Operation, so
             rule = _rule_of(region.site)
             cut = cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer))
             cut.sources |= sources
-            cut.operations.append(operation)
             outer = region.site
     elif operation.place is not None:
         site = source_site(operation.place, operation.name)
         rule = RULE_OF_OPERATION.get(operation.name, "GS503")
-        cut = cuts.setdefault(site, Cut(site, rule, chain=(function_name_of(operation.place),)))
+        cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
         cut.sources |= sources
-        cut.operations.append(operation)
         cut.module = _module_path(recording, operation)
 
 

@@ -48,6 +48,12 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
+def user_place(frame: FrameType | None) -> Place | None:
+    """Return where in user code ``frame`` was called from; see :func:`user_frame`."""
+    found = user_frame(frame)
+    return Place(found.f_code, found.f_lasti, found.f_lineno) if found else None
+
+
 def call_chain(frame: FrameType | None) -> tuple[str, ...]:
     """Return the user functions that are active above ``frame``, outermost first.
 
@@ -63,11 +69,16 @@ def call_chain(frame: FrameType | None) -> tuple[str, ...]:
 
 def function_name(frame: FrameType) -> str:
     """Return ``Class.method`` or ``function`` for a frame."""
-    code = frame.f_code
-    if sys.version_info >= (3, 11):
-        return code.co_qualname.replace("<locals>.", "")
     owner = frame.f_locals.get("self")
-    return f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_name
+    if sys.version_info < (3, 11) and owner is not None:
+        return f"{type(owner).__name__}.{frame.f_code.co_name}"
+    return code_name(frame.f_code)
+
+
+def code_name(code: CodeType) -> str:
+    """Return ``Class.method`` or ``function`` for a code object (without the class on Python 3.10)."""
+    name: str = getattr(code, "co_qualname", code.co_name)
+    return name.replace("<locals>.", "")
 
 
 def region_site(frame: FrameType, mechanism: str) -> Site:
@@ -135,12 +146,6 @@ def short_path(path: str) -> str:
     return os.path.relpath(path, nearest)
 
 
-def function_name_of(place: Place) -> str:
-    """Return the name of the function that a place lies in."""
-    name: str = getattr(place.code, "co_qualname", place.code.co_name)
-    return name.replace("<locals>.", "")
-
-
 def source_site(place: Place, mechanism: str) -> Site:
     """Return the site of a call that stops the gradient by itself."""
-    return Site(place.code.co_filename, place.line, function_name_of(place), mechanism, "call")
+    return Site(place.code.co_filename, place.line, code_name(place.code), mechanism, "call")

@@ -16,40 +16,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.trace.frames import user_frame
+from gradscope.trace.frames import user_place
 from gradscope.trace.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Value
+from gradscope.trace.subject import Caller
 
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
 SHAPE_ONLY = frozenset(
-    [
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "size",
-        "stride",
-        "dim",
-        "numel",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "is_inference",
-        "requires_grad_",
-        "storage_offset",
-        "data_ptr",
-        "untyped_storage",
-        "is_same_size",
-        "result_type",
-        "retain_grad",
-        "register_hook",
-    ]
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like "
+    "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ storage_offset "
+    "data_ptr untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled".split()
 )
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
@@ -60,15 +36,15 @@ ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__bool_
 class Recorder(TorchFunctionMode):
     """See every torch call while active; the result is :attr:`recording`.
 
-    ``module_names`` maps ``id(module)`` to its ``named_modules`` path, ``simulate`` is called in
-    place of each torch function (structural mode runs it on a pretended device).
+    ``module_names`` maps ``id(module)`` to its ``named_modules`` path, ``run`` is called for each torch
+    function (structural mode runs it on a pretended device).
     """
 
-    def __init__(self, simulate: Callable[..., Any] | None = None) -> None:
+    def __init__(self, run: Caller) -> None:
         super().__init__()
         self.recording = Recording()
         self.module_names: dict[int, str] = {}
-        self._simulate = simulate
+        self._run = run
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._leaf_ids: set[int] = set()
         self._regions: list[tuple[object, Region, int]] = []
@@ -95,48 +71,38 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ == "__get__" and _operation_name(func) is None:
-            return func(*args, **kwargs)  # shape, dtype, device: nine calls of ten
-        run = self._simulate or _plain
         name = _operation_name(func)
-        if name is None:
-            return run(func, args, kwargs)
-        frame = user_frame(sys._getframe(1))
-        place = Place(frame.f_code, frame.f_lasti, frame.f_lineno) if frame else None
-        inputs = tuple(self._value_of(tensor) for tensor in tensors_in((args, kwargs)))
-        self.recording.pending = self._operation(name, inputs, (), place)
-        result = run(func, args, kwargs)
-        produced = result
-        if name in ("__setitem__", "__set__"):
-            produced = args[0]
-        outputs = tuple(self._remember(tensor).id for tensor in tensors_in(produced))
-        self._finish(name, inputs, outputs, place)
+        if name is None:  # shape, dtype, device: nine calls of ten
+            is_read = func.__name__ == "__get__"
+            return func(*args, **kwargs) if is_read else self._run(func, args, kwargs)
+        pending = self._begin(name, (args, kwargs), user_place(sys._getframe(1)))
+        result = self._run(func, args, kwargs)
+        self._finish(pending, args[0] if name in ("__setitem__", "__set__") else result)
         return result
-
-    def _finish(self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], place: Place | None) -> None:
-        self.recording.pending = None
-        if inputs and (outputs or name in ESCAPES):
-            self.recording.operations.append(self._operation(name, inputs, outputs, place))
-
-    def _operation(
-        self, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], place: Place | None
-    ) -> Operation:
-        scope = self._scopes[-1] if self._scopes else None
-        regions = responsible_regions([region for _, region, _ in self._regions])
-        return Operation(len(self.recording.operations), name, inputs, outputs, place, scope, regions)
 
     def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
         """Record one ``autograd.Function.apply`` as a single operation."""
-        inputs = tuple(self._value_of(tensor) for tensor in tensors_in(args))
-        frame = user_frame(sys._getframe(2))
-        place = Place(frame.f_code, frame.f_lasti, frame.f_lineno) if frame else None
-        inner = len(self.recording.operations)
+        pending = self._begin(name, args, user_place(sys._getframe(2)))
         result = call()
         # What ran inside is the function's own business: its gradient is its backward.
-        del self.recording.operations[inner:]
-        outputs = tuple(self._remember(tensor).id for tensor in tensors_in(result))
-        self._finish(name, inputs, outputs, place)
+        del self.recording.operations[pending.index :]
+        self._finish(pending, result)
         return result
+
+    def _begin(self, name: str, arguments: Any, place: Place | None) -> Operation:
+        inputs = tuple(self._value_of(tensor) for tensor in tensors_in(arguments))
+        scope = self._scopes[-1] if self._scopes else None
+        regions = responsible_regions([region for _, region, _ in self._regions])
+        pending = Operation(len(self.recording.operations), name, inputs, (), place, scope, regions)
+        self.recording.pending = pending
+        return pending
+
+    def _finish(self, pending: Operation, produced: Any) -> None:
+        self.recording.pending = None
+        pending.outputs = tuple(self._remember(tensor).id for tensor in tensors_in(produced))
+        if pending.inputs and (pending.outputs or pending.name in ESCAPES):
+            pending.index = len(self.recording.operations)
+            self.recording.operations.append(pending)
 
     # --- regions and modules ----------------------------------------------------------------
 
@@ -273,10 +239,4 @@ def _operation_name(func: Any) -> str | None:
     if name == "__get__":
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         return attribute if attribute in DATA_PROPERTIES else None
-    if name == "_set_grad_enabled" or name in SHAPE_ONLY:
-        return None
-    return str(name)
-
-
-def _plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
+    return None if name in SHAPE_ONLY else str(name)

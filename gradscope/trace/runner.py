@@ -14,7 +14,7 @@ from gradscope.trace.autograd import reached_leaves
 from gradscope.trace.instrument import observe
 from gradscope.trace.recorder import Recorder, tensors_in
 from gradscope.trace.recording import Recording, Site
-from gradscope.trace.subject import Built, Subject, Workshop
+from gradscope.trace.subject import Built, Caller, Subject, Workshop
 
 
 @dataclass(slots=True)
@@ -40,8 +40,7 @@ class Runner:
         Every run builds its model anew around the prepared parts, so that no run can leave an
         inference tensor in a cache for the next. Switches neutralised: see ``instrument``.
         """
-        simulate = getattr(self.workshop, "simulate", None)
-        recorder = Recorder(_absorbing(simulate, self.subject.absorbed))
+        recorder = Recorder(_absorbing(self.workshop.run, self.subject.absorbed))
         with _untouched_state():
             origin = self._prepare()
             with observe(recorder, neutralised), torch.enable_grad(), recorder:
@@ -64,7 +63,7 @@ class Runner:
         recording = recorder.recording
         try:
             result = built.call()
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # the target's own: the tracer judges whether autograd is its cause
             recording.error = error
             return
         sinks = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
@@ -123,12 +122,12 @@ def _untouched_state() -> Iterator[None]:
         torch.set_rng_state(random_state)
 
 
-def _absorbing(simulate: Any, absorbed: frozenset[str]) -> Any:
+def _absorbing(run: Caller, absorbed: frozenset[str]) -> Caller:
     """Return a caller of torch functions for which the absorbed methods give back their tensor."""
 
     def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__name__", "") in absorbed:
             return args[0]
-        return simulate(func, args, kwargs) if simulate else func(*args, **kwargs)
+        return run(func, args, kwargs)
 
-    return call
+    return call if absorbed else run

@@ -26,7 +26,7 @@ class PretendedDevice:
         self.device = torch.device(device)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, under fake tensors where it takes one or asks for the device."""
         if self._asks_for_device(args, kwargs) or _has_fake(args, kwargs):
             with self._mode:
@@ -48,14 +48,11 @@ class PretendedDevice:
             for store in ("_parameters", "_buffers"):
                 for name, tensor in list(owner.__dict__[store].items()):
                     if tensor is not None:
-                        owner.__dict__[store][name] = made.setdefault(id(tensor), self._pretend(tensor, dtype))
+                        owner.__dict__[store][name] = made.setdefault(id(tensor), self.pretend(tensor, dtype))
         return module
 
-    def tensor(self, real: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return a fake tensor of the same shape on the device."""
-        return self._pretend(real, dtype)
-
-    def _pretend(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def pretend(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a fake tensor of the same shape and strides on the device; integers keep their dtype."""
         dtype = dtype if tensor.is_floating_point() else tensor.dtype
         with self._mode:
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -13,12 +13,20 @@ from gradscope.session import Remedy
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# Runs one torch function: ``(function, args, kwargs) -> result``.
+Caller: TypeAlias = "Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]"
+
 
 class Workshop(Protocol):
     """Builds modules and inputs for the mode of the run (real, or structural on a pretended device)."""
 
+    mode: Literal["real", "structural"]
     device: torch.device
     dtype: torch.dtype
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one torch function as the mode has it."""
+        ...
 
     def materialise(self, factory: Callable[[bool], Module]) -> Module:
         """Build a module; the factory is told whether to give the weights values."""
@@ -34,14 +42,12 @@ class Built:
     """A model and one call of it, ready to run.
 
     ``call`` runs the forward pass and returns its outputs, ``inputs`` are the tensors among its
-    arguments that a gradient is wanted for (name to tensor), ``origin`` a module that the model was
-    made from: its parameters that did not become the model's own are watched too.
+    arguments that a gradient is wanted for (name to tensor).
     """
 
     model: nn.Module
     call: Callable[[], Any]
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    origin: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def _target(subject: Subject, workshop: Workshop) -> dict[str, object]:
     return {
         "name": subject.name,
         "entry": subject.entry,
-        "mode": getattr(workshop, "mode", "real"),
+        "mode": workshop.mode,
         "device": workshop.device.type,
         "dtype": str(workshop.dtype).removeprefix("torch."),
         "inputs": list(subject.inputs),
@@ -207,7 +207,7 @@ def _crash(recording: Recording) -> dict[str, object] | None:
 
 def _remarks(subject: Subject, workshop: Workshop, proof: Proof) -> list[str]:
     remarks = list(subject.remarks)
-    if getattr(workshop, "mode", "real") == "structural":
+    if workshop.mode == "structural":
         if workshop.device.type != "cpu":
             remarks.append(
                 f"The {workshop.device.type} device was pretended with fake tensors: shapes, devices and "

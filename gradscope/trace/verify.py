@@ -1,7 +1,8 @@
 """Take the cuts away and run again, until the gradient arrives; then make the set small.
 
 A cut counts as part of the fix only if a run showed it: with the whole set neutralised the gradient
-arrives, and without this one it does not.
+arrives, and without this one it does not (shown by a further run, or by the first one where
+``Diagnosis.needs`` says that it lies on every path).
 """
 
 from __future__ import annotations

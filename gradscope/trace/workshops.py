@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -24,8 +24,7 @@ def _is_there(kind: str) -> bool:
 class RealWorkshop:
     """Builds models that compute; the device has to be there."""
 
-    mode = "real"
-    simulate = None
+    mode: Literal["real", "structural"] = "real"
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         kind = torch.device(device).type
@@ -36,6 +35,10 @@ class RealWorkshop:
             )
         self.device = torch.device(device)
         self.dtype = dtype
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one torch function."""
+        return func(*args, **kwargs)
 
     def materialise(self, factory: Callable[[bool], Module]) -> Module:
         """Build the module with values and move it to the device and dtype of the run."""
@@ -49,20 +52,21 @@ class RealWorkshop:
 class StructuralWorkshop:
     """Builds models without values; nothing is computed, shapes and autograd are true."""
 
-    mode = "structural"
+    mode: Literal["real", "structural"] = "structural"
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.simulate = PretendedDevice(device)
-        self.device = self.simulate.device
+        self._pretended = PretendedDevice(device)
+        self.run = self._pretended.run
+        self.device = self._pretended.device
         self.dtype = dtype
 
     def materialise(self, factory: Callable[[bool], Module]) -> Module:
         """Build the module without memory for its weights."""
-        return self.simulate.materialise(lambda: factory(False), self.dtype)
+        return self._pretended.materialise(lambda: factory(False), self.dtype)
 
     def tensor(self, real: torch.Tensor) -> torch.Tensor:
         """Return a fake tensor of the same shape on the pretended device."""
-        return self.simulate.tensor(real, self.dtype)
+        return self._pretended.pretend(real, self.dtype)
 
 
 def open_workshop(mode: str, device: str, dtype: str | None = None) -> Workshop:

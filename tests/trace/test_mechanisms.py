@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradscope.errors import NotAnalysedError
 from gradscope.session import Session
 from gradscope.trace.subject import Built, Subject, Workshop
 from gradscope.trace.tracer import trace_subject
@@ -190,3 +191,12 @@ def test_a_look_alike_is_no_cut(between: Callable[[torch.Tensor], torch.Tensor],
     assert all(reached_by_backward(between).values())
     assert session.verdict == "flows"
     assert session.findings == []
+
+
+@pytest.mark.parametrize("error", [TypeError("two arguments"), KeyError("mask"), ValueError("")])
+def test_a_model_that_fails_on_its_own_is_not_analysed(error: Exception) -> None:
+    def between(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(NotAnalysedError, match=type(error).__name__):
+        run(between, "real")

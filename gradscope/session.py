@@ -34,7 +34,8 @@ class Session:
 
     ``verdict`` is ``flows``, ``partial``, ``blocked`` or ``crashes``. ``remarks`` tell what was
     assumed or done for the run (random weights, parameters unfrozen), ``unseen`` what could not
-    be looked into.
+    be looked into. A scan has no sources and no graph; its ``entries`` say for public methods whether a
+    gradient gets through (``function``, ``status``, ``chain``, ``findings``).
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Session:
     remedy: Remedy | None = None
     remarks: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
 
     def finding(self, finding_id: str) -> Finding:
@@ -87,6 +89,7 @@ class Session:
             "remedy": self.remedy.to_dict() if self.remedy else None,
             "remarks": list(self.remarks),
             "unseen": list(self.unseen),
+            "entries": [dict(entry) for entry in self.entries],
             "stats": dict(self.stats),
         }
 
@@ -114,6 +117,7 @@ class Session:
             remedy=Remedy(**data["remedy"]) if data.get("remedy") else None,
             remarks=data.get("remarks", []),
             unseen=data.get("unseen", []),
+            entries=data.get("entries", []),
             stats=data.get("stats", {}),
         )
 

@@ -10,7 +10,11 @@ import click
 from gradscope._version import version
 from gradscope.errors import ExitCode, GradscopeError
 
-COMMANDS = {"trace": ("gradscope.cli.trace", "Run a model once and say whether the gradient arrives.")}
+COMMANDS = {
+    "scan": ("gradscope.cli.scan", "Find what stops gradients in source code, importing none of it."),
+    "trace": ("gradscope.cli.trace", "Run a model once and say whether the gradient arrives."),
+    "explain": ("gradscope.cli.explain", "Explain a rule, or list them all."),
+}
 
 
 class LazyGroup(click.Group):

@@ -10,20 +10,31 @@ import click
 from rich.console import Console
 
 from gradscope.errors import UsageError
-from gradscope.report import dot, machine, terminal
+from gradscope.report import dot, github, machine, scan_terminal, terminal
 from gradscope.session import Session
 
-FORMATS = ["text", "json", "dot", "svg", "png"]
+FORMATS = ["text", "json", "github", "dot", "svg", "png"]
+# A scan has no graph to draw.
+SCAN_FORMATS = ["text", "json", "github"]
 SUFFIXES = {".txt": "text", ".json": "json", ".dot": "dot", ".gv": "dot", ".svg": "svg", ".png": "png"}
+TEXT_FILE_WIDTH = 100
 
 
-def format_of(path: Path) -> str:
-    """Return the format that a file's suffix asks for."""
-    try:
-        return SUFFIXES[path.suffix.lower()]
-    except KeyError:
-        known = ", ".join(SUFFIXES)
-        raise UsageError(f"The suffix of {path} names no format.", hint=f"Use one of {known}.") from None
+def format_of(path: Path, formats: Sequence[str] = FORMATS) -> str:
+    """Return the format that a file's suffix asks for; raise UsageError where it is none of ``formats``."""
+    fmt = SUFFIXES.get(path.suffix.lower())
+    if fmt is None or fmt not in formats:
+        known = ", ".join(suffix for suffix, each in SUFFIXES.items() if each in formats)
+        raise UsageError(f"The suffix of {path} names no format that can be written here.", hint=f"Use one of {known}.")
+    return fmt
+
+
+def check_outputs(outputs: Sequence[Path], formats: Sequence[str], *, force: bool) -> None:
+    """Refuse, before any work is done, outputs of no known format and files that are there already."""
+    for path in outputs:
+        format_of(path, formats)
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists already.", hint="Choose another name, or add --force.")
 
 
 def write(session: Session, fmt: str, outputs: Sequence[Path], *, color: str, full: bool) -> None:
@@ -36,7 +47,7 @@ def write(session: Session, fmt: str, outputs: Sequence[Path], *, color: str, fu
             raise UsageError(f"Cannot write {path}: {error.strerror}.") from error
         click.echo(f"wrote {path}", err=True)
     if fmt == "text":
-        terminal.render(session, _console(color), full=full)
+        _print(session, _console(color), full=full)
     elif fmt == "png" and sys.stdout.isatty():
         raise UsageError("A PNG picture cannot go to a terminal.", hint="Use `-o picture.png`.")
     else:
@@ -46,16 +57,23 @@ def write(session: Session, fmt: str, outputs: Sequence[Path], *, color: str, fu
 def _render(session: Session, fmt: str, *, full: bool) -> bytes:
     if fmt == "json":
         return machine.render_json(session).encode()
+    if fmt == "github":
+        return github.render_github(session).encode()
     if fmt == "text":
-        console = Console(width=100, no_color=True, file=None, record=True, quiet=False)
+        console = Console(width=TEXT_FILE_WIDTH, no_color=True)
         with console.capture() as captured:
-            terminal.render(session, console, full=full)
+            _print(session, console, full=full)
         text: str = captured.get()
         return text.encode()
     source: str = dot.build(session, full=full).source
     if fmt == "dot":
         return source.encode()
     return dot.render(source, fmt)
+
+
+def _print(session: Session, console: Console, *, full: bool) -> None:
+    page = scan_terminal if session.kind == "scan" else terminal
+    page.render(session, console, full=full)
 
 
 def _console(color: str) -> Console:

@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from gradscope.cli.output import FORMATS, format_of, write
-from gradscope.errors import ExitCode, UsageError
+from gradscope.cli.options import gate_options, report_options
+from gradscope.cli.output import FORMATS, check_outputs, write
+from gradscope.errors import UsageError
+from gradscope.gate import Gate
 from gradscope.session import Session
 from gradscope.targets.spec import Request, load_preset
 
@@ -42,30 +44,14 @@ from gradscope.targets.spec import Request, load_preset
 @click.option("--fixed", is_flag=True, help="Trace the model through its reference fixer.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the fix by running it.")
 @click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--format",
-    "fmt",
-    type=click.Choice(FORMATS),
-    default="text",
-    show_default=True,
-    help="What stdout carries.",
-)
-@click.option(
-    "-o",
-    "--output",
-    "outputs",
-    multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write here; the suffix picks the format. Repeatable.",
-)
-@click.option("--force", is_flag=True, help="Overwrite files named by -o.")
+@gate_options()
+@report_options(FORMATS)
 @click.option("--full", is_flag=True, help="Show the whole tree, unfolded.")
-@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
-@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def command(
     model: str, inputs: tuple[str, ...], mode: str, device: str, dtype: str | None, weights: str | None,
-    head: bool, fixed: bool, verify: bool, seed: int, fmt: str, outputs: tuple[Path, ...], force: bool,
-    full: bool, color: str, quiet: bool,
+    head: bool, fixed: bool, verify: bool, seed: int, select: tuple[str, ...], ignore: tuple[str, ...],
+    per_file: tuple[str, ...], fail_on: str, fmt: str, outputs: tuple[Path, ...], force: bool, color: str,
+    quiet: bool, full: bool,
 ) -> int:  # fmt: skip
     """Run a model once and say for every parameter and input whether the gradient arrives.
 
@@ -75,16 +61,14 @@ def command(
       gradscope trace --model deepseek-ocr --input 1x3x512x512 --mode real --device cpu
       gradscope trace --model deepseek-ocr --fixed -o healed.svg
     """
-    for path in outputs:
-        format_of(path)
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists already.", hint="Choose another name, or add --force.")
+    gate = Gate.of(select, ignore, per_file, fail_on)
+    check_outputs(outputs, FORMATS, force=force)
     request = Request(inputs=inputs, weights=weights, seed=seed, fixed=fixed, head=head)
     progress = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
     with progress.status(f"Tracing {model} ..."):
-        session = _trace(model, request, mode, device, dtype, verify=verify)
+        session = gate.filtered(_trace(model, request, mode, device, dtype, verify=verify))
     write(session, fmt, outputs, color=color, full=full)
-    return int(ExitCode.FINDINGS if session.worst() == "error" else ExitCode.CLEAN)
+    return int(gate.exit_code(session))
 
 
 def _trace(model: str, request: Request, mode: str, device: str, dtype: str | None, *, verify: bool) -> Session:

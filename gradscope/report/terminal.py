@@ -1,17 +1,15 @@
-"""The report in a terminal: verdict, findings, the tree with its breaks, the way out."""
+"""A trace in a terminal: verdict, findings, the tree with its breaks, the way out."""
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 
 from rich.console import Console
-from rich.markup import escape
 from rich.syntax import Syntax
 from rich.text import Text
 from rich.tree import Tree
 
-from gradscope.findings import Finding
+from gradscope.report.page import Page
 from gradscope.report.views import MOST_LINES, ViewNode, fold
 from gradscope.session import Session
 
@@ -22,51 +20,40 @@ VERDICTS = {
     "crashes": ("red", "autograd refuses the run"),
 }
 COLOURS = {"flows": "green", "blocked": "red", "none": "bright_black"}
-SEVERITY_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
-SIGNS = {
-    "cut": ("✂", "X"), "flows": ("→", ">"), "blocked": ("✗", "x"), "none": ("·", "."),
-    "frozen": ("❄ frozen", "frozen"), "yes": ("✓", "ok"),
-}  # fmt: skip
 # Wide enough for any line of the tree; a terminal that is narrower wraps it itself.
 LONGEST_LINE = 240
 
 
 def render(session: Session, console: Console, *, full: bool = False) -> None:
     """Print the session; the tree is folded to about 45 lines unless ``full``."""
-    _Page(session, console).show(full)
+    _TracePage(session, console).show(full)
 
 
-class _Page:
-    def __init__(self, session: Session, console: Console) -> None:
-        self.session = session
-        self.console = console
-        encoding = (console.encoding or "ascii").lower().replace("-", "")
-        self.ascii = not encoding.startswith("utf")
-
+class _TracePage(Page):
     def show(self, full: bool) -> None:
         self._verdict()
         for finding in self.session.findings:
             if finding.severity != "note":
-                self._finding(finding)
+                self.finding(finding)
         self._tree(full)
         for finding in self.session.findings:
             if finding.severity == "note":
-                self._finding(finding)
+                self.finding(finding)
         self._way_out()
-        self._list("What was assumed", self.session.remarks)
-        self._list("What could not be seen", self.session.unseen)
+        self.bullets("What was assumed", self.session.remarks)
+        self.bullets("What could not be seen", self.session.unseen)
 
     # --- sections ---------------------------------------------------------------------------
 
     def _verdict(self) -> None:
         session = self.session
         colour, words = VERDICTS[session.verdict]
-        sign = self._sign("yes" if session.verdict == "flows" else "blocked")
+        sign = self.sign("yes" if session.verdict == "flows" else "blocked")
         target = session.target
         self.console.print(f"[bold {colour}]{sign} {session.verdict}[/]  {words}", highlight=False)
         line = f"{target['name']}.{target['entry']}({', '.join(target['inputs'])})"
         how = f"{target['mode']} on {target['device']}, {target['dtype']}"
-        self._print(f"  {line}   {how}, {session.stats.get('runs', 1)} runs in {session.stats.get('seconds', 0)} s")
+        self.print(f"  {line}   {how}, {session.stats.get('runs', 1)} runs in {session.stats.get('seconds', 0)} s")
         for kind in ("input", "parameter"):
             group = [source for source in session.sources.values() if source.kind == kind]
             if not group:
@@ -77,33 +64,13 @@ class _Page:
             frozen = sum(source.frozen for source in group)
             tail = f" ({frozen} frozen, which blocks nothing)" if frozen else ""
             names = f" [{group[0].name}]" if kind == "input" and len(group) == 1 else ""
-            self._print(f"  {len(group)} {noun}{names}: {words}{tail}")
+            self.print(f"  {len(group)} {noun}{names}: {words}{tail}")
         if session.crash is not None:
             crash = session.crash
             self.console.print()
-            self._print(f"  {crash['exception']}: {crash['message']}", style="red")
+            self.print(f"  {crash['exception']}: {crash['message']}", style="red")
             where = f"in {crash['module']}" if crash.get("module") else f"at {crash['path']}:{crash['line']}"
-            self._print(f"  raised {where}, caused by:", no_wrap=True)
-
-    def _finding(self, finding: Finding) -> None:
-        colour = SEVERITY_COLOURS[finding.severity]
-        self.console.print()
-        head = Text(f"{finding.id} ", style="bold")
-        head.append(f"{finding.severity} {finding.rule} {finding.name}", style=f"bold {colour}")
-        if finding.behind:
-            head.append(f"  behind {finding.behind}", style="bold")
-        self.console.print(head, highlight=False)
-        self._print(f"   {finding.path}:{finding.line}", style="bold", no_wrap=True)
-        if finding.source:
-            self._print(f"   > {finding.source}", style=colour)
-        self._print(f"   {finding.message}")
-        if finding.cuts and finding.severity != "note":
-            self._print(f"   cuts off {self._summary(finding.cuts)}")
-        if len(finding.chain) > 1:
-            arrow = " -> " if self.ascii else " → "
-            self._print(f"   reached by {arrow.join(finding.chain)}")
-        if finding.fix:
-            self._print(f"   {finding.fix}", style="green")
+            self.print(f"  raised {where}, caused by:", no_wrap=True)
 
     def _tree(self, full: bool) -> None:
         views = fold(self.session.graph, None if full else MOST_LINES)
@@ -131,9 +98,9 @@ class _Page:
         node = view.node
         if node.kind == "region" and node.finding:
             return self._cut_label(view, room)
-        text = Text(f"{self._sign(node.status)} ", style=COLOURS[node.status])
-        text.append(self._plain(view.label), style="bold" if node.kind in ("module", "input", "output") else "")
-        parts = [(self._sign("frozen"), "blue")] if node.frozen else []
+        text = Text(f"{self.sign(node.status)} ", style=COLOURS[node.status])
+        text.append(self.plain(view.label), style="bold" if node.kind in ("module", "input", "output") else "")
+        parts = [(self.sign("frozen"), "blue")] if node.frozen else []
         parts += [(node.detail, "bright_black")] if node.detail else []
         named = node.kind == "module" and node.type not in ("", view.label, "constructor")
         if named and len(text) + sum(len(part) + 2 for part, _ in parts) + len(node.type) + 2 <= room:
@@ -146,11 +113,11 @@ class _Page:
     def _cut_label(self, view: ViewNode, room: int) -> Text:
         node = view.node
         rule = self.session.finding(node.finding).rule if node.finding else ""
-        where = f"  {self._plain(node.path)}:{node.line}"
-        label = self._plain(view.label)
+        where = f"  {self.plain(node.path)}:{node.line}"
+        label = self.plain(view.label)
         if len(label) + len(rule) + len(where) + 4 > room:
             label = label.partition("  @")[0]
-        text = Text(f"{self._sign('cut')} {label}", style="bold red")
+        text = Text(f"{self.sign('cut')} {label}", style="bold red")
         text.append(f"  {rule}", style="red")
         text.append(where, style="bold")
         return text
@@ -160,47 +127,15 @@ class _Page:
         if session.fix_set:
             self.console.print()
             proven = "verified by running it" if session.fix_verified else "not verified"
-            sign = self._sign("yes") if session.fix_verified else "?"
-            self._print(f"Smallest fix: {' + '.join(session.fix_set)} together, {proven} {sign}", style="bold green")
+            sign = self.sign("yes") if session.fix_verified else "?"
+            self.print(f"Smallest fix: {' + '.join(session.fix_set)} together, {proven} {sign}", style="bold green")
         elif session.worst() == "error":
             self.console.print()
-            self._print("No fix was found that a run could verify.", style="bold yellow")
+            self.print("No fix was found that a run could verify.", style="bold yellow")
         if session.remedy is not None and session.worst() == "error":
-            self._print(f"  before  {session.remedy.before}", style="red")
-            self._print(f"  after   {session.remedy.after}", style="green")
+            self.print(f"  before  {session.remedy.before}", style="red")
+            self.print(f"  after   {session.remedy.after}", style="green")
             self.console.print()
             code = Syntax("", "python", background_color="default").highlight(session.remedy.code)
             for row in code.split("\n"):
                 self.console.print(Text("  ").append_text(row), soft_wrap=True)
-
-    def _list(self, title: str, lines: list[str]) -> None:
-        if lines:
-            self.console.print()
-            self._print(title, style="bold bright_black")
-            for line in lines:
-                self._print(f"  - {line}", style="bright_black")
-
-    # --- small parts ------------------------------------------------------------------------
-
-    def _summary(self, names: tuple[str, ...]) -> str:
-        if len(names) <= 3:
-            return ", ".join(names)
-        groups = Counter(name.split(".")[0] for name in names)
-        return f"{len(names)} sources: " + ", ".join(f"{name}.* {count}" for name, count in groups.items())
-
-    def _plain(self, text: str) -> str:
-        """Replace what the terminal's encoding cannot show."""
-        return text.encode("ascii", "replace").decode() if self.ascii else text
-
-    def _sign(self, name: str) -> str:
-        return SIGNS[name][1 if self.ascii else 0]
-
-    def _print(self, text: str, *, style: str = "", no_wrap: bool = False) -> None:
-        text = self._plain(text)
-        if no_wrap:
-            # A file:line must stay one word, whatever the width.
-            self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
-            return
-        indent = " " * (len(text) - len(text.lstrip()))
-        for line in textwrap.wrap(text, self.console.width, subsequent_indent=indent, break_on_hyphens=False):
-            self.console.print(Text(line, style=style), soft_wrap=True)

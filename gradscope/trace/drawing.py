@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
+from gradscope.paths import short_path
 from gradscope.trace.diagnose import Diagnosis
-from gradscope.trace.frames import expression, short_path
+from gradscope.trace.frames import expression
 from gradscope.trace.recording import CONSTRUCTOR, Operation, Recording, Scope, Site
 
 LONGEST_LABEL = 52

@@ -136,16 +136,6 @@ def expression(place: Place) -> str:
     return source_line(place.code.co_filename, place.line)
 
 
-def short_path(path: str) -> str:
-    """Return a path relative to the working folder or to the import folder it lies in."""
-    roots = [os.getcwd(), *(entry for entry in sys.path if entry)]
-    inside = [root for root in roots if path.startswith(os.path.join(root, ""))]
-    if not inside:
-        return path
-    nearest = max(inside, key=len)
-    return os.path.relpath(path, nearest)
-
-
 def source_site(place: Place, mechanism: str) -> Site:
     """Return the site of a call that stops the gradient by itself."""
     return Site(place.code.co_filename, place.line, code_name(place.code), mechanism, "call")

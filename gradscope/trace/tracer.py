@@ -10,11 +10,12 @@ import torch
 from gradscope._version import version
 from gradscope.errors import NotAnalysedError
 from gradscope.findings import Finding, Source
+from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.session import Session
 from gradscope.trace.diagnose import Cut, Diagnosis
 from gradscope.trace.drawing import draw
-from gradscope.trace.frames import short_path, source_line
+from gradscope.trace.frames import source_line
 from gradscope.trace.recording import Recording, Site
 from gradscope.trace.runner import Runner
 from gradscope.trace.subject import Subject, Workshop

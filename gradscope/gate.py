@@ -1,0 +1,99 @@
+"""The gate: which findings count, and which exit code they make. The same for every command."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from gradscope.errors import ExitCode, UsageError
+from gradscope.findings import SEVERITIES, Finding
+from gradscope.rules import RULES
+from gradscope.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What counts: rule codes chosen and left out (a prefix such as ``GS2`` is its family), and from where on.
+
+    ``per_file`` holds ``(path pattern, code)`` pairs to leave out; ``fail_on`` is a severity or ``never``.
+    """
+
+    select: frozenset[str] = frozenset(RULES)
+    ignore: frozenset[str] = frozenset()
+    per_file: tuple[tuple[str, str], ...] = ()
+    fail_on: str = "error"
+
+    @classmethod
+    def of(
+        cls,
+        select: Iterable[str] = (),
+        ignore: Iterable[str] = (),
+        per_file: Iterable[str] = (),
+        fail_on: str = "error",
+    ) -> Gate:
+        """Return the gate that options ask for; each may hold several values divided by commas.
+
+        Raises:
+            UsageError: a rule that does not exist, or a per-file ignore that is no ``PATTERN:RULE``.
+        """
+        chosen = codes(select) or frozenset(RULES)
+        pairs: list[tuple[str, str]] = []
+        for item in per_file:
+            pattern, colon, rules = item.rpartition(":")
+            if not (colon and pattern):
+                raise UsageError(f"{item!r} is no per-file ignore.", hint="Write PATTERN:RULE, as in 'tests/*:GS104'.")
+            pairs += [(pattern, code) for code in sorted(codes([rules]))]
+        return cls(chosen, codes(ignore), tuple(pairs), fail_on)
+
+    def lets_through(self, finding: Finding) -> bool:
+        """Tell whether a finding is to be left out of the report."""
+        if finding.rule not in self.select or finding.rule in self.ignore:
+            return True
+        path = finding.path.replace("\\", "/")
+        return any(
+            code == finding.rule and (fnmatch(path, pattern) or fnmatch(path, f"*/{pattern}"))
+            for pattern, code in self.per_file
+        )
+
+    def filtered(self, session: Session) -> Session:
+        """Return the session with the findings that count; its verdict follows them where it is a scan's."""
+        findings = [finding for finding in session.findings if not self.lets_through(finding)]
+        if len(findings) == len(session.findings):
+            return session
+        kept = {finding.id for finding in findings}
+        entries = [
+            {**entry, "findings": [each for each in entry["findings"] if each in kept]} for entry in session.entries
+        ]
+        verdict = session.verdict
+        if session.kind == "scan":
+            verdict = scan_verdict(findings)
+        return dataclasses.replace(session, findings=findings, entries=entries, verdict=verdict)
+
+    def exit_code(self, session: Session) -> ExitCode:
+        """Return 1 for a finding at or above the gate, 3 where something could not be read, else 0."""
+        if self.fail_on == "never":
+            return ExitCode.CLEAN
+        worst = session.worst()
+        if worst is not None and SEVERITIES.index(worst) <= SEVERITIES.index(self.fail_on):
+            return ExitCode.FINDINGS
+        return ExitCode.NOT_ANALYSED if session.kind == "scan" and session.unseen else ExitCode.CLEAN
+
+
+def scan_verdict(findings: Iterable[Finding]) -> str:
+    """Return a scan's verdict: ``blocked`` for an error, ``partial`` for a warning, else ``flows``."""
+    present = {finding.severity for finding in findings}
+    return "blocked" if "error" in present else "partial" if "warning" in present else "flows"
+
+
+def codes(given: Iterable[str]) -> frozenset[str]:
+    """Return the rule codes that options name by code, name or family; raise UsageError for an unknown one."""
+    found: set[str] = set()
+    for text in given:
+        for part in filter(None, (item.strip() for item in text.split(","))):
+            matching = {code for code, name in RULES.items() if code.startswith(part.upper()) or name == part.lower()}
+            if not matching:
+                raise UsageError(f"There is no rule {part!r}.", hint="`gradscope explain` lists them all.")
+            found |= matching
+    return frozenset(found)

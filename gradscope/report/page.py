@@ -1,0 +1,84 @@
+"""What every terminal report is made of: findings, lists, and text that any terminal can show."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from gradscope.findings import Finding
+from gradscope.session import Session
+
+SEVERITY_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+SIGNS = {
+    "cut": ("✂", "X"), "flows": ("→", ">"), "blocked": ("✗", "x"), "none": ("·", "."),
+    "frozen": ("❄ frozen", "frozen"), "yes": ("✓", "ok"), "maybe": ("!", "!"),
+}  # fmt: skip
+
+
+class Page:
+    """A session on its way to a console; ASCII stands in where the terminal's encoding has no more."""
+
+    def __init__(self, session: Session, console: Console) -> None:
+        self.session = session
+        self.console = console
+        encoding = (console.encoding or "ascii").lower().replace("-", "")
+        self.ascii = not encoding.startswith("utf")
+
+    def finding(self, finding: Finding) -> None:
+        """Print one finding: what, where, the line, why, and what to do."""
+        colour = SEVERITY_COLOURS[finding.severity]
+        self.console.print()
+        head = Text(f"{finding.id} ", style="bold")
+        head.append(f"{finding.severity} {finding.rule} {finding.name}", style=f"bold {colour}")
+        if finding.behind:
+            head.append(f"  behind {finding.behind}", style="bold")
+        self.console.print(head, highlight=False)
+        self.print(f"   {finding.path}:{finding.line}", style="bold", no_wrap=True)
+        if finding.source:
+            self.print(f"   > {finding.source}", style=colour)
+        self.print(f"   {finding.message}")
+        if finding.cuts and finding.severity != "note":
+            self.print(f"   cuts off {self._summary(finding.cuts)}")
+        if len(finding.chain) > 1:
+            arrow = " -> " if self.ascii else " → "
+            self.print(f"   reached by {arrow.join(finding.chain)}")
+        if finding.fix:
+            self.print(f"   {finding.fix}", style="green")
+
+    def bullets(self, title: str, lines: Sequence[str]) -> None:
+        """Print a titled list; nothing where it is empty."""
+        if lines:
+            self.console.print()
+            self.print(title, style="bold bright_black")
+            for line in lines:
+                self.print(f"  - {line}", style="bright_black")
+
+    def _summary(self, names: tuple[str, ...]) -> str:
+        if len(names) <= 3:
+            return ", ".join(names)
+        groups = Counter(name.split(".")[0] for name in names)
+        return f"{len(names)} sources: " + ", ".join(f"{name}.* {count}" for name, count in groups.items())
+
+    def plain(self, text: str) -> str:
+        """Replace what the terminal's encoding cannot show."""
+        return text.encode("ascii", "replace").decode() if self.ascii else text
+
+    def sign(self, name: str) -> str:
+        """Return a sign that the terminal can show."""
+        return SIGNS[name][1 if self.ascii else 0]
+
+    def print(self, text: str, *, style: str = "", no_wrap: bool = False) -> None:
+        """Print text wrapped to the console, its indent kept; ``no_wrap`` keeps a file:line whole."""
+        text = self.plain(text)
+        if no_wrap:
+            # A file:line must stay one word, whatever the width.
+            self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+            return
+        indent = " " * (len(text) - len(text.lstrip()))
+        for line in textwrap.wrap(text, self.console.width, subsequent_indent=indent, break_on_hyphens=False):
+            self.console.print(Text(line, style=style), soft_wrap=True)

@@ -1,0 +1,117 @@
+"""What one file says, as small plain data: written by ``walk.py``, cached, joined by ``reach.py``.
+
+Atoms tell what a result depends on. Whether one carries a gradient is only known once the classes of the
+package are joined.
+
+- ``param:x``: a parameter that may hold floats
+- ``attr:x``: ``self.x`` was read
+- ``call:self.x``, ``call:dotted.name``: the result of a call
+- ``arg:self.x:0:param:y``: the first argument of such a call was ``y``
+- ``cut:12``: what a detach or the like on line 12 gave out
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+How: TypeAlias = Literal["decorator", "block", "call", "applied", "class"]
+Atoms: TypeAlias = frozenset[str]
+
+NOTHING: Atoms = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place in the source that stops a gradient, or may.
+
+    ``depends`` are the atoms of what comes out of it, ``effects`` those of what it stores on ``self``,
+    ``gives`` the local names that are used after it; ``conditional`` says that a value known only at run
+    time decides, ``harmless`` why it is no break.
+    """
+
+    rule: str
+    line: int
+    column: int
+    end_line: int
+    function: str
+    mechanism: str
+    how: How
+    depends: Atoms = NOTHING
+    effects: Atoms = NOTHING
+    gives: tuple[str, ...] = ()
+    conditional: bool = False
+    harmless: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as written: the dotted target (``self.encode``, ``super().forward``), its line, and whether
+
+    its value is used (a call as a statement of its own has an effect at most).
+    """
+
+    target: str
+    line: int
+    used: bool = True
+
+
+@dataclass(slots=True)
+class Function:
+    """A function or method that was looked into.
+
+    ``parameters`` are those that may hold floats or modules, ``signature`` are all by position (without
+    ``self``), ``reads`` the attributes of ``self`` that it reads.
+    """
+
+    name: str
+    line: int
+    end_line: int
+    parameters: tuple[str, ...] = ()
+    signature: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
+    reads: frozenset[str] = frozenset()
+    returns: Atoms = NOTHING
+    gives_value: bool = False
+    kind: str = ""
+
+
+@dataclass(slots=True)
+class Class:
+    """A class: its bases as written, and what its attributes are.
+
+    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module`` or the dotted name of the class
+    it was made from; ``aliases`` maps class-level names to the functions they stand for.
+    """
+
+    name: str
+    line: int
+    bases: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    attributes: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Ignore:
+    """A comment ``# gradscope: ignore[...]``; without codes it is about every rule."""
+
+    line: int
+    codes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class FileFacts:
+    """Everything that is known of one file. ``headers`` are all top-level classes and their bases."""
+
+    path: str
+    module: str
+    imports: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, Class] = field(default_factory=dict)
+    functions: dict[str, Function] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    wrappers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ignores: list[Ignore] = field(default_factory=list)
+    parsed: bool = False
+    skipped: str = ""

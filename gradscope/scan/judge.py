@@ -1,0 +1,243 @@
+"""How grave each site is: severity, confidence and the words for it (``design``: error, warning, note).
+
+An error is a forward pass, or the only way into a module, that computes without gradients. A warning is
+an inference-only method beside a differentiable one, or what the source alone cannot decide. All else is
+a note, with the reason why it is none of the two.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from gradscope.findings import Confidence, Severity
+from gradscope.scan.facts import FileFacts, Site
+from gradscope.scan.intent import is_table, meant_by_class, meant_by_name, meant_by_result
+from gradscope.scan.package import Package, Place
+from gradscope.scan.reach import FORWARDS, Chain, Entry, Reach
+
+NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
+# Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
+FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS301"})
+
+
+@dataclass(slots=True)
+class Judgement:
+    """One site with its severity, how sure that is, the reason in words and the calls that lead to it."""
+
+    facts: FileFacts
+    site: Site
+    severity: Severity
+    confidence: Confidence
+    message: str
+    chain: list[Place] = field(default_factory=list)
+    advice: str = ""
+
+
+@dataclass(slots=True)
+class ClassReport:
+    """A class with at least one stopped method: its entries and the modules in it that stay clean."""
+
+    place: Place
+    is_module: bool
+    entries: list[Entry]
+    clean: list[str]
+
+
+class Judge:
+    """Judges every site of a package."""
+
+    def __init__(self, package: Package) -> None:
+        self.package = package
+        harmless: dict[tuple[Place, Site], str] = {}
+        for facts in package.files.values():
+            for site in facts.sites:
+                place = Place(facts.module, site.function)
+                why = site.harmless or (site.rule.startswith("GS10") and meant_by_class(place, package))
+                if why:
+                    harmless[place, site] = why
+        self.harmless = harmless
+        self.reach = Reach(package, harmless)
+        self.reports = self._class_reports()
+        self._reached = self._reached_from_forwards()
+        self._only_way = self._only_ways()
+
+    def judge(self) -> list[Judgement]:
+        """Return every site, judged."""
+        return [
+            self._judge(facts, site, Place(facts.module, site.function))
+            for facts in self.package.files.values()
+            for site in facts.sites
+        ]
+
+    # --- what the classes say ---------------------------------------------------------------------
+
+    def _class_reports(self) -> list[ClassReport]:
+        reports = []
+        for facts in self.package.files.values():
+            for name in facts.classes:
+                owner = Place(facts.module, name)
+                if not any(
+                    self.reach.blockers(method) and not meant_by_name(method) for method in self._methods(owner)
+                ):
+                    continue
+                entries = self.reach.entries(owner)
+                if any(entry.chain for entry in entries):
+                    is_module = self.package.is_module(owner)
+                    reports.append(ClassReport(owner, is_module, entries, self.reach.clean_components(owner)))
+        return reports
+
+    def _methods(self, owner: Place) -> list[Place]:
+        """Return the methods of a class and what they call: where one is stopped, the class is looked at."""
+        facts = self.package.files[owner.module]
+        own = [Place(owner.module, f"{owner.name}.{name}") for name in facts.classes[owner.name].methods]
+        called = [target for method in own for _, target in self.package.callees(method, owner)]
+        return [*own, *called]
+
+    def _reached_from_forwards(self) -> dict[Place, list[Place]]:
+        reached: dict[Place, list[Place]] = {}
+        for facts in self.package.files.values():
+            for name in facts.classes:
+                owner = Place(facts.module, name)
+                if meant_by_class(Place(facts.module, f"{name}.forward"), self.package):
+                    continue
+                for forward in FORWARDS:
+                    entry = Place(facts.module, f"{name}.{forward}")
+                    if entry.name in facts.functions and self.package.is_module(owner):
+                        for place, way in self.reach.reachable(entry, owner).items():
+                            if place not in reached or len(way) < len(reached[place]):
+                                reached[place] = way
+        return reached
+
+    def _only_ways(self) -> dict[tuple[Place, Site], Chain]:
+        """Return the sites of module classes in which every public compute method is stopped."""
+        found: dict[tuple[Place, Site], Chain] = {}
+        for report in self.reports:
+            if report.is_module and all(entry.status == "blocked" for entry in report.entries):
+                for entry in report.entries:
+                    for place, site in entry.chain.sites if entry.chain else ():
+                        found.setdefault((place, site), entry.chain)  # type: ignore[arg-type]
+                for place in self._methods(report.place):
+                    for site in self.reach.blockers(place):
+                        if self.reach.owner(place) == report.place:
+                            found.setdefault((place, site), Chain([place], [(place, site)]))
+        return found
+
+    # --- one site -----------------------------------------------------------------------------------
+
+    def _judge(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+        why = self.harmless.get((place, site), "")
+        if why:
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+        if site.rule == "GS107":
+            return Judgement(
+                facts, site, "warning", "likely",
+                f"{site.mechanism}: the switch stays on in the code that runs meanwhile, outside this function.",
+            )  # fmt: skip
+        if site.how == "class":
+            return Judgement(
+                facts, site, "warning", "likely",
+                f"{_what(site)} on a class: the parameters made in its constructor become inference tensors.",
+            )  # fmt: skip
+        if site.rule.startswith("GS10"):
+            return self._region(facts, site, place)
+        return self._operation(facts, site, place)
+
+    def _region(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+        if not site.function:
+            return self._at_import(facts, site)
+        live = self.reach.live(site.depends | site.effects, place)
+        if not live and not (site.how == "call" and site.rule == "GS105"):
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {NOTHING_LIVE}.")
+        meant = self._meant(site, place, live)
+        if meant:
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant}.")
+        way = self._reached.get(place)
+        only = self._only_way.get((place, site))
+        if only is not None and not site.conditional:
+            message = f"{_where(site)}, and every public way through {place.name.rpartition('.')[0]} leads here."
+            return Judgement(facts, site, "error", "certain", message, only.steps)
+        if way is not None:
+            return self._in_forward(facts, site, place, way)
+        meant = meant_by_name(place)
+        if meant:
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant}.")
+        return self._beside(facts, site, place, live)
+
+    def _meant(self, site: Site, place: Place, live: set[str]) -> str:
+        if is_table(place) and all("param:" in atom for atom in live):
+            return "a positional table, computed from sizes and positions"
+        if site.how == "block" and re.search(r"Loss|Criterion", place.name.partition(".")[0]):
+            return "it prepares targets or weights of a loss"
+        return meant_by_result(site.gives)
+
+    def _at_import(self, facts: FileFacts, site: Site) -> Judgement:
+        if site.rule != "GS105" or site.conditional:
+            return Judgement(facts, site, "note", "possible", f"{_what(site)} at module level.")
+        message = (
+            "importing this module switches gradients off for the whole thread, and nothing switches them on again."
+        )
+        return Judgement(facts, site, "error", "certain", message)
+
+    def _in_forward(self, facts: FileFacts, site: Site, place: Place, way: list[Place]) -> Judgement:
+        entry = way[0].name
+        if site.conditional:
+            message = f"{_where(site)} when a condition known only at run time says so; {entry} computes with it."
+            return Judgement(facts, site, "warning", "possible", message, way)
+        if not site.depends:
+            message = f"{_where(site)} and keeps what it computes on self."
+            return Judgement(facts, site, "warning", "possible", message, way)
+        outside = _outside_atoms(self.reach.live(site.depends, place))
+        if len(way) > 1 and not outside and meant_by_name(place):
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
+        message = f"{_where(site)}: training through {entry} loses the gradient here."
+        return Judgement(facts, site, "error", "likely", message, way)
+
+    def _beside(self, facts: FileFacts, site: Site, place: Place, live: set[str]) -> Judgement:
+        """A region in a function that no forward pass was seen to call."""
+        name = place.name.rpartition(".")[2]
+        owner = self.reach.owner(place)
+        runs_model = any(atom.startswith(("call:", "attr:")) for atom in live)
+        if (name.startswith("_") and name not in FORWARDS) or not (owner or runs_model):
+            return Judgement(facts, site, "note", "possible", f"{_where(site)}; no forward pass was seen to call it.")
+        report = next((each for each in self.reports if owner == each.place), None)
+        entry = next((each for each in report.entries if each.place == place), None) if report else None
+        advice = ""
+        if entry and entry.alternatives:
+            advice = f"Use {', '.join(entry.alternatives)} where a gradient is wanted."
+        elif report and report.clean:
+            advice = f"Call the modules inside it: {', '.join(report.clean[:6])}."
+        if not (entry or runs_model):
+            return Judgement(facts, site, "note", "possible", f"{_where(site)}; no model is run in it.")
+        return Judgement(facts, site, "warning", "likely", f"{_where(site)}: it is for inference only.", advice=advice)
+
+    def _operation(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+        if site.rule in ("GS501", "GS502"):
+            return Judgement(facts, site, "warning", "possible", f"{site.mechanism}.")
+        function = self.package.function(place)
+        way = self._reached.get(place)
+        flows_out = function is not None and f"cut:{site.line}" in function.returns
+        if (
+            site.rule in FLOWING and way is not None and flows_out and self.reach.live(site.depends, place)
+            and not meant_by_name(place)
+        ):  # fmt: skip
+            message = f"{site.mechanism} in {site.function}: its result is part of what {way[0].name} gives back."
+            return Judgement(facts, site, "warning", "possible", message, way)
+        return Judgement(facts, site, "note", "possible", f"{site.mechanism} in {site.function or 'the module body'}.")
+
+
+def _outside_atoms(atoms: set[str]) -> set[str]:
+    return {atom for atom in atoms if not atom.startswith("param:")}
+
+
+def _what(site: Site) -> str:
+    return f"{site.mechanism.rpartition('.')[2]} {site.how}"
+
+
+def _where(site: Site) -> str:
+    name = site.mechanism.rpartition(".")[2]
+    if site.how == "call":
+        return f"{site.function} calls {name} and leaves gradients off"
+    if site.how == "applied":
+        return f"{site.function} wraps a function in {name}"
+    return f"{site.function} {'runs' if site.how == 'decorator' else 'computes'} under {name}"

@@ -1,0 +1,208 @@
+"""The files of a scan joined: which class is an ``nn.Module``, which method a call means.
+
+Names are resolved the way Python would (imports, re-exports, base classes in order), as far as the
+source shows it; what cannot be resolved is left out, never guessed by its last name alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gradscope.scan.facts import Call, Class, FileFacts, Function
+
+# Classes of other packages that are modules; torch.nn.* is one anyway.
+MODULE_BASES = frozenset(
+    "Module LightningModule PreTrainedModel ModelMixin Sequential ModuleList ModuleDict PyTorchModelHubMixin "
+    "GraphModule ScriptModule".split()
+)
+DEEPEST = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A function or class of the scan: the module it is in and its qualified name there."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class Package:
+    """Answers questions that need more than one file."""
+
+    def __init__(self, files: Iterable[FileFacts]) -> None:
+        self.files = {facts.module: facts for facts in files}
+        self._roots = {module.partition(".")[0] for module in self.files}
+        self._homes: dict[str, list[str]] = {}
+        for module, facts in self.files.items():
+            for name in facts.headers:
+                self._homes.setdefault(name, []).append(module)
+        self.is_module = lru_cache(maxsize=None)(self._is_module)
+        self.mro = lru_cache(maxsize=None)(self._mro)
+
+    def function(self, place: Place) -> Function | None:
+        """Return the fact of a function, where it was looked into."""
+        facts = self.files.get(place.module)
+        return facts.functions.get(place.name) if facts else None
+
+    def class_of(self, place: Place) -> Class | None:
+        """Return the class that a method belongs to."""
+        facts = self.files.get(place.module)
+        owner = place.name.rpartition(".")[0]
+        while facts and owner:
+            if owner in facts.classes:
+                return facts.classes[owner]
+            owner = owner.rpartition(".")[0]
+        return None
+
+    # --- classes --------------------------------------------------------------------------------
+
+    def _bases(self, place: Place) -> tuple[str, ...]:
+        facts = self.files.get(place.module)
+        if facts is None:
+            return ()
+        if place.name in facts.classes:
+            return facts.classes[place.name].bases
+        return tuple(self._imported(facts, base) for base in facts.headers.get(place.name, ()))
+
+    def _imported(self, facts: FileFacts, dotted: str) -> str:
+        root, _, rest = dotted.partition(".")
+        return ".".join(filter(None, (facts.imports.get(root, root), rest)))
+
+    def _is_module(self, place: Place, depth: int = 0) -> bool:
+        if depth > DEEPEST:
+            return False
+        for base in self._bases(place):
+            last = base.rpartition(".")[2]
+            if last in MODULE_BASES or base.startswith(("torch.nn.", "nn.")):
+                return True
+            found = self.find_class(base, place.module)
+            if found is not None and found != place and self._is_module(found, depth + 1):
+                return True
+        return False
+
+    def has_base(self, place: Place, names: frozenset[str], depth: int = 0) -> bool:
+        """Tell whether a class or one of its bases goes by one of these names."""
+        if depth > DEEPEST:
+            return False
+        for base in self._bases(place):
+            if base.rpartition(".")[2] in names:
+                return True
+            found = self.find_class(base, place.module)
+            if found is not None and found != place and self.has_base(found, names, depth + 1):
+                return True
+        return False
+
+    def find_class(self, dotted: str, module: str) -> Place | None:
+        """Return where a class named from ``module`` is defined, if that is in the scan."""
+        facts = self.files.get(module)
+        if facts and (dotted in facts.headers or dotted in facts.classes):
+            return Place(module, dotted)
+        found = self.find(dotted, module)
+        if found is not None:
+            return found
+        if "." in dotted and dotted.partition(".")[0] not in self._roots:
+            return None  # another package's
+        last = dotted.rpartition(".")[2]
+        homes = self._homes.get(last, ())
+        return Place(homes[0], last) if len(homes) == 1 else None
+
+    def _mro(self, place: Place) -> tuple[Place, ...]:
+        order: list[Place] = []
+        pending = [place]
+        while pending and len(order) < 60:
+            current = pending.pop(0)
+            if current in order:
+                continue
+            order.append(current)
+            found = (self.find_class(base, current.module) for base in self._bases(current))
+            pending = [base for base in found if base is not None] + pending
+        return tuple(order)
+
+    def method(self, owner: Place, name: str, *, after: Place | None = None) -> Place | None:
+        """Return the method that ``owner().name`` means (``after``: as ``super()`` in that class sees it)."""
+        order = list(self.mro(owner))
+        if after is not None and after in order:
+            order = order[order.index(after) + 1 :]
+        for place in order:
+            facts = self.files.get(place.module)
+            klass = facts.classes.get(place.name) if facts else None
+            if klass is None or facts is None:
+                continue
+            if name in klass.methods:
+                return Place(place.module, f"{place.name}.{name}")
+            if name in klass.aliases:
+                return self.find(klass.aliases[name], place.module)
+        return None
+
+    def attribute(self, owner: Place, name: str) -> str:
+        """Return what an attribute of a class is (see ``facts.Class``); empty where it is not known."""
+        for place in self.mro(owner):
+            facts = self.files.get(place.module)
+            klass = facts.classes.get(place.name) if facts else None
+            if klass and klass.attributes.get(name):
+                return klass.attributes[name]
+        return ""
+
+    # --- names ----------------------------------------------------------------------------------
+
+    def find(self, dotted: str, module: str, depth: int = 0) -> Place | None:
+        """Return the function or class that a dotted name means in ``module``, through re-exports."""
+        facts = self.files.get(module)
+        if facts is None or depth > 6 or not dotted:
+            return None
+        if dotted in facts.functions or dotted in facts.headers or dotted in facts.classes:
+            return Place(module, dotted)
+        root, _, rest = dotted.partition(".")
+        if root in facts.imports and facts.imports[root] != root:
+            dotted = ".".join(filter(None, (facts.imports[root], rest)))
+        head, tail = dotted, ""
+        while head:
+            if head in self.files and tail and (head != module or depth):
+                return self.find(tail, head, depth + 1)
+            head, _, last = head.rpartition(".")
+            tail = f"{last}.{tail}" if tail else last
+        return None
+
+    def callees(self, place: Place, owner: Place | None) -> Iterator[tuple[Call, Place]]:
+        """Yield the calls of a function that mean a function of the scan; ``owner`` is the class of ``self``."""
+        function = self.function(place)
+        if function is None:
+            return
+        for call in function.calls:
+            target = self.target(call.target, place, owner)
+            if target is not None and target != place:
+                yield call, target
+
+    def target(self, dotted: str, place: Place, owner: Place | None) -> Place | None:
+        """Return the function that a call in ``place`` means, ``owner`` being the class of ``self``."""
+        if dotted.startswith(("self.", "super().")):
+            if owner is None:
+                return None
+            first, _, rest = dotted.partition(".")[2].partition(".")
+            if dotted.startswith("super"):
+                home = self.class_of(place)
+                after = Place(place.module, home.name) if home else None
+                return self.method(owner, first, after=after) if not rest else None
+            found = self.method(owner, first) if not rest else None
+            return found or self._through_attribute(owner, first, rest)
+        found = self.find(dotted, place.module)
+        if found is None:
+            return None
+        facts = self.files[found.module]
+        return None if found.name in facts.headers else found  # constructors are made once, not in every pass
+
+    def _through_attribute(self, owner: Place, name: str, method: str) -> Place | None:
+        kind = self.attribute(owner, name)
+        if not kind or kind in ("module", "parameter", "buffer", "plain"):
+            return None
+        klass = self.find_class(kind, owner.module)
+        if klass is None:
+            return None
+        if method:
+            return self.method(klass, method)
+        return self.method(klass, "__call__") or self.method(klass, "forward")

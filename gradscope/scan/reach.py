@@ -1,0 +1,276 @@
+"""Which public callable reaches which region, through which calls; and what of a class stays clean."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+
+from gradscope.scan.facts import Atoms, Class, Site
+from gradscope.scan.package import Package, Place
+
+FORWARDS = ("forward", "__call__")
+# What a call may lead to without computing anything of the model's.
+NOT_COMPUTE = ("__init__", "__repr__", "__len__", "__getattr__", "__setattr__", "__del__", "__exit__", "__enter__")
+
+# Callables kept on self that prepare inputs or settings and run no module.
+_PREPARES = re.compile(
+    r"^_?(?:pre_?proc|transform|tokeni[sz]|processor|get_)|(?:fn|func|function|config|init|processor)$"
+)
+# nn.Module's own methods: they compute nothing of the forward pass.
+MODULE_API = frozenset(
+    "add_module apply bfloat16 buffers children compile cpu cuda double eval extra_repr float get_buffer "
+    "get_parameter get_submodule half load_state_dict log log_dict modules named_buffers named_children named_modules "
+    "named_parameters parameters post_init print register_backward_hook register_buffer register_forward_hook "
+    "register_forward_pre_hook register_full_backward_hook register_module register_parameter "
+    "register_state_dict_pre_hook requires_grad_ save_hyperparameters set_extra_state share_memory state_dict to "
+    "to_empty train type zero_grad".split()
+)
+
+
+@dataclass(slots=True)
+class Chain:
+    """A way from an entry to regions: the functions in order, and the sites with the function each is in."""
+
+    steps: list[Place]
+    sites: list[tuple[Place, Site]]
+
+
+@dataclass(slots=True)
+class Entry:
+    """What is said of one public compute method: ``blocked``, ``inference-only`` or ``clean``."""
+
+    place: Place
+    status: str
+    chain: Chain | None = None
+    alternatives: list[str] = field(default_factory=list)
+
+
+class Reach:
+    """Joins the regions of a package with its calls."""
+
+    def __init__(self, package: Package, harmless: dict[tuple[Place, Site], str]) -> None:
+        self.package = package
+        self.harmless = harmless
+        self._touches: dict[tuple[Place, Place | None], bool] = {}
+        self.regions: dict[Place, list[Site]] = {}
+        for facts in package.files.values():
+            for site in facts.sites:
+                if site.rule.startswith("GS10") and site.rule != "GS107":
+                    self.regions.setdefault(Place(facts.module, site.function), []).append(site)
+
+    def owner(self, place: Place) -> Place | None:
+        """Return the class of ``self`` in a method."""
+        klass = self.package.class_of(place)
+        return Place(place.module, klass.name) if klass else None
+
+    # --- what a result depends on ---------------------------------------------------------------
+
+    def live(self, atoms: Atoms, place: Place) -> set[str]:
+        """Return the atoms that can carry a gradient: float inputs, parameters, modules."""
+        owner = self.owner(place)
+        return {atom for atom in atoms if self._is_live(atom, place, owner)}
+
+    def _is_live(self, atom: str, place: Place, owner: Place | None) -> bool:
+        kind, _, name = atom.partition(":")
+        if kind == "param":
+            return True
+        if kind == "arg":
+            return self._is_passed_on(name, place, owner)
+        if kind == "attr":
+            return owner is not None and self._holds_weights(owner, name)
+        if kind != "call":
+            return False
+        if name.startswith("self."):
+            return owner is not None and self._computes(owner, name[5:])
+        function = self.package.function(place)
+        return function is not None and name in function.parameters
+
+    def _is_passed_on(self, way: str, place: Place, owner: Place | None) -> bool:
+        """Tell whether an argument is live and comes out again of the function it was given to."""
+        target, position, atom = way.split(":", 2)
+        found = self.package.target(target, place, owner)
+        function = self.package.function(found) if found else None
+        if function is not None and position != "*":
+            names = function.signature
+            name = position
+            if position.isdigit():
+                name = names[int(position)] if int(position) < len(names) else ""
+            passed_on = any(each == f"param:{name}" or each.endswith(f":param:{name}") for each in function.returns)
+            if name and not passed_on:
+                return False
+        return self._is_live(atom, place, owner)
+
+    def _holds_weights(self, owner: Place, name: str) -> bool:
+        kind = self.package.attribute(owner, name)
+        if kind in ("parameter", "module"):
+            return True
+        if not kind or kind in ("buffer", "plain"):
+            return False
+        klass = self.package.find_class(kind, owner.module)
+        return klass is not None and self.package.is_module(klass)
+
+    def _computes(self, owner: Place, name: str) -> bool:
+        """Tell whether ``self.name(...)`` runs a module: a method that does, or a callable kept on ``self``."""
+        method = self.package.method(owner, name)
+        if method is not None:
+            return self.touches(method, owner)
+        kind = self.package.attribute(owner, name)
+        if name in MODULE_API:
+            return False
+        if kind in ("", "module"):
+            return not _PREPARES.search(name)
+        return self._holds_weights(owner, name)
+
+    def touches(self, place: Place, owner: Place | None, depth: int = 0) -> bool:
+        """Tell whether a function uses a module or a parameter, itself or through what it calls."""
+        key = (place, owner)
+        if key in self._touches or depth > 8:
+            return self._touches.get(key, False)
+        self._touches[key] = False  # a cycle adds nothing
+        function = self.package.function(place)
+        found = False
+        if function is not None:
+            found = owner is not None and any(self._holds_weights(owner, name) for name in function.reads)
+            found = found or any(
+                self._is_kept_callable(call.target, owner) or call.target in function.parameters
+                for call in function.calls
+            )
+            found = found or any(
+                self.touches(target, self.owner_for(target, owner), depth + 1)
+                for _, target in self.package.callees(place, owner)
+            )
+        self._touches[key] = found
+        return found
+
+    def _is_kept_callable(self, target: str, owner: Place | None) -> bool:
+        if owner is None or not target.startswith("self.") or target.count(".") != 1:
+            return False
+        name = target[5:]
+        return (
+            self.package.method(owner, name) is None and self._computes(owner, name) and self.package.is_module(owner)
+        )
+
+    def owner_for(self, target: Place, owner: Place | None) -> Place | None:
+        """Return the class of ``self`` once ``target`` is called: the same object for its own methods."""
+        home = self.owner(target)
+        if owner is not None and home is not None and home in self.package.mro(owner):
+            return owner
+        return home
+
+    # --- chains ---------------------------------------------------------------------------------
+
+    def blockers(self, place: Place) -> list[Site]:
+        """Return the regions of a function that stop a gradient somebody may want, outermost first."""
+        return [
+            site
+            for site in self.regions.get(place, ())
+            if (place, site) not in self.harmless and self.live(site.depends | site.effects, place)
+        ]
+
+    def chain(self, entry: Place, owner: Place | None) -> Chain | None:
+        """Return the way from an entry to the nearest region, and from there on to those behind it."""
+        steps: list[Place] = [entry]
+        sites: list[tuple[Place, Site]] = []
+        seen: set[Place] = set()
+        while True:
+            path = self._nearest(steps[-1], owner, seen)
+            if path is None:
+                break
+            steps += path[1:]
+            seen.update(path)
+            sites += [(path[-1], site) for site in self.blockers(path[-1])]
+        return Chain(steps, sites) if sites else None
+
+    def _nearest(self, start: Place, owner: Place | None, seen: set[Place]) -> list[Place] | None:
+        queue: deque[tuple[list[Place], Place | None]] = deque([([start], owner)])
+        visited = {start}
+        while queue:
+            path, current_owner = queue.popleft()
+            here = path[-1]
+            if here not in seen and self.blockers(here):
+                return path
+            if len(path) > 8:
+                continue
+            for call, target in self.package.callees(here, current_owner):
+                name = target.name.rpartition(".")[2]
+                if target in visited or name in NOT_COMPUTE:
+                    continue
+                if not call.used and not any(site.effects for site in self.blockers(target)):
+                    continue
+                visited.add(target)
+                queue.append(([*path, target], self.owner_for(target, current_owner)))
+        return None
+
+    def reachable(self, entry: Place, owner: Place | None) -> dict[Place, list[Place]]:
+        """Return every function that an entry's value is computed with, and the way to each."""
+        found = {entry: [entry]}
+        queue: deque[tuple[Place, Place | None]] = deque([(entry, owner)])
+        while queue:
+            here, current_owner = queue.popleft()
+            for call, target in self.package.callees(here, current_owner):
+                if call.used and target not in found and target.name.rpartition(".")[2] not in NOT_COMPUTE:
+                    found[target] = [*found[here], target]
+                    queue.append((target, self.owner_for(target, current_owner)))
+        return found
+
+    # --- entries --------------------------------------------------------------------------------
+
+    def compute_methods(self, owner: Place) -> list[Place]:
+        """Return the public methods of a class (its own and those of its bases) that run modules."""
+        found: dict[str, Place] = {}
+        for place in self.package.mro(owner):
+            facts = self.package.files.get(place.module)
+            klass = facts.classes.get(place.name) if facts else None
+            for name in klass.methods if klass else ():
+                method = Place(place.module, f"{place.name}.{name}")
+                if name not in found and self._is_compute(method, name, owner):
+                    found[name] = method
+        return list(found.values())
+
+    def _is_compute(self, method: Place, name: str, owner: Place) -> bool:
+        function = self.package.function(method)
+        if function is None or (name.startswith("_") and name not in FORWARDS):
+            return False
+        if function.kind in ("staticmethod", "classmethod", "property") or not function.gives_value:
+            return False
+        return bool(self.blockers(method)) or self.touches(method, owner)
+
+    def entries(self, owner: Place) -> list[Entry]:
+        """Return the verdict of every public compute method of a class, and what to call instead."""
+        methods = self.compute_methods(owner)
+        chains = {method: self.chain(method, owner) for method in methods}
+        clean = [method.name.rpartition(".")[2] for method in methods if chains[method] is None]
+        entries = []
+        for method in methods:
+            chain = chains[method]
+            status = "clean" if chain is None else "inference-only" if clean else "blocked"
+            if chain is not None and method.name.rpartition(".")[2] == "forward":
+                status = "blocked"
+            entries.append(Entry(method, status, chain, clean if status == "inference-only" else []))
+        return entries
+
+    def clean_components(self, owner: Place) -> list[str]:
+        """Return the modules kept on ``self`` that are called and are not themselves stopped."""
+        names: dict[str, None] = {}
+        for place in self.package.mro(owner):
+            facts = self.package.files.get(place.module)
+            klass: Class | None = facts.classes.get(place.name) if facts else None
+            for name in klass.methods if klass else ():
+                function = self.package.function(Place(place.module, f"{place.name}.{name}"))
+                for call in function.calls if function else ():
+                    if self._is_clean_component(call.target, owner):
+                        names[call.target[5:]] = None
+        return list(names)
+
+    def _is_clean_component(self, target: str, owner: Place) -> bool:
+        if not target.startswith("self.") or target.count(".") != 1:
+            return False
+        name = target[5:]
+        if name.startswith("_") or self.package.method(owner, name) is not None or not self._computes(owner, name):
+            return False
+        klass = self.package.find_class(self.package.attribute(owner, name), owner.module)
+        if klass is None:
+            return True
+        inner = self.package.method(klass, "forward")
+        return inner is None or self.chain(inner, klass) is None

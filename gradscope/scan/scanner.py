@@ -1,0 +1,333 @@
+"""Scan: targets in, session out. Nothing of the target is imported, compiled to code or run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gradscope._version import version
+from gradscope.errors import NotAnalysedError, UsageError
+from gradscope.findings import SEVERITIES, Finding
+from gradscope.gate import codes, scan_verdict
+from gradscope.paths import short_path
+from gradscope.rules import rule_name
+from gradscope.scan.cache import Cache, default_folder, key_of
+from gradscope.scan.collect import Collected, Collector, Settings, Text, default_jobs
+from gradscope.scan.intent import meant_by_name
+from gradscope.scan.judge import ClassReport, Judge, Judgement
+from gradscope.scan.package import Package, Place
+from gradscope.scan.reach import FORWARDS, Chain, Entry
+from gradscope.scan.reading import decode, headers
+from gradscope.scan.resolve import Resolved, resolve
+from gradscope.session import Session
+
+MOST_ROUNDS = 3
+# Above so many bytes only the callers of errors are looked for in files without a switch of their own.
+LARGE = 8_000_000
+
+
+def scan(
+    *targets: str,
+    entry: tuple[str, ...] = (),
+    jobs: int | None = None,
+    cache: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Session:
+    """Find every place in the targets' source that stops gradients, and which public callables reach it.
+
+    Args:
+        targets: dotted modules or packages, files, folders, or installed distributions.
+        entry: ``Class.method`` names; the findings are then those on the way from these entries.
+        jobs: processes to parse with; by default the processors at hand, one where the target is small.
+        cache: keep facts and results on disk, keyed by content.
+        progress: called with the files parsed and the files to parse.
+
+    Raises:
+        UsageError: a target or an entry does not exist.
+        NotAnalysedError: the targets hold no Python source that could be read.
+    """
+    started = time.perf_counter()
+    with _without_collection():
+        session = _scan(targets, entry, jobs or default_jobs(), cache, progress)
+    session.stats["seconds"] = round(time.perf_counter() - started, 3)
+    return session
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Leave reference cycles be for a while: syntax trees have none, and looking for them is a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _scan(
+    targets: tuple[str, ...],
+    entry: tuple[str, ...],
+    jobs: int,
+    cache: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Session:
+    resolved = resolve(targets)
+    wanted = tuple(dict.fromkeys((*entry, *resolved.entries)))
+    store = Cache(default_folder() if cache else None)
+    try:
+        collector = Collector(store, jobs, progress)
+        collector.open(resolved.files.values())
+        key = _result_key(collector.collected, wanted, resolved)
+        kept = store.get([key]).get(key) if cache else None
+        if kept is None:
+            session = _scanned(collector, resolved, targets, wanted)
+            store.put({key: session.to_dict()})
+        else:
+            session = Session.from_dict(kept)
+            session.stats.update(parsed=0, cached=session.stats["files"])
+    finally:
+        store.close()
+    return session
+
+
+def _result_key(collected: Collected, wanted: tuple[str, ...], resolved: Resolved) -> str:
+    parts = [os.getcwd(), repr(wanted), repr(resolved.skipped), version()]
+    parts += [f"{text.file.shown}\0{text.file.module}\0{text.facts.skipped}" for text in collected.texts.values()]
+    return key_of(*parts, *(text.data for text in collected.texts.values()))
+
+
+def _scanned(collector: Collector, resolved: Resolved, targets: tuple[str, ...], wanted: tuple[str, ...]) -> Session:
+    judge = _read_in_rounds(collector, wanted)
+    skipped = [*resolved.skipped]
+    skipped += [
+        (text.facts.path, text.facts.skipped) for text in collector.collected.texts.values() if text.facts.skipped
+    ]
+    if len(skipped) >= len(collector.collected.texts) and skipped:
+        path, reason = skipped[0]
+        raise NotAnalysedError(
+            f"Nothing could be scanned: {short_path(path)} {reason}.",
+            hint="Scan the Python source, or trace the model.",
+        )
+    if not collector.collected.texts:
+        raise NotAnalysedError(
+            f"{' '.join(targets)} holds no Python source.", hint="Name a package or a folder with .py files."
+        )
+    return _session(judge, collector.collected, targets, wanted, skipped)
+
+
+# --- rounds ------------------------------------------------------------------------------------------
+
+
+def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
+    """Read what matches; again where the package's own wrappers are used; again where stopped functions are called."""
+    asked = tuple(f"{word} {name.split('.')[0]}" for name in wanted for word in ("class", "def"))
+    settings = Settings(names=asked)
+    needles = settings.needles()
+    collector.read(settings, lambda text: needles.are_in(text.data))
+    texts = collector.collected.texts.values()
+    for text in texts:
+        if not text.facts.parsed and not text.facts.skipped:
+            _note_headers(text)
+    wrappers = tuple(sorted(item for text in texts for item in text.facts.wrappers.items()))
+    if wrappers:
+        settings = Settings(asked, wrappers)
+        collector.read(settings, _holding({name.rpartition(".")[2] for name, _ in wrappers}))
+    is_large = sum(len(text.data) for text in texts) > LARGE
+    seen: set[str] = set()
+    judge = Judge(Package(text.facts for text in texts))
+    for _ in range(MOST_ROUNDS):
+        found = _stopped(judge, errors_only=is_large) - seen
+        if not found:
+            break
+        seen |= found
+        collector.read(Settings((*asked, *sorted(seen)), wrappers), _holding(found))
+        judge = Judge(Package(text.facts for text in texts))
+    return judge
+
+
+def _note_headers(text: Text) -> None:
+    if b"class " in text.data:
+        decoded = decode(text.data)
+        text.facts.skipped = decoded.skipped
+        text.facts.headers = headers(decoded.source)
+
+
+def _holding(names: set[str]) -> Callable[[Text], bool]:
+    needles = [name.encode() for name in names]
+    return lambda text: any(needle in text.data for needle in needles)
+
+
+def _stopped(judge: Judge, *, errors_only: bool) -> set[str]:
+    """Return how calls of stopped functions, and of the callers known so far, are written."""
+    reach = judge.reach
+    if errors_only:
+        stopped = {Place(each.facts.module, each.site.function) for each in judge.judge() if each.severity == "error"}
+    else:
+        stopped = {place for place in reach.regions if reach.blockers(place) and not meant_by_name(place)}
+        stopped |= {entry.place for report in judge.reports for entry in report.entries if entry.chain}
+    calls: set[str] = set()
+    for place in stopped:
+        owner, _, name = place.name.rpartition(".")
+        if name in FORWARDS and owner:
+            calls.add(f"{owner.rpartition('.')[2]}(")
+        elif owner and owner in judge.package.files[place.module].classes:
+            calls |= {f"self.{name}(", f"super().{name}("}
+        elif name and not owner:
+            calls.add(f"{name}(")
+    return calls
+
+
+# --- the session -------------------------------------------------------------------------------------
+
+
+def _session(
+    judge: Judge, collected: Collected, targets: tuple[str, ...], wanted: tuple[str, ...],
+    skipped: list[tuple[str, str]],
+) -> Session:  # fmt: skip
+    judgements = sorted(judge.judge(), key=_order)
+    asked = _entries_asked(judge, wanted)
+    if wanted:
+        on_the_way = {id(site) for _, _, entry in asked if entry.chain for _, site in entry.chain.sites}
+        judgements = [each for each in judgements if id(each.site) in on_the_way]
+    ids: dict[int, str] = {}
+    findings = []
+    for number, each in enumerate(judgements, start=1):
+        ids[id(each.site)] = f"F{number}"
+        findings.append(_finding(f"F{number}", each, judge, collected))
+    findings, remarks = _without_ignored(findings, collected)
+    files = len(collected.texts)
+    return Session(
+        kind="scan",
+        verdict=scan_verdict(findings),
+        tool={"name": "gradscope", "version": version()},
+        environment={"python": platform.python_version(), "platform": platform.system().lower()},
+        target={"name": " ".join(targets), "entry": ", ".join(wanted)},
+        findings=findings,
+        entries=[_entry(judge, owner, clean, entry, ids) for owner, clean, entry in asked or _entries(judge)],
+        remarks=remarks,
+        unseen=[f"{short_path(path)}: {reason}" for path, reason in skipped],
+        stats={
+            "files": files, "parsed": collected.parsed, "cached": collected.cached,
+            "skipped": [{"path": short_path(path), "reason": reason} for path, reason in skipped],
+        },
+    )  # fmt: skip
+
+
+def _without_ignored(findings: list[Finding], collected: Collected) -> tuple[list[Finding], list[str]]:
+    """Leave out what a ``# gradscope: ignore[...]`` on the line, or on a line of its own above, is about.
+
+    Returns what is left, and remarks on the comments: how many findings they hid, which hid none.
+    """
+    ignored: set[str] = set()
+    remarks: list[str] = []
+    by_place: dict[tuple[str, int], list[Finding]] = {}
+    for finding in findings:
+        by_place.setdefault((finding.path, finding.line), []).append(finding)
+    for text in collected.texts.values():
+        path = short_path(text.facts.path)
+        for ignore in text.facts.ignores:
+            meant = by_place.get((path, ignore.line), []) or by_place.get((path, ignore.line + 1), [])
+            chosen = codes(ignore.codes) if ignore.codes else None
+            hidden = [each.id for each in meant if chosen is None or each.rule in chosen]
+            ignored.update(hidden)
+            if not hidden:
+                remarks.append(f"{path}:{ignore.line}: this ignore comment hides nothing; remove it.")
+    if ignored:
+        remarks.insert(0, f"{len(ignored)} findings are hidden by ignore comments.")
+    return [finding for finding in findings if finding.id not in ignored], remarks
+
+
+def _order(each: Judgement) -> tuple[int, str, int, int]:
+    return SEVERITIES.index(each.severity), each.facts.path, each.site.line, each.site.column
+
+
+def _finding(number: str, each: Judgement, judge: Judge, collected: Collected) -> Finding:
+    site, path = each.site, each.facts.path
+    advice = each.advice
+    if each.severity == "error" and not advice:
+        advice = _advice(site.how, site.function, judge, Place(each.facts.module, site.function))
+    return Finding(
+        id=number, rule=site.rule, name=rule_name(site.rule), severity=each.severity, message=each.message,
+        path=short_path(path), line=site.line, confidence=each.confidence, column=site.column, end_line=site.end_line,
+        function=site.function, mechanism=site.mechanism, how=site.how, fix=advice,
+        chain=tuple(step.name for step in each.chain), source=_line(collected.texts[path], site.line),
+    )  # fmt: skip
+
+
+def _advice(how: str, function: str, judge: Judge, place: Place) -> str:
+    owner = judge.reach.owner(place)
+    report = next((each for each in judge.reports if each.place == owner), None)
+    clean = f" The modules inside it are clean: {', '.join(report.clean[:6])}." if report and report.clean else ""
+    if how == "decorator":
+        return f"Call the undecorated function: {function}.__wrapped__(self, ...).{clean}"
+    return f"Leave the switch out where a gradient is wanted.{clean}"
+
+
+def _entries(judge: Judge) -> list[tuple[ClassReport, list[str], Entry]]:
+    return [(report, report.clean, entry) for report in judge.reports for entry in report.entries]
+
+
+def _entries_asked(judge: Judge, wanted: tuple[str, ...]) -> list[tuple[ClassReport, list[str], Entry]]:
+    found: list[tuple[ClassReport, list[str], Entry]] = []
+    for name in wanted:
+        places = [
+            Place(facts.module, function)
+            for facts in judge.package.files.values()
+            for function in facts.functions
+            if name in (function, function.rpartition(".")[0])
+        ]
+        if not places:
+            raise UsageError(
+                f"There is no function or class {name!r} in the source scanned.", hint="Name it as Class.method."
+            )
+        for place in places:
+            short = place.name.rpartition(".")[2]
+            if place.name != name and (short.startswith("_") and short not in FORWARDS):
+                continue
+            owner = judge.reach.owner(place)
+            chain: Chain | None = judge.reach.chain(place, owner)
+            report = ClassReport(owner or place, bool(owner and judge.package.is_module(owner)), [], [])
+            clean = judge.reach.clean_components(owner) if owner and chain else []
+            found.append((report, clean, Entry(place, "blocked" if chain else "clean", chain)))
+    return found
+
+
+def _entry(
+    judge: Judge, report: ClassReport, clean: Iterable[str], entry: Entry, ids: dict[int, str]
+) -> dict[str, Any]:
+    chain = entry.chain
+    sites = chain.sites if chain else []
+    return {
+        "function": entry.place.name,
+        "module": entry.place.module,
+        "class": report.place.name,
+        "is_module": report.is_module,
+        "status": entry.status,
+        "chain": [_step(judge, place, [site for at, site in sites if at == place]) for place in chain.steps]
+        if chain
+        else [],
+        "findings": list(dict.fromkeys(ids[id(site)] for _, site in sites if id(site) in ids)),
+        "alternatives": list(entry.alternatives),
+        "clean": list(clean),
+    }
+
+
+def _step(judge: Judge, place: Place, sites: list[Any]) -> dict[str, Any]:
+    function = judge.package.function(place)
+    return {
+        "function": place.name,
+        "path": short_path(judge.package.files[place.module].path),
+        "line": function.line if function else 0,
+        "sites": [{"mechanism": site.mechanism, "line": site.line} for site in sites],
+    }
+
+
+def _line(text: Text, number: int) -> str:
+    lines = decode(text.data).source.split("\n", number)
+    return lines[number - 1].strip() if 0 < number <= len(lines) else ""

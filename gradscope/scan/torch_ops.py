@@ -1,0 +1,49 @@
+"""What torch's calls do to a gradient, by name: the vocabulary of ``values.py``.
+
+Source: torch's derivatives (``tools/autograd/derivatives.yaml`` marks these outputs non-differentiable)
+and the tensor methods that return no tensor.
+"""
+
+from __future__ import annotations
+
+# The result holds indices, truth values or integers: no gradient can pass, whatever the mode.
+INDEX_VALUED = frozenset(
+    "argmax argmin argsort nonzero multinomial bincount bucketize searchsorted one_hot randint randperm isnan isinf "
+    "isfinite isin eq ne lt le gt ge equal allclose any all logical_and logical_or logical_not logical_xor "
+    "long int bool short byte linear_sum_assignment count_nonzero histc nms batched_nms box_iou unique "
+    "unique_consecutive greater less greater_equal less_equal".split()
+)
+# The gradient exists and is zero.
+PIECEWISE_CONSTANT = frozenset(["round", "floor", "ceil", "trunc", "sign", "sgn", "frac_", "bernoulli"])
+# A new tensor that takes shape, dtype or device of another and none of its numbers.
+SHAPE_ONLY = frozenset(
+    "zeros ones full empty rand randn arange linspace eye zeros_like ones_like empty_like full_like rand_like "
+    "randn_like new_zeros new_ones new_empty new_full tril_indices triu_indices meshgrid is_tensor get_device "
+    "manual_seed Generator device finfo iinfo".split()
+)
+# Methods and attributes that answer with plain Python.
+PLAIN_METHODS = frozenset(
+    "size dim numel stride ndimension element_size nelement is_contiguous is_floating_point is_complex data_ptr "
+    "storage_offset type_as_ get_device is_inference keys format join split strip lower upper startswith endswith "
+    "append extend pop update setdefault".split()
+)
+PLAIN_ATTRIBUTES = frozenset(
+    "shape dtype device ndim requires_grad is_cuda grad_fn layout names itemsize nbytes is_leaf training config".split()
+)
+PLAIN_FUNCTIONS = frozenset(
+    "len isinstance hasattr print range type id str repr bool callable issubclass enumerate_ open format "
+    "vars dir hash super".split()
+)
+WEIGHTS = frozenset("weight bias in_proj_weight in_proj_bias out_proj_weight running_mean running_var grad".split())
+PARAMETER_LISTS = frozenset("parameters named_parameters buffers named_buffers get_parameters".split())
+MODULE_LISTS = frozenset("modules named_modules children named_children".split())
+# Own vocabulary of parameter names that hold integers, truth values or settings.
+INTEGER_NAMES = (
+    r"(?:^|_)(?:ids?|idx|index|indices|mask|masks|labels?|position|positions|pos|length|lengths|lens|size|sizes|shape|"
+    r"shapes|num|nums|count|counts|dtype|device|config|name|names|path|seed|generator|dim|dims|axis|step|steps|timestep|"
+    r"timesteps|t|offset|offsets|stride|grid|thw|targets?|verbose|kwargs|args|epoch|batch_idx|seqlens?|dict|info|"
+    r"height|width|h|w|seq_len|length|cls|self|logger|optimizer|filename|image_sizes|spatial_shapes|start|end)$"
+)
+INTEGER_ANNOTATIONS = (
+    r"Long|Int(?!er)|Bool|\bint\b|\bbool\b|\bstr\b|\bdtype\b|\bdevice\b|PretrainedConfig|Config\b|Path|dict"
+)

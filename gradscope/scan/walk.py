@@ -1,0 +1,310 @@
+"""One file to facts: the classes and functions with a hit, what they call, and the sites in them."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+
+from gradscope.scan.body import Body, FunctionNode, add_imports
+from gradscope.scan.facts import Class, FileFacts, Ignore, Site
+from gradscope.scan.reading import Needles, parse
+from gradscope.scan.switches import Names, rule_of
+from gradscope.scan.wrappers import wrapper_of_class, wrapper_of_function
+
+IGNORE = re.compile(r"#\s*gradscope:\s*ignore(?:\[([^\]]*)\])?")
+
+
+class FileReader:
+    """Reads one file: parses the blocks that hold a needle, and reads whole the classes with a deep one."""
+
+    def __init__(self, facts: FileFacts, is_package: bool, wrappers: Mapping[str, str]) -> None:
+        self.facts = facts
+        module = f"{facts.module}.__init__" if is_package else facts.module
+        self.names = Names(facts.imports, wrappers, module)
+        self._lines: list[int] = []
+        self._deep: list[int] = []
+
+    def read(self, source: str, needles: Needles) -> FileFacts:
+        """Fill the facts from the source; a file that cannot be parsed says so in ``skipped``."""
+        needles = needles.with_renames(source)
+        offsets = needles.all(source)
+        tree, self.facts.skipped = parse(source, offsets)
+        if tree is None:
+            return self.facts
+        self.facts.parsed = True
+        self._lines = line_numbers(source, offsets)
+        self._deep = line_numbers(source, needles.deep(source))
+        self.facts.ignores = ignores(source)
+        loose = self._top_level(tree.body)
+        if any(_within(self._lines, node) for node in loose):
+            self._module_body(loose)
+        if "custom_op" in source:
+            self._custom_ops(tree, source)
+        self.facts.sites = list({(site.line, site.column, site.rule): site for site in self.facts.sites}.values())
+        self.facts.sites.sort(key=lambda site: (site.line, site.column))
+        return self.facts
+
+    # --- the top level --------------------------------------------------------------------------
+
+    def _top_level(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
+        """Read definitions; return the statements that run when the module is imported."""
+        loose: list[ast.stmt] = []
+        for node in statements:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                add_imports(self.names.imports, node, self.names.module)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self._function(node)
+            elif isinstance(node, ast.ClassDef):
+                self._class(node, "")
+            elif isinstance(node, (ast.If, ast.Try)):
+                if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+                    continue
+                for part in _branches(node):
+                    loose += self._top_level(part)
+            elif _within(self._lines, node):
+                self._module_alias(node)
+                loose.append(node)
+        return loose
+
+    def _module_alias(self, node: ast.stmt) -> None:
+        """``inference = torch.no_grad``: a name of the package's own for a switch."""
+        if not isinstance(node, ast.Assign) or not _within(self._deep, node):
+            return
+        switch = self.names.switch(node.value)
+        for target in node.targets:
+            if switch is not None and isinstance(target, ast.Name):
+                self.names.aliases[target.id] = switch
+                if switch.disables:
+                    self.facts.wrappers[f"{self.facts.module}.{target.id}"] = switch.mechanism
+
+    def _module_body(self, loose: list[ast.stmt]) -> None:
+        """Read what runs at import as if it were a function without a name."""
+        template = ast.parse("def _(): pass").body[0]
+        assert isinstance(template, ast.FunctionDef)
+        template.body, template.name = loose, ""
+        template.end_lineno = max(node.end_lineno or 0 for node in loose)
+        body = Body(template, self.names, None, "", None)
+        body.read()
+        self.facts.sites += body.sites
+
+    # --- functions and classes ------------------------------------------------------------------
+
+    def _function(self, node: FunctionNode) -> None:
+        if not _within(self._lines, node):
+            return
+        if _within(self._deep, node):
+            mechanism = wrapper_of_function(node, self.names)
+            if mechanism:
+                self.facts.wrappers[f"{self.facts.module}.{node.name}"] = mechanism
+                return
+        self._read_function(node, None, node.name)
+
+    def _read_function(self, node: FunctionNode, klass: Class | None, name: str) -> None:
+        body = Body(node, self.names, klass, name, None)
+        for fact in (body.read(), *body.nested):
+            known = self.facts.functions.get(fact.name)
+            if known is None or fact.kind != "overload":
+                self.facts.functions[fact.name] = fact
+        self.facts.sites += body.sites
+
+    def _class(self, node: ast.ClassDef, prefix: str) -> None:
+        if not _within(self._lines, node):
+            return
+        name = f"{prefix}{node.name}"
+        deep = _within(self._deep, node)
+        bases = tuple(filter(None, (self.names.dotted(_bare(base)) for base in node.bases)))
+        klass = Class(name, node.lineno, bases)
+        self.facts.classes[name] = klass
+        if deep:
+            mechanism = wrapper_of_class(node, self.names)
+            if mechanism:
+                self.facts.wrappers[f"{self.facts.module}.{name}"] = mechanism
+                return
+            self._decorated_class(node, name)
+        methods = [item for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        klass.methods = tuple(method.name for method in methods)
+        self._attributes(node, klass, methods, deep)
+        for method in methods:
+            if not (deep or _within(self._lines, method)):
+                continue
+            mechanism = wrapper_of_function(method, self.names) if _within(self._deep, method) else ""
+            if mechanism:
+                self.facts.wrappers[f"{self.facts.module}.{name}.{method.name}"] = mechanism
+            else:
+                self._read_function(method, klass, f"{name}.{method.name}")
+        for item in node.body:
+            if isinstance(item, ast.ClassDef):
+                self._class(item, f"{name}.")
+        if any(base.endswith("autograd.Function") or base == "Function" for base in bases):
+            self._autograd_function(node, name, methods)
+
+    def _decorated_class(self, node: ast.ClassDef, name: str) -> None:
+        for item in node.decorator_list:
+            switch = self.names.switch(item)
+            if switch is not None and switch.disables is not False:
+                harmless = "on a class it covers only the constructor: the methods keep their gradients"
+                self.facts.sites.append(
+                    Site(rule_of(switch, "class"), item.lineno, item.col_offset + 1, item.lineno, name,
+                         switch.mechanism, "class",
+                         harmless="" if switch.mechanism == "inference_mode" else harmless)
+                )  # fmt: skip
+
+    def _attributes(self, node: ast.ClassDef, klass: Class, methods: list[FunctionNode], deep: bool) -> None:
+        for item in node.body:
+            if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
+                dotted = self.names.dotted(item.value)
+                if dotted:
+                    klass.aliases[item.targets[0].id] = dotted
+                klass.attributes.setdefault(item.targets[0].id, "plain")
+        for method in methods:
+            if method.name == "__init__" or (deep and method.name in ("build", "setup", "_build", "post_init")):
+                typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
+                for part in _statements(method.body) if deep else method.body:
+                    self._attribute(part, klass, typed)
+
+    def _attribute(self, node: ast.AST, klass: Class, typed: Mapping[str, ast.expr]) -> None:
+        if isinstance(node, ast.Expr):
+            node = node.value
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            kind = _REGISTERED.get(node.func.attr)
+            first = node.args[0]
+            if kind and isinstance(first, ast.Constant) and isinstance(first.value, str):
+                klass.attributes[first.value] = kind
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                if (
+                    isinstance(target, ast.Attribute)
+                    and isinstance(target.value, ast.Name)
+                    and target.value.id == "self"
+                ):
+                    kind = self._kind(node.value, typed)
+                    if kind and klass.attributes.get(target.attr) not in _CERTAIN:
+                        klass.attributes[target.attr] = kind
+
+    def _kind(self, value: ast.expr, typed: Mapping[str, ast.expr]) -> str:
+        if isinstance(value, ast.Constant):
+            return "plain" if value.value is not None else ""
+        if isinstance(value, ast.Call):
+            dotted = self.names.dotted(value.func)
+            last = dotted.rpartition(".")[2]
+            if last in ("Parameter", "Buffer"):
+                return last.lower()
+            if dotted.startswith("torch.nn."):
+                return "module"
+            return dotted if last[:1].isupper() else ""
+        dotted = self.names.dotted(value)
+        if dotted in typed:  # self.model = model, where the constructor says what it takes
+            return self._class_named(typed[dotted])
+        return "plain" if dotted.split(".")[0] in ("config", "cfg", "args") else ""
+
+    def _class_named(self, annotation: ast.expr) -> str:
+        dotted = self.names.dotted(annotation)
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+            dotted = annotation.value if annotation.value.isidentifier() else ""
+        last = dotted.rpartition(".")[2]
+        if last == "Module":
+            return "module"
+        if last in ("int", "float", "bool", "str", "list", "dict", "tuple"):
+            return "plain"
+        return dotted if last[:1].isupper() else ""
+
+    # --- autograd.Function and custom operators ---------------------------------------------------
+
+    def _autograd_function(self, node: ast.ClassDef, name: str, methods: list[FunctionNode]) -> None:
+        backward = next((method for method in methods if method.name in ("backward", "vjp")), None)
+        if backward is not None and not _gives_nothing(backward):
+            return
+        what = "has no backward" if backward is None else "has a backward that gives no gradient"
+        line = node.lineno if backward is None else backward.lineno
+        self.facts.sites.append(Site("GS501", line, 1, line, name, f"{node.name} {what}", "call"))
+
+    def _custom_ops(self, tree: ast.Module, source: str) -> None:
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                for item in node.decorator_list:
+                    target = item.func if isinstance(item, ast.Call) else item
+                    if self.names.dotted(target).endswith("library.custom_op") and (
+                        f"{node.name}.register_autograd" not in source
+                    ):
+                        mechanism = f"custom_op {node.name} without register_autograd"
+                        self.facts.sites.append(
+                            Site("GS502", item.lineno, item.col_offset + 1, item.lineno, node.name, mechanism, "call")
+                        )
+
+
+_REGISTERED = {
+    "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
+}  # fmt: skip
+_CERTAIN = ("module", "parameter", "buffer")
+
+
+def line_numbers(source: str, offsets: list[int]) -> list[int]:
+    """Return the 1-based line of every offset; both ascend."""
+    lines: list[int] = []
+    line, at = 1, 0
+    for offset in offsets:
+        line += source.count("\n", at, offset)
+        at = offset
+        lines.append(line)
+    return lines
+
+
+def ignores(source: str) -> list[Ignore]:
+    """Return the ignore comments of a file (comments only, not strings that look like one)."""
+    if "gradscope:" not in source:
+        return []
+    found: list[Ignore] = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            match = IGNORE.search(token.string) if token.type == tokenize.COMMENT else None
+            if match:
+                codes = tuple(part.strip() for part in (match[1] or "").split(",") if part.strip())
+                found.append(Ignore(token.start[0], codes))
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return found
+
+
+def _within(lines: list[int], node: ast.stmt) -> bool:
+    first = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", ()))])
+    at = bisect_left(lines, first)
+    return at < len(lines) and lines[at] <= (node.end_lineno or node.lineno)
+
+
+def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:
+    yield node.body
+    if isinstance(node, ast.Try):
+        yield from (handler.body for handler in node.handlers)
+        yield node.finalbody
+    yield node.orelse
+
+
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield statements and those nested in them, without a look at any expression."""
+    for node in body:
+        yield node
+        for part in ("body", "orelse", "finalbody"):
+            yield from _statements(getattr(node, part, ()))
+
+
+def _bare(base: ast.expr) -> ast.expr:
+    """``Base[T]`` is ``Base``."""
+    return base.value if isinstance(base, ast.Subscript) else base
+
+
+def _gives_nothing(node: FunctionNode) -> bool:
+    """Tell whether a backward returns only None, or raises and nothing else."""
+    returns = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
+    if not returns:
+        return True
+    return all(
+        value is None
+        or (isinstance(value, ast.Constant) and value.value is None)
+        or (isinstance(value, ast.Tuple) and all(isinstance(e, ast.Constant) and e.value is None for e in value.elts))
+        for value in returns
+    )

@@ -1,0 +1,98 @@
+"""Find the package's own grad-disabling wrappers: decorators, context managers, subclasses, methods that give one.
+
+Where ``smart_inference_mode`` is defined nothing is cut; where it is used, something is. So the definition
+is turned into a name that the whole package is then read with.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from gradscope.scan.switches import Names
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def wrapper_of_function(node: FunctionNode, names: Names) -> str:
+    """Return the mechanism that a function wraps, or nothing where it is no wrapper."""
+    decorators = {names.dotted(item).rpartition(".")[2] for item in node.decorator_list}
+    if decorators & {"contextmanager", "asynccontextmanager"}:
+        return _around_yield(node, names)
+    return _given_back(node, names) or _around_argument(node, names)
+
+
+def wrapper_of_class(node: ast.ClassDef, names: Names) -> str:
+    """Return the mechanism of a context manager class: a subclass, or one that enters a switch itself."""
+    for base in node.bases:
+        switch = names.switch(base)
+        if switch is not None and switch.disables is not False:
+            return switch.mechanism
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__enter__":
+            for part in ast.walk(node):
+                switch = names.switch(part) if isinstance(part, ast.Call) else None
+                if switch is not None and switch.disables is not False and switch.mechanism != "enable_grad":
+                    return switch.mechanism
+    return ""
+
+
+def _disabling(node: ast.expr, names: Names) -> str:
+    switch = names.switch(node)
+    return switch.mechanism if switch is not None and switch.disables else ""
+
+
+def _around_yield(node: FunctionNode, names: Names) -> str:
+    for part in ast.walk(node):
+        if isinstance(part, ast.With):
+            found = [mechanism for item in part.items if (mechanism := _disabling(item.context_expr, names))]
+            if found and any(isinstance(inner, ast.Yield) for inner in ast.walk(part)):
+                return found[0]
+    return ""
+
+
+def _given_back(node: FunctionNode, names: Names) -> str:
+    """``return torch.no_grad``, ``return torch.no_grad()(fn)``."""
+    for part in ast.walk(node):
+        if not isinstance(part, ast.Return) or part.value is None:
+            continue
+        value = part.value
+        mechanism = _disabling(value, names)
+        if not mechanism and isinstance(value, ast.Call) and _is_parameter_call(value, node):
+            mechanism = _disabling(value.func, names)
+        if mechanism:
+            return mechanism
+    return ""
+
+
+def _is_parameter_call(call: ast.Call, node: FunctionNode) -> bool:
+    """Tell whether every argument is a parameter of the function or of one nested in it."""
+    return bool(call.args) and all(isinstance(arg, ast.Name) and arg.id in _parameters(node) for arg in call.args)
+
+
+def _around_argument(node: FunctionNode, names: Names) -> str:
+    """A nested function that calls the outer function's argument in a region: a hand-written decorator."""
+    given = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args)} - {"self", "cls"}
+    returned = {
+        part.value.id for part in node.body if isinstance(part, ast.Return) and isinstance(part.value, ast.Name)
+    }
+    for inner in node.body:
+        if not isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)) or inner.name not in returned:
+            continue
+        for part in ast.walk(inner):
+            if isinstance(part, (ast.With, ast.AsyncWith)):
+                found = [mechanism for item in part.items if (mechanism := _disabling(item.context_expr, names))]
+                called = {n.func.id for n in ast.walk(part) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+                if found and called & given:
+                    return found[0]
+        if any(given and _disabling(item, names) for item in inner.decorator_list) and returned:
+            return next(mechanism for item in inner.decorator_list if (mechanism := _disabling(item, names)))
+    return ""
+
+
+def _parameters(node: FunctionNode) -> set[str]:
+    return {
+        argument.arg
+        for part in ast.walk(node)
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for argument in (*part.args.posonlyargs, *part.args.args)
+    } - {"self", "cls"}

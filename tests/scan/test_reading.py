@@ -1,0 +1,91 @@
+# ruff: noqa: E501 - sources under test stay on one line
+"""Decoding by Python's rules, and the property that blanking changes nothing that is found."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradscope.scan import reading
+from gradscope.scan.facts import FileFacts
+from gradscope.scan.reading import Needles, blank, decode
+from gradscope.scan.scanner import scan
+from gradscope.scan.walk import FileReader
+
+SOURCE = "import torch\n\n@torch.no_grad()\ndef f(model, x):\n    return model(x)\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "skipped"),
+    [
+        (SOURCE.encode(), ""),
+        (b"\xef\xbb\xbf" + SOURCE.encode(), ""),
+        (b"# -*- coding: latin-1 -*-\n# \xe9\n" + SOURCE.encode(), ""),
+        (SOURCE.replace("\n", "\r\n").encode(), ""),
+        (SOURCE.replace("\n", "\r").encode(), ""),
+        (b"# \xe9\n" + SOURCE.encode(), "cannot be decoded"),
+        (b"# coding: no-such-codec\n", "cannot be decoded"),
+        (SOURCE.encode() + b"\0", "NUL"),
+        (b"x" * (reading.LARGEST_FILE + 1), "larger"),
+    ],
+)
+def test_decoding(data: bytes, skipped: str) -> None:
+    text = decode(data)
+    assert skipped in text.skipped and bool(skipped) == bool(text.skipped)
+    if not skipped:
+        assert ast.dump(ast.parse(text.source)) == ast.dump(ast.parse(data))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import torch\ntorch.no_grad(\n", "is not valid Python"),
+        ("with torch.no_grad() as :\n", "is not valid Python"),
+        ("print 'torch.no_grad()'\n", "is not valid Python"),
+        ("torch.no_grad()" + "(" * 3000 + ")" * 3000, ""),
+        ("torch.no_grad() + " + "-" * 60_000 + "1\n", ""),
+    ],
+)
+def test_a_file_that_cannot_be_parsed_is_named_and_nothing_crashes(tmp_path: Path, source: str, reason: str) -> None:
+    (tmp_path / "bad.py").write_text(source)
+    (tmp_path / "good.py").write_text(SOURCE)
+    session = scan(str(tmp_path), cache=False)
+    assert [Path(each["path"]).name for each in session.stats["skipped"]] == ["bad.py"]
+    assert reason in session.unseen[0]
+    assert [each.function for each in session.findings] == ["f"]
+
+
+PIECES = st.sampled_from(
+    [
+        "import torch\n", "from torch import no_grad as quiet\n", "X = 1\n", "class A:\n    def f(self):\n        pass\n",
+        "@torch.no_grad()\ndef g(x):\n    return x\n", "def h(x):\n    with torch.no_grad():\n        return x\n",
+        'TEXT = """\ndef not_code():\n    torch.no_grad()\n"""\n', "if X:\n    import os\nelse:\n    X = 2\n",
+        "try:\n    import a\nexcept ImportError:\n    a = None\n", "torch.set_grad_enabled(False)\n",
+        "# a comment: torch.no_grad()\n", "class B(torch.nn.Module):\n    def forward(self, x):\n        return x.detach()\n",
+        "Y = [\n    1,\n]\n", "@decorated\n\n# between\ndef k():\n    return torch.tensor(X)\n", "\n", "    \n", "'''\n", "x = (\n",
+        "match X:\n    case 1:\n        pass\n", "async def m():\n    async with torch.no_grad():\n        pass\n", "\\\n",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
+    def facts(text: str) -> FileFacts:
+        return FileReader(FileFacts("p.py", "p"), False, {}).read(text, Needles())
+
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        assert facts(source).skipped or facts(source).parsed
+        return
+    blanked = facts(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "blank", lambda text, offsets: text)
+        whole = facts(source)
+    assert (blanked.sites, blanked.functions, blanked.classes) == (whole.sites, whole.functions, whole.classes)
+    assert blank(source, []).count("\n") == source.count("\n")

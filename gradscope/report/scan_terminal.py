@@ -14,6 +14,11 @@ from gradscope.report.page import Page
 from gradscope.session import Session
 
 MOST_WARNINGS = 20
+VERDICTS = {
+    "blocked": ("red", "blocked", "gradients are stopped where training would need them"),
+    "partial": ("yellow", "maybe", "no certain break, but look at the warnings"),
+    "flows": ("green", "yes", "no place stops a gradient that somebody would miss"),
+}
 STATUS_COLOURS = {"blocked": "red", "inference-only": "yellow", "clean": "green"}
 STATUS_SIGNS = {"blocked": "blocked", "inference-only": "maybe", "clean": "yes"}
 
@@ -47,26 +52,22 @@ class _ScanPage(Page):
 
     def _verdict(self) -> None:
         session = self.session
+        colour, sign, words = VERDICTS[session.verdict]
         counts = Counter(finding.severity for finding in session.findings)
         said = ", ".join(_count(counts[severity], severity) for severity in SEVERITIES)
-        if session.findings:
-            colour = {"blocked": "red", "partial": "yellow"}.get(session.verdict, "green")
-            sign = self.sign({"blocked": "blocked", "partial": "maybe"}.get(session.verdict, "yes"))
-        else:
-            colour, sign, said = (
-                ("yellow", "?", "nothing found") if session.unseen else ("green", self.sign("yes"), "nothing found")
-            )
-        words = {"blocked": "gradients are stopped where training would need them", "partial": "look at the warnings"}
-        tail = words.get(session.verdict, "no place that stops a gradient somebody would miss")
-        if session.unseen:
-            tail += f", {len(session.unseen)} files unread"
-        self.console.print(Text(f"{sign} {said}", style=f"bold {colour}"), Text(f" {tail}"), highlight=False)
+        unread = f"; {_count(len(session.unseen), 'file')} could not" if session.unseen else ""
+        if not session.findings:
+            said = "nothing found" + (" in what could be read" if unread else "")
+            words = "" if unread else words
+        if unread and not counts["error"]:
+            colour, sign = "yellow", "maybe"
+        head = Text(f"{self.sign(sign)} {said}", style=f"bold {colour}")
+        self.console.print(head.append(unread, style="bold"), Text(words and f" {words}"), highlight=False)
         stats = session.stats
         name = session.target.get("name", "")
         entry = f", entry {session.target['entry']}" if session.target.get("entry") else ""
-        self.print(
-            f"  {name}{entry}: {stats.get('files', 0)} files in {stats.get('seconds', 0)} s, nothing imported or run"
-        )
+        files = _count(stats.get("files", 0), "file")
+        self.print(f"  {name}{entry}: {files} in {stats.get('seconds', 0)} s, nothing imported or run")
 
     def _groups(self) -> list[list[dict[str, Any]]]:
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -46,11 +46,11 @@ class Text:
 
 @dataclass(slots=True)
 class Collected:
-    """All files, and how many were parsed now or taken from the cache."""
+    """All files, and which were parsed now or taken from the cache."""
 
     texts: dict[str, Text] = field(default_factory=dict)
-    parsed: int = 0
-    cached: int = 0
+    parsed: set[str] = field(default_factory=set)
+    cached: set[str] = field(default_factory=set)
 
 
 class Collector:
@@ -77,12 +77,12 @@ class Collector:
         texts = [text for text in self.collected.texts.values() if not text.facts.skipped and wanted(text)]
         keys = {key_of(repr(settings), text.file.module, text.data): text for text in texts}
         known = self._cache.get(keys)
-        self.collected.cached += len(known)
+        self.collected.cached.update(keys[key].file.shown for key in known)
         fresh = {key: text for key, text in keys.items() if key not in known}
         for key, value in known.items():
             keys[key].facts = facts_from(value, keys[key].facts)
         made = self._parse(list(fresh.values()), settings)
-        self.collected.parsed += len(fresh)
+        self.collected.parsed.update(text.file.shown for text in fresh.values())
         for text, facts in zip(fresh.values(), made, strict=True):
             text.facts = facts
         self._cache.put({key: facts_to(text.facts) for key, text in fresh.items()})

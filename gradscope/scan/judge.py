@@ -58,6 +58,8 @@ class Judge:
                     harmless[place, site] = why
         self.harmless = harmless
         self.reach = Reach(package, harmless)
+        regions = {place for place in self.reach.regions if self.reach.blockers(place) and not meant_by_name(place)}
+        self.stopped = self.reach.leading_to(regions)
         self.reports = self._class_reports()
         self._reached = self._reached_from_forwards()
         self._only_way = self._only_ways()
@@ -75,11 +77,9 @@ class Judge:
     def _class_reports(self) -> list[ClassReport]:
         reports = []
         for facts in self.package.files.values():
-            for name in facts.classes:
+            for name, klass in facts.classes.items():
                 owner = Place(facts.module, name)
-                if not any(
-                    self.reach.blockers(method) and not meant_by_name(method) for method in self._methods(owner)
-                ):
+                if not any(Place(facts.module, f"{name}.{method}") in self.stopped for method in klass.methods):
                     continue
                 entries = self.reach.entries(owner)
                 if any(entry.chain for entry in entries):
@@ -88,7 +88,7 @@ class Judge:
         return reports
 
     def _methods(self, owner: Place) -> list[Place]:
-        """Return the methods of a class and what they call: where one is stopped, the class is looked at."""
+        """Return the methods of a class and what they call."""
         facts = self.package.files[owner.module]
         own = [Place(owner.module, f"{owner.name}.{name}") for name in facts.classes[owner.name].methods]
         called = [target for method in own for _, target in self.package.callees(method, owner)]

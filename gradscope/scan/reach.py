@@ -202,6 +202,24 @@ class Reach:
                 queue.append(([*path, target], self.owner_for(target, current_owner)))
         return None
 
+    def leading_to(self, goals: set[Place]) -> set[Place]:
+        """Return the functions from which a call, or a chain of calls, leads to one of the goals; goals included."""
+        callers: dict[Place, list[Place]] = {}
+        for facts in self.package.files.values():
+            for name in facts.functions:
+                if name.rpartition(".")[2] not in NOT_COMPUTE:
+                    place = Place(facts.module, name)
+                    for _, target in self.package.callees(place, self.owner(place)):
+                        callers.setdefault(target, []).append(place)
+        found = set(goals)
+        pending = list(goals)
+        while pending:
+            for caller in callers.get(pending.pop(), ()):
+                if caller not in found:
+                    found.add(caller)
+                    pending.append(caller)
+        return found
+
     def reachable(self, entry: Place, owner: Place | None) -> dict[Place, list[Place]]:
         """Return every function that an entry's value is computed with, and the way to each."""
         found = {entry: [entry]}

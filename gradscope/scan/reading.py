@@ -71,7 +71,7 @@ class Needles:
     """What is looked for in a file before anything is parsed.
 
     ``names`` are literals that make a whole class worth reading: torch's switches, the package's own
-    wrappers, calls of functions known to be stopped. They count where no identifier goes on before them.
+    wrappers, functions and classes known to be stopped. They count where they are whole identifiers.
     """
 
     names: tuple[str, ...] = GRAD_MODE
@@ -94,8 +94,7 @@ class Needles:
         for name in self.names:
             at = source.find(name)
             while at >= 0:
-                before = source[at - 1] if at else ""
-                if name in GRAD_MODE or not (before.isalnum() or before == "_"):
+                if name in GRAD_MODE or _stands_alone(source, at, name):
                     found.append(at)
                 at = source.find(name, at + 1)
         return sorted(found)
@@ -103,6 +102,13 @@ class Needles:
     def all(self, source: str) -> list[int]:
         """Return the offsets of the names and of tensor operations, ascending."""
         return sorted([*self.deep(source), *(match.start() for match in TENSOR_OPS.finditer(source))])
+
+
+def _stands_alone(source: str, at: int, name: str) -> bool:
+    before, after = source[at - 1 : at], source[at + len(name) : at + len(name) + 1]
+    goes_on_before = name[0].isidentifier() and (before.isalnum() or before == "_")
+    goes_on_after = name[-1].isidentifier() and (after.isalnum() or after == "_")
+    return not (goes_on_before or goes_on_after)
 
 
 _TENSOR_OPS_BYTES = re.compile(TENSOR_OPS.pattern.encode())

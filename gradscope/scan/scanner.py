@@ -18,7 +18,6 @@ from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.scan.cache import Cache, default_folder, key_of
 from gradscope.scan.collect import Collected, Collector, Settings, Text, default_jobs
-from gradscope.scan.intent import meant_by_name
 from gradscope.scan.judge import ClassReport, Judge, Judgement
 from gradscope.scan.package import Package, Place
 from gradscope.scan.reach import FORWARDS, Chain, Entry
@@ -26,7 +25,7 @@ from gradscope.scan.reading import decode, headers
 from gradscope.scan.resolve import Resolved, resolve
 from gradscope.session import Session
 
-MOST_ROUNDS = 3
+MOST_ROUNDS = 5
 # Above so many bytes only the callers of errors are looked for in files without a switch of their own.
 LARGE = 8_000_000
 
@@ -165,19 +164,17 @@ def _holding(names: set[str]) -> Callable[[Text], bool]:
 
 def _stopped(judge: Judge, *, errors_only: bool) -> set[str]:
     """Return how calls of stopped functions, and of the callers known so far, are written."""
-    reach = judge.reach
+    stopped = judge.stopped
     if errors_only:
-        stopped = {Place(each.facts.module, each.site.function) for each in judge.judge() if each.severity == "error"}
-    else:
-        stopped = {place for place in reach.regions if reach.blockers(place) and not meant_by_name(place)}
-        stopped |= {entry.place for report in judge.reports for entry in report.entries if entry.chain}
+        errors = {Place(each.facts.module, each.site.function) for each in judge.judge() if each.severity == "error"}
+        stopped = judge.reach.leading_to(errors)
     calls: set[str] = set()
     for place in stopped:
         owner, _, name = place.name.rpartition(".")
         if name in FORWARDS and owner:
-            calls.add(f"{owner.rpartition('.')[2]}(")
+            calls.add(owner.rpartition(".")[2])  # also as an annotation: def __init__(self, tower: Tower)
         elif owner and owner in judge.package.files[place.module].classes:
-            calls |= {f"self.{name}(", f"super().{name}("}
+            calls.add(f".{name}(")
         elif name and not owner:
             calls.add(f"{name}(")
     return calls
@@ -213,7 +210,7 @@ def _session(
         remarks=remarks,
         unseen=[f"{short_path(path)}: {reason}" for path, reason in skipped],
         stats={
-            "files": files, "parsed": collected.parsed, "cached": collected.cached,
+            "files": files, "parsed": len(collected.parsed), "cached": len(collected.cached),
             "skipped": [{"path": short_path(path), "reason": reason} for path, reason in skipped],
         },
     )  # fmt: skip
@@ -233,7 +230,11 @@ def _without_ignored(findings: list[Finding], collected: Collected) -> tuple[lis
         path = short_path(text.facts.path)
         for ignore in text.facts.ignores:
             meant = by_place.get((path, ignore.line), []) or by_place.get((path, ignore.line + 1), [])
-            chosen = codes(ignore.codes) if ignore.codes else None
+            try:
+                chosen = codes(ignore.codes) if ignore.codes else None
+            except UsageError as error:
+                remarks.append(f"{path}:{ignore.line}: the ignore comment is not understood: {error.message}")
+                continue
             hidden = [each.id for each in meant if chosen is None or each.rule in chosen]
             ignored.update(hidden)
             if not hidden:

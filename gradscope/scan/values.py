@@ -138,6 +138,8 @@ class Expressions:
     # --- calls ----------------------------------------------------------------------------------
 
     def _call(self, node: ast.Call) -> Value:
+        if isinstance(node.func, ast.Name) and node.func.id == "self" and self.klass is not None:
+            return self._called_itself(node, self.klass)
         given = [self.value(argument) for argument in node.args]
         given += [self.value(keyword.value) for keyword in node.keywords]
         dotted = self.names.dotted(node.func)
@@ -151,9 +153,18 @@ class Expressions:
             if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
                 self._note_call(dotted, node)
                 return self._own_call(node, node.func.attr, given)
+            if root == "self" and dotted.count(".") == 2:
+                self._note_call(dotted, node)
             if is_local or not dotted or root not in self.names.imports.values():
                 return self._method(node, node.func, given)
         return self._function(node, dotted, given)
+
+    def _called_itself(self, node: ast.Call, klass: Class) -> Value:
+        """``self(x)`` is ``self.forward(x)``."""
+        given = [self.value(argument) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
+        name = "__call__" if "__call__" in klass.methods else "forward"
+        self._note_call(f"self.{name}", node)
+        return Value(self._own_call(node, name, given).atoms, "tensor")
 
     def _note_call(self, target: str, node: ast.Call) -> None:
         self.calls.append(Call(target, node.lineno, used=node is not self.discarded))

@@ -1,0 +1,206 @@
+# ruff: noqa: E501 - sources under test stay on one line
+"""From public callables to sites over several files: chains, verdicts, and what stays clean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from gradscope.errors import UsageError
+from gradscope.scan.scanner import scan
+from gradscope.session import Session
+
+PACKAGE = {
+    "__init__": "from .model import Model\n",
+    "base": """
+        import torch
+        from torch import nn
+
+        class Base(nn.Module):
+            def encode(self, x):
+                return self._core(x)
+
+            @torch.inference_mode()
+            def _core(self, x):
+                return self.tower(x)
+        """,
+    "model": """
+        from torch import nn
+        from .base import Base
+        from .helper import smooth
+
+        class Model(Base):
+            def __init__(self):
+                super().__init__()
+                self.tower = nn.Linear(4, 4)
+
+            def embed(self, x):
+                return super().encode(x)
+        """,
+    "helper": """
+        import torch
+
+        def smooth(model, x):
+            with torch.no_grad():
+                return model(x)
+        """,
+    "outer": """
+        from torch import nn
+        from pack import Model
+        from .helper import smooth
+
+        class Outer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = Model()
+                self.head = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.head(self.inner.embed(x))
+
+        class Smoothed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return smooth(self.body, x)
+        """,
+}
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    package = folder / "pack"
+    package.mkdir()
+    for name, source in files.items():
+        (package / f"{name}.py").write_text(dedent(source))
+    return package
+
+
+def entries(session: Session) -> dict[str, tuple[str, list[str]]]:
+    return {
+        entry["function"]: (entry["status"], [step["function"] for step in entry["chain"]]) for entry in session.entries
+    }
+
+
+def test_chains_cross_classes_modules_and_files(tmp_path: Path) -> None:
+    session = scan(str(write(tmp_path, PACKAGE)), cache=False)
+    found = entries(session)
+    assert found["Base.encode"] == ("blocked", ["Base.encode", "Base._core"])
+    assert found["Model.embed"] == ("blocked", ["Model.embed", "Base.encode", "Base._core"])
+    assert found["Outer.forward"] == ("blocked", ["Outer.forward", "Model.embed", "Base.encode", "Base._core"])
+    assert found["Smoothed.forward"] == ("blocked", ["Smoothed.forward", "smooth"])
+    errors = {(each.function, each.rule) for each in session.findings if each.severity == "error"}
+    assert errors == {("Base._core", "GS101"), ("smooth", "GS104")}
+
+
+def test_an_entry_asks_about_itself_only(tmp_path: Path) -> None:
+    package = str(write(tmp_path, PACKAGE))
+    smoothed = scan(package, entry=("Smoothed.forward",), cache=False)
+    assert [each.function for each in smoothed.findings] == ["smooth"]
+    assert entries(smoothed) == {"Smoothed.forward": ("blocked", ["Smoothed.forward", "smooth"])}
+    with pytest.raises(UsageError, match=r"Nothing\.here"):
+        scan(package, entry=("Nothing.here",), cache=False)
+
+
+def test_a_clean_entry_is_said_to_be_clean(tmp_path: Path) -> None:
+    files = {"__init__": "", "net": """
+        import torch
+        from torch import nn
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.layer(x)
+
+            @torch.no_grad()
+            def generate(self, x):
+                return self.forward(x)
+        """}  # fmt: skip
+    package = str(write(tmp_path, files))
+    session = scan(package, cache=False)
+    assert entries(session)["Net.forward"] == ("clean", [])
+    assert entries(session)["Net.generate"] == ("inference-only", ["Net.generate"])
+    assert [(each.function, each.severity, each.fix) for each in session.findings] == [
+        ("Net.generate", "warning", "Use forward where a gradient is wanted.")
+    ]
+    clean = scan(package, entry=("Net.forward",), cache=False)
+    assert clean.findings == [] and clean.verdict == "flows" and entries(clean) == {"Net.forward": ("clean", [])}
+
+
+NOTES = {
+    "weights are initialised": "@torch.no_grad()\ndef _init_weights(self, module):\n    module.weight.normal_()\n    return module.weight",
+    "a rotary table": "@torch.no_grad()\ndef forward(self, x, position_ids):\n    f = position_ids[..., None].float() * self.inv_freq\n    return f.cos().to(x.dtype), f.sin().to(x.dtype)",
+    "a matcher": "@torch.no_grad()\ndef forward(self, outputs, targets):\n    cost = self.layer(outputs)\n    return [linear_sum_assignment(c) for c in cost]",
+    "a returned index": "@torch.no_grad()\ndef forward(self, scores):\n    return torch.topk(self.layer(scores), 2)[1]",
+    "declared integers": "@torch.no_grad()\ndef forward(self, scores: torch.Tensor) -> torch.LongTensor:\n    return self.choose(self.layer(scores))",
+    "an update of averages": "@torch.no_grad()\ndef update_ema(self, other):\n    for p, q in zip(self.parameters(), other.parameters()):\n        p.lerp_(q, 0.1)\n    return p",
+    "a shape through a method": "@torch.no_grad()\ndef forward(self, x):\n    return self.table(x)\n\ndef table(self, x):\n    return torch.arange(x.shape[0])",
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: str) -> None:
+    body = "\n".join(f"    {line}" for line in NOTES[case].split("\n"))
+    source = (
+        "import torch\nfrom torch import nn\nfrom scipy.optimize import linear_sum_assignment\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(4, 4)\n"
+        f"        self.register_buffer('inv_freq', torch.ones(2))\n\n{body}\n"
+    )
+    package = write(tmp_path, {"__init__": "", "net": source})
+    assert {each.severity for each in scan(str(package), cache=False).findings} == {"note"}
+
+
+def test_a_name_alone_excuses_nothing(tmp_path: Path) -> None:
+    """A rotary class that runs a layer over its float input, and an index that is not returned, are errors."""
+    source = """
+        import torch
+        from torch import nn
+
+        class RotaryEmbedding(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.project = nn.Linear(4, 4)
+
+            @torch.no_grad()
+            def forward(self, x, position_ids):
+                return self.project(x)
+        """
+    package = write(tmp_path, {"__init__": "", "net": source})
+    assert [each.severity for each in scan(str(package), cache=False).findings] == ["error"]
+
+
+def test_an_attribute_that_shadows_nothing_is_followed_through_super_and_properties(tmp_path: Path) -> None:
+    source = """
+        import torch
+        from torch import nn
+
+        class Inner(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x):
+                with torch.inference_mode():
+                    return self.layer(x)
+
+        class Middle(nn.Module):
+            def __init__(self, inner: Inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                return self.inner(x)
+
+        class Child(Middle):
+            def forward(self, x):
+                return super().forward(x) + 1
+        """
+    found = entries(scan(str(write(tmp_path, {"__init__": "", "net": source})), cache=False))
+    assert found["Middle.forward"] == ("blocked", ["Middle.forward", "Inner.forward"])
+    assert found["Child.forward"] == ("blocked", ["Child.forward", "Middle.forward", "Inner.forward"])

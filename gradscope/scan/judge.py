@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
 from gradscope.scan.facts import FileFacts, Site
@@ -58,28 +59,39 @@ class Judge:
                     harmless[place, site] = why
         self.harmless = harmless
         self.reach = Reach(package, harmless)
-        regions = {place for place in self.reach.regions if self.reach.blockers(place) and not meant_by_name(place)}
-        self.stopped = self.reach.leading_to(regions)
-        self.reports = self._class_reports()
-        self._reached = self._reached_from_forwards()
-        self._only_way = self._only_ways()
+        reach = self.reach
+        self.regions = {place for place in reach.regions if reach.blockers(place) and not meant_by_name(place)}
 
-    def judge(self) -> list[Judgement]:
-        """Return every site, judged."""
+    @cached_property
+    def reports(self) -> list[ClassReport]:
+        """The classes with a stopped method."""
+        return self._class_reports(self.reach.leading_to(self.regions))
+
+    @cached_property
+    def _reached(self) -> dict[Place, list[Place]]:
+        return self._reached_from_forwards()
+
+    @cached_property
+    def _only_way(self) -> dict[tuple[Place, Site], Chain]:
+        return self._only_ways()
+
+    def judge(self, family: str = "GS") -> list[Judgement]:
+        """Return every site of the rules that begin like ``family``, judged."""
         return [
             self._judge(facts, site, Place(facts.module, site.function))
             for facts in self.package.files.values()
             for site in facts.sites
+            if site.rule.startswith(family)
         ]
 
     # --- what the classes say ---------------------------------------------------------------------
 
-    def _class_reports(self) -> list[ClassReport]:
+    def _class_reports(self, stopped: set[Place]) -> list[ClassReport]:
         reports = []
         for facts in self.package.files.values():
             for name, klass in facts.classes.items():
                 owner = Place(facts.module, name)
-                if not any(Place(facts.module, f"{name}.{method}") in self.stopped for method in klass.methods):
+                if not any(Place(facts.module, f"{name}.{method}") in stopped for method in klass.methods):
                     continue
                 entries = self.reach.entries(owner)
                 if any(entry.chain for entry in entries):

@@ -37,6 +37,7 @@ class Package:
     def __init__(self, files: Iterable[FileFacts]) -> None:
         self.files = {facts.module: facts for facts in files}
         self._roots = {module.partition(".")[0] for module in self.files}
+        self._children: dict[str, list[str]] = {}
         self._homes: dict[str, list[str]] = {}
         for module, facts in self.files.items():
             for name in facts.headers:
@@ -110,6 +111,22 @@ class Package:
         last = dotted.rpartition(".")[2]
         homes = self._homes.get(last, ())
         return Place(homes[0], last) if len(homes) == 1 else None
+
+    def descendants(self, name: str) -> set[str]:
+        """Return the names of the classes that derive from one of this name, with itself."""
+        if not self._children:
+            for facts in self.files.values():
+                for child, bases in facts.headers.items():
+                    for base in bases:
+                        self._children.setdefault(base.rpartition(".")[2], []).append(child)
+        found = {name}
+        pending = [name]
+        while pending:
+            for child in self._children.get(pending.pop(), ()):
+                if child not in found:
+                    found.add(child)
+                    pending.append(child)
+        return found
 
     def _mro(self, place: Place) -> tuple[Place, ...]:
         order: list[Place] = []

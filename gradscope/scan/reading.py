@@ -14,7 +14,7 @@ import re
 import tokenize
 import warnings
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LARGEST_FILE = 8_000_000  # bytes; a generated table, not somebody's model
 
@@ -29,6 +29,10 @@ TENSOR_OPS = re.compile(
 HEADER = re.compile(r"^class[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:", re.M)
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
 BLOCK = re.compile(r"^(?![ \t\r\n)\]}#]|else\b|elif\b|except\b|finally\b|case\b)", re.M)
+
+# In a class: a method, its decorator, or any other statement of the class body.
+METHOD = re.compile(r"^    (?![ \t\n)\]}#])", re.M)
+NAME = re.compile(r"    (?:async[ \t]+)?def[ \t]+(\w+)")
 
 
 @dataclass(slots=True)
@@ -94,14 +98,21 @@ class Needles:
         for name in self.names:
             at = source.find(name)
             while at >= 0:
-                if name in GRAD_MODE or _stands_alone(source, at, name):
+                if (name in GRAD_MODE or _stands_alone(source, at, name)) and not _is_remark(source, at):
                     found.append(at)
                 at = source.find(name, at + 1)
         return sorted(found)
 
     def all(self, source: str) -> list[int]:
         """Return the offsets of the names and of tensor operations, ascending."""
-        return sorted([*self.deep(source), *(match.start() for match in TENSOR_OPS.finditer(source))])
+        found = (match.start() for match in TENSOR_OPS.finditer(source))
+        return sorted([*self.deep(source), *(at for at in found if not _is_remark(source, at))])
+
+
+def _is_remark(source: str, at: int) -> bool:
+    """Tell whether an offset lies on a line of a comment or of an example in a docstring."""
+    start = source.rfind("\n", 0, at) + 1
+    return source[start:at].lstrip().startswith((">>>", "...", "#"))
 
 
 def _stands_alone(source: str, at: int, name: str) -> bool:
@@ -114,42 +125,91 @@ def _stands_alone(source: str, at: int, name: str) -> bool:
 _TENSOR_OPS_BYTES = re.compile(TENSOR_OPS.pattern.encode())
 
 
-def parse(source: str, offsets: list[int]) -> tuple[ast.Module | None, str]:
-    """Return the tree of the blocks that hold one of the offsets, or None and the reason why there is none."""
+@dataclass(slots=True)
+class Parsed:
+    """A syntax tree of what matters in a file, and the methods left out of it by class; or why there is none."""
+
+    tree: ast.Module | None = None
+    skipped: str = ""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+
+def parse(source: str, offsets: list[int], deep: list[int]) -> Parsed:
+    """Parse the blocks that hold one of the offsets; of classes without a deep one, the methods that do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in the target's strings are not our business
         try:
-            return ast.parse(blank(source, offsets)), ""
+            blanked, left_out = blank(source, offsets, deep)
+            return Parsed(ast.parse(blanked), "", left_out)
         except (SyntaxError, ValueError):
             pass
         except (RecursionError, MemoryError):
-            return None, "nested too deeply to be parsed"
+            return Parsed(skipped="nested too deeply to be parsed")
         try:
-            return ast.parse(source), ""
+            return Parsed(ast.parse(source))
         except (SyntaxError, ValueError) as error:
             line = getattr(error, "lineno", None)
             where = f" (line {line})" if line else ""
-            return None, f"is not valid Python here: {getattr(error, 'msg', error)}{where}"
+            return Parsed(skipped=f"is not valid Python here: {getattr(error, 'msg', error)}{where}")
         except (RecursionError, MemoryError):
-            return None, "nested too deeply to be parsed"
+            return Parsed(skipped="nested too deeply to be parsed")
 
 
-def blank(source: str, offsets: list[int]) -> str:
-    """Replace top-level blocks without an offset of interest or an import by empty lines."""
+def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[str, list[str]]]:
+    """Replace what holds no offset of interest by empty lines.
+
+    Returns the source that is left, and for every class the names of the methods that were left out.
+    """
+    left_out: dict[str, list[str]] = {}
     starts = [match.start() for match in BLOCK.finditer(source) if match.start() < len(source)]
     if not starts:
-        return source
+        return source, left_out
     kept = [source[: starts[0]]]
     pending = starts[0]
     for start, end in zip(starts, [*starts[1:], len(source)], strict=True):
         block = source[pending:end]
-        if source[start] == "@" or block.count('"""') % 2 or block.count("'''") % 2:
+        if source[start] == "@" or _is_open(block):
             continue  # a decorator belongs to what follows, and so does the head of an open string
-        at = bisect_left(offsets, pending)
-        if (at < len(offsets) and offsets[at] < end) or "import" in block:
-            kept.append(block)
+        if not _any_within(offsets, pending, end):
+            kept.append(block if "import" in block else "\n" * block.count("\n"))
+        elif source.startswith("class ", start) and not _any_within(deep, pending, end):
+            kept.append(_blank_methods(block, pending, offsets, left_out))
         else:
-            kept.append("\n" * block.count("\n"))
+            kept.append(block)
         pending = end
     kept.append(source[pending:])
+    return "".join(kept), left_out
+
+
+def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, list[str]]) -> str:
+    """Replace the methods without an offset, but for the constructor."""
+    name = HEADER.search(block)
+    starts = [match.start() for match in METHOD.finditer(block)]
+    if name is None or not starts:
+        return block
+    kept = [block[: starts[0]]]
+    pending = starts[0]
+    for start, end in zip(starts, [*starts[1:], len(block)], strict=True):
+        method = block[pending:end]
+        if block[start + 4] == "@" or _is_open(method):
+            continue
+        found = NAME.match(block, start)
+        is_constructor = found is not None and found[1] == "__init__"
+        if found is None or is_constructor or _any_within(offsets, at + pending, at + end):
+            kept.append(method)
+        else:
+            kept.append("\n" * method.count("\n"))
+            left_out.setdefault(name[1], []).append(found[1])
+        pending = end
+    kept.append(block[pending:])
     return "".join(kept)
+
+
+def _is_open(text: str) -> bool:
+    """Tell whether a string that runs over lines begins in a text and does not end there."""
+    return bool(text.count('"""') % 2 or text.count("'''") % 2)
+
+
+def _any_within(offsets: list[int], start: int, end: int) -> bool:
+    at = bisect_left(offsets, start)
+    return at < len(offsets) and offsets[at] < end

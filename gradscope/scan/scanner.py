@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from gradscope._version import version
@@ -137,17 +138,25 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     if wrappers:
         settings = Settings(asked, wrappers)
         collector.read(settings, _holding({name.rpartition(".")[2] for name, _ in wrappers}))
-    is_large = sum(len(text.data) for text in texts) > LARGE
-    seen: set[str] = set()
     judge = Judge(Package(text.facts for text in texts))
+    goals = _goals(judge, errors_only=sum(len(text.data) for text in texts) > LARGE)
+    seen: dict[str, set[str]] = {}
     for _ in range(MOST_ROUNDS):
-        found = _stopped(judge, errors_only=is_large) - seen
+        calls = _calls_of(judge.reach.leading_to(goals), judge.package)
+        found = {call: owners for call, owners in calls.items() if call not in seen}
         if not found:
             break
         seen |= found
-        collector.read(Settings((*asked, *sorted(seen)), wrappers), _holding(found))
+        collector.read(Settings((*asked, *sorted(seen)), wrappers), _calling(found))
         judge = Judge(Package(text.facts for text in texts))
     return judge
+
+
+def _goals(judge: Judge, *, errors_only: bool) -> set[Place]:
+    """Return the stopped functions whose callers are worth looking for."""
+    if not errors_only:
+        return judge.regions
+    return {Place(each.facts.module, each.site.function) for each in judge.judge("GS10") if each.severity == "error"}
 
 
 def _note_headers(text: Text) -> None:
@@ -162,21 +171,35 @@ def _holding(names: set[str]) -> Callable[[Text], bool]:
     return lambda text: any(needle in text.data for needle in needles)
 
 
-def _stopped(judge: Judge, *, errors_only: bool) -> set[str]:
-    """Return how calls of stopped functions, and of the callers known so far, are written."""
-    stopped = judge.stopped
-    if errors_only:
-        errors = {Place(each.facts.module, each.site.function) for each in judge.judge() if each.severity == "error"}
-        stopped = judge.reach.leading_to(errors)
-    calls: set[str] = set()
+def _calling(calls: dict[str, set[str]]) -> Callable[[Text], bool]:
+    needles = [(call.encode(), [owner.encode() for owner in sorted(owners)]) for call, owners in calls.items()]
+
+    def calls_one(text: Text) -> bool:
+        data = text.data
+        return any(call in data and (not owners or any(owner in data for owner in owners)) for call, owners in needles)
+
+    return calls_one
+
+
+def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
+    """Return how calls of these functions are written, and for a method the classes it may be called on.
+
+    A file that calls ``self.part.encode(...)`` names the class of ``part`` somewhere, so ``.encode(`` alone,
+    which every string has too, is not enough to look into it.
+    """
+    calls: dict[str, set[str]] = {}
     for place in stopped:
         owner, _, name = place.name.rpartition(".")
-        if name in FORWARDS and owner:
-            calls.add(owner.rpartition(".")[2])  # also as an annotation: def __init__(self, tower: Tower)
-        elif owner and owner in judge.package.files[place.module].classes:
-            calls.add(f".{name}(")
+        is_method = owner in package.files[place.module].classes
+        if is_method:
+            owners = package.descendants(owner.rpartition(".")[2])
+            if name in FORWARDS:
+                for each in owners:  # also as an annotation: def __init__(self, tower: Tower)
+                    calls[each] = set()
+            else:
+                calls.setdefault(f".{name}(", set()).update(owners)
         elif name and not owner:
-            calls.add(f"{name}(")
+            calls[f"{name}("] = set()
     return calls
 
 
@@ -329,6 +352,11 @@ def _step(judge: Judge, place: Place, sites: list[Any]) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=8)  # findings come file by file
+def _lines(data: bytes) -> list[str]:
+    return decode(data).source.split("\n")
+
+
 def _line(text: Text, number: int) -> str:
-    lines = decode(text.data).source.split("\n", number)
+    lines = _lines(text.data)
     return lines[number - 1].strip() if 0 < number <= len(lines) else ""

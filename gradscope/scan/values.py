@@ -50,21 +50,14 @@ class Expressions:
         self.sites: list[Site] = []
         self.parameters: set[str] = set()
         self.discarded: ast.expr | None = None
-        self._rules: dict[type[ast.AST], Callable[[Any], Value]] = {
-            ast.Name: self._name, ast.Attribute: self._attribute, ast.Call: self._call, ast.BinOp: self._binary,
-            ast.Subscript: self._subscript, ast.Compare: self._compare, ast.IfExp: self._conditional,
-            ast.NamedExpr: self._walrus, ast.Lambda: self._lambda, ast.Dict: self._dict,
-            ast.ListComp: self._comprehension, ast.SetComp: self._comprehension,
-            ast.GeneratorExp: self._comprehension, ast.DictComp: self._comprehension,
-        }  # fmt: skip
 
     def value(self, node: ast.expr | None) -> Value:
         """Return what an expression's value depends on."""
         if node is None or isinstance(node, ast.Constant):
             return PLAIN
-        rule = self._rules.get(type(node))
+        rule = _RULES.get(type(node))
         if rule is not None:
-            return rule(node)
+            return rule(self, node)
         parts = [self.value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
         if isinstance(node, ast.JoinedStr):
             return PLAIN
@@ -317,6 +310,14 @@ class Expressions:
         return self.value(node.elt)
 
 
+# Kept outside the objects: bound methods in them would make cycles that hold every syntax tree in memory.
+_RULES: dict[type[ast.AST], Callable[[Expressions, Any], Value]] = {
+    ast.Name: Expressions._name, ast.Attribute: Expressions._attribute, ast.Call: Expressions._call,
+    ast.BinOp: Expressions._binary, ast.Subscript: Expressions._subscript, ast.Compare: Expressions._compare,
+    ast.IfExp: Expressions._conditional, ast.NamedExpr: Expressions._walrus, ast.Lambda: Expressions._lambda,
+    ast.Dict: Expressions._dict, ast.ListComp: Expressions._comprehension, ast.SetComp: Expressions._comprehension,
+    ast.GeneratorExp: Expressions._comprehension, ast.DictComp: Expressions._comprehension,
+}  # fmt: skip
 _ESCAPES = {
     "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",
 }  # fmt: skip

@@ -6,12 +6,13 @@ import ast
 import io
 import re
 import tokenize
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
 from gradscope.scan.body import Body, FunctionNode, add_imports
 from gradscope.scan.facts import Class, FileFacts, Ignore, Site
-from gradscope.scan.reading import Needles, parse
+from gradscope.scan.intent import prepares
+from gradscope.scan.reading import GRAD_MODE, Needles, parse
 from gradscope.scan.switches import Names, rule_of
 from gradscope.scan.wrappers import wrapper_of_class, wrapper_of_function
 
@@ -27,17 +28,26 @@ class FileReader:
         self.names = Names(facts.imports, wrappers, module)
         self._lines: list[int] = []
         self._deep: list[int] = []
+        self._switches: list[int] = []
+        self._left_out: dict[str, list[str]] = {}
 
     def read(self, source: str, needles: Needles) -> FileFacts:
         """Fill the facts from the source; a file that cannot be parsed says so in ``skipped``."""
         needles = needles.with_renames(source)
         offsets = needles.all(source)
-        tree, self.facts.skipped = parse(source, offsets)
+        deep = needles.deep(source)
+        parsed = parse(source, offsets, deep)
+        self.facts.skipped = parsed.skipped
+        tree = parsed.tree
         if tree is None:
             return self.facts
+        self._left_out = parsed.left_out
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
-        self._deep = line_numbers(source, needles.deep(source))
+        self._deep = line_numbers(source, deep)
+        self._switches = (
+            line_numbers(source, Needles().deep(source)) if len(needles.names) > len(GRAD_MODE) else self._deep
+        )
         self.facts.ignores = ignores(source)
         loose = self._top_level(tree.body)
         if any(_within(self._lines, node) for node in loose):
@@ -115,7 +125,7 @@ class FileReader:
         if not _within(self._lines, node):
             return
         name = f"{prefix}{node.name}"
-        deep = _within(self._deep, node)
+        deep = self._is_deep(node)
         bases = tuple(filter(None, (self.names.dotted(_bare(base)) for base in node.bases)))
         klass = Class(name, node.lineno, bases)
         self.facts.classes[name] = klass
@@ -126,7 +136,7 @@ class FileReader:
                 return
             self._decorated_class(node, name)
         methods = [item for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        klass.methods = tuple(method.name for method in methods)
+        klass.methods = (*(method.name for method in methods), *(self._left_out.get(name, ())))
         self._attributes(node, klass, methods, deep)
         for method in methods:
             if not (deep or _within(self._lines, method)):
@@ -141,6 +151,14 @@ class FileReader:
                 self._class(item, f"{name}.")
         if any(base.endswith("autograd.Function") or base == "Function" for base in bases):
             self._autograd_function(node, name, methods)
+
+    def _is_deep(self, node: ast.ClassDef) -> bool:
+        """Tell whether a class is to be read whole: a switch in ``_init_weights`` alone is no reason."""
+        if not _within(self._deep, node):
+            return False
+        setup = [item for item in node.body if isinstance(item, ast.FunctionDef) and prepares(item.name)]
+        in_setup = sum(_count_within(self._switches, method) for method in setup)
+        return _count_within(self._deep, node) > in_setup
 
     def _decorated_class(self, node: ast.ClassDef, name: str) -> None:
         for item in node.decorator_list:
@@ -271,9 +289,17 @@ def ignores(source: str) -> list[Ignore]:
 
 
 def _within(lines: list[int], node: ast.stmt) -> bool:
-    first = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", ()))])
-    at = bisect_left(lines, first)
+    at = bisect_left(lines, _first_line(node))
     return at < len(lines) and lines[at] <= (node.end_lineno or node.lineno)
+
+
+def _count_within(lines: list[int], node: ast.stmt) -> int:
+    return bisect_right(lines, node.end_lineno or node.lineno) - bisect_left(lines, _first_line(node))
+
+
+def _first_line(node: ast.stmt) -> int:
+    decorators = getattr(node, "decorator_list", ())
+    return min(node.lineno, decorators[0].lineno) if decorators else node.lineno
 
 
 def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:

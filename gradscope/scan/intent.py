@@ -52,17 +52,10 @@ def meant_by_class(place: Place, package: Package) -> str:
     return ""
 
 
-def prepares(name: str) -> bool:
-    """Tell whether a function, by its name, prepares a model once (initialises, loads, converts)."""
-    return _SETUP.match(name) is not None
-
-
 _NOT_TRAINED = re.compile(
     r"label|target|teacher|(?:^|_)gt(?:_|$)|mask|ind(?:ex|ices)|(?:^|_)idx|(?:^|_)ids?$|reference|(?:^|_)ref_|matched|assign"
 )
-_TABLES = re.compile(
-    r"Rotary|Rope|RoPE|Sinusoid|PositionEmbedding|Position(?:al)?_?(?:Embedding|Encoding)|RandomFourier"
-)
+_TABLES = re.compile(r"Rotary|Rope|RoPE|Sinusoid|Position\w*(?:Embedding|Encoding)|RandomFourier")
 
 
 def meant_by_result(names: tuple[str, ...]) -> str:

@@ -125,7 +125,7 @@ class Judge:
         """Return the sites of module classes in which every public compute method is stopped."""
         found: dict[tuple[Place, Site], Chain] = {}
         for report in self.reports:
-            if report.is_module and all(entry.status == "blocked" for entry in report.entries):
+            if report.is_module and self._is_known(report.place) and all(e.status == "blocked" for e in report.entries):
                 for entry in report.entries:
                     for place, site in entry.chain.sites if entry.chain else ():
                         found.setdefault((place, site), entry.chain)  # type: ignore[arg-type]
@@ -134,6 +134,18 @@ class Judge:
                         if self.reach.owner(place) == report.place:
                             found.setdefault((place, site), Chain([place], [(place, site)]))
         return found
+
+    def _is_known(self, owner: Place) -> bool:
+        """Tell whether every public method of a class and its bases was read: one that was not may be a way in."""
+        for place in self.package.mro(owner):
+            facts = self.package.files[place.module]
+            klass = facts.classes.get(place.name)
+            if klass is None:
+                continue
+            public = (name for name in klass.methods if not name.startswith("_") or name in FORWARDS)
+            if any(f"{place.name}.{name}" not in facts.functions for name in public):
+                return False
+        return True
 
     # --- one site -----------------------------------------------------------------------------------
 
@@ -177,11 +189,19 @@ class Judge:
         return self._beside(facts, site, place, live)
 
     def _meant(self, site: Site, place: Place, live: set[str]) -> str:
-        if is_table(place) and all("param:" in atom for atom in live):
+        if is_table(place) and not any(self._is_weight(atom, place) for atom in live):
             return "a positional table, computed from sizes and positions"
         if site.how == "block" and re.search(r"Loss|Criterion", place.name.partition(".")[0]):
             return "it prepares targets or weights of a loss"
         return meant_by_result(site.gives)
+
+    def _is_weight(self, atom: str, place: Place) -> bool:
+        """Tell whether an atom is a module or parameter of the class itself, not an input or a method of its own."""
+        owner = self.reach.owner(place)
+        if owner is None or not atom.startswith(("attr:", "call:self.")):
+            return False
+        name = atom.rpartition(":")[2].removeprefix("self.")
+        return self.package.method(owner, name) is None
 
     def _at_import(self, facts: FileFacts, site: Site) -> Judgement:
         if site.rule != "GS105" or site.conditional:

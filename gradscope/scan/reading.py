@@ -182,7 +182,7 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
 
 
 def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, list[str]]) -> str:
-    """Replace the methods without an offset, but for the constructor."""
+    """Replace the methods without an offset."""
     name = HEADER.search(block)
     starts = [match.start() for match in METHOD.finditer(block)]
     if name is None or not starts:
@@ -194,8 +194,7 @@ def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, 
         if block[start + 4] == "@" or _is_open(method):
             continue
         found = NAME.match(block, start)
-        is_constructor = found is not None and found[1] == "__init__"
-        if found is None or is_constructor or _any_within(offsets, at + pending, at + end):
+        if found is None or _any_within(offsets, at + pending, at + end):
             kept.append(method)
         else:
             kept.append("\n" * method.count("\n"))

@@ -166,7 +166,9 @@ class Expressions:
         self.reads.add(name)
         known = self.klass.attributes.get(name, "") if self.klass else ""
         atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
-        return Value(atoms, "tensor" if known == "module" else "unknown")
+        # What is called on self and is no method of the class is a module, as far as the class shows.
+        is_module = known == "module" or (not known and self.klass is not None and name not in self.klass.methods)
+        return Value(atoms, "tensor" if is_module else "unknown")
 
     def _torch_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
         value = joined(given)

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from gradscope.scan.body import Body, FunctionNode, add_imports
 from gradscope.scan.facts import Class, FileFacts, Ignore, Site
-from gradscope.scan.intent import prepares
 from gradscope.scan.reading import GRAD_MODE, Needles, parse
 from gradscope.scan.switches import Names, rule_of
 from gradscope.scan.wrappers import wrapper_of_class, wrapper_of_function
 
+INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
 IGNORE = re.compile(r"#\s*gradscope:\s*ignore(?:\[([^\]]*)\])?")
 
 
@@ -156,7 +156,7 @@ class FileReader:
         """Tell whether a class is to be read whole: a switch in ``_init_weights`` alone is no reason."""
         if not _within(self._deep, node):
             return False
-        setup = [item for item in node.body if isinstance(item, ast.FunctionDef) and prepares(item.name)]
+        setup = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name in INITIALISERS]
         in_setup = sum(_count_within(self._switches, method) for method in setup)
         return _count_within(self._deep, node) > in_setup
 
@@ -178,10 +178,10 @@ class FileReader:
                 if dotted:
                     klass.aliases[item.targets[0].id] = dotted
                 klass.attributes.setdefault(item.targets[0].id, "plain")
-        for method in methods:
-            if method.name == "__init__" or (deep and method.name in ("build", "setup", "_build", "post_init")):
+        for method in methods if deep else ():
+            if method.name in ("__init__", "build", "setup", "_build", "post_init"):
                 typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
-                for part in _statements(method.body) if deep else method.body:
+                for part in _statements(method.body):
                     self._attribute(part, klass, typed)
 
     def _attribute(self, node: ast.AST, klass: Class, typed: Mapping[str, ast.expr]) -> None:

@@ -33,7 +33,7 @@ class _ScanPage(Page):
         self._verdict()
         shown: set[str] = set()
         for entries in self._groups():
-            shown |= self._class(entries, full)
+            shown |= self._class(entries, full, shown)
         rest = [each for each in self.session.findings if each.id not in shown]
         self._findings([each for each in rest if each.severity == "error"], len(rest))
         self._findings([each for each in rest if each.severity == "warning"], len(rest) if full else MOST_WARNINGS)
@@ -81,7 +81,7 @@ class _ScanPage(Page):
         found = {finding.severity for finding in self.session.findings if finding.id in ids}
         return next((severity for severity in SEVERITIES if severity in found), "")
 
-    def _class(self, entries: list[dict[str, Any]], full: bool) -> set[str]:
+    def _class(self, entries: list[dict[str, Any]], full: bool, shown: set[str]) -> set[str]:
         self.console.print()
         self.console.print(Text(entries[0]["class"], style="bold"), Text(entries[0]["module"], style="bright_black"))
         for entry in entries:
@@ -99,7 +99,11 @@ class _ScanPage(Page):
             if finding.id in ids or (finding.severity == "error" and finding.function.startswith(owner)
                                      and finding.path == self._path(entries))
         ]  # fmt: skip
-        self._findings([finding for finding in own if full or finding.severity != "note"], len(own))
+        new = [finding for finding in own if finding.id not in shown and (full or finding.severity != "note")]
+        self._findings(new, len(new))
+        again = [finding.id for finding in own if finding.id in shown]
+        if again:
+            self.print(f"  stopped by {', '.join(again)}, shown above", style="bright_black")
         return {finding.id for finding in own}
 
     def _path(self, entries: list[dict[str, Any]]) -> str:

@@ -21,6 +21,8 @@ NOTHING_LIVE = "what comes out of it depends on no parameter, module or float in
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
 FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS301"})
 
+GENERATORS = frozenset({"generate", "generate_stream", "sample"})
+
 
 @dataclass(slots=True)
 class Judgement:
@@ -125,15 +127,21 @@ class Judge:
         """Return the sites of module classes in which every public compute method is stopped."""
         found: dict[tuple[Place, Site], Chain] = {}
         for report in self.reports:
-            if report.is_module and self._is_known(report.place) and all(e.status == "blocked" for e in report.entries):
-                for entry in report.entries:
-                    for place, site in entry.chain.sites if entry.chain else ():
-                        found.setdefault((place, site), entry.chain)  # type: ignore[arg-type]
+            closed = report.is_module and all(entry.status == "blocked" for entry in report.entries)
+            if closed and self._is_known(report.place) and not self._only_generates(report):
+                for chain in (entry.chain for entry in report.entries if entry.chain):
+                    for place, site in chain.sites:
+                        if not _in_mixin(place) or chain.steps[0].name.endswith(FORWARDS):
+                            found.setdefault((place, site), chain)
                 for place in self._methods(report.place):
                     for site in self.reach.blockers(place):
                         if self.reach.owner(place) == report.place:
                             found.setdefault((place, site), Chain([place], [(place, site)]))
         return found
+
+    def _only_generates(self, report: ClassReport) -> bool:
+        """Tell whether a class has no forward pass to train with, only ways to generate: its parts are trained."""
+        return {entry.place.name.rpartition(".")[2] for entry in report.entries} <= GENERATORS
 
     def _is_known(self, owner: Place) -> bool:
         """Tell whether every public method of a class and its bases was read: one that was not may be a way in."""
@@ -256,6 +264,11 @@ class Judge:
             message = f"{site.mechanism} in {site.function}: its result is part of what {way[0].name} gives back."
             return Judgement(facts, site, "warning", "possible", message, way)
         return Judgement(facts, site, "note", "possible", f"{site.mechanism} in {site.function or 'the module body'}.")
+
+
+def _in_mixin(place: Place) -> bool:
+    """Tell whether a method is a mixin's: what else its host offers is not in sight."""
+    return place.name.rpartition(".")[0].endswith("Mixin")
 
 
 def _outside_atoms(atoms: set[str]) -> set[str]:

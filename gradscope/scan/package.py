@@ -6,7 +6,7 @@ source shows it; what cannot be resolved is left out, never guessed by its last 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,8 @@ MODULE_BASES = frozenset(
     "Module LightningModule PreTrainedModel ModelMixin Sequential ModuleList ModuleDict PyTorchModelHubMixin "
     "GraphModule ScriptModule".split()
 )
+# Base classes that bring dozens of public methods which are no part of any model's computation.
+FRAMEWORKS = MODULE_BASES | {"GenerationMixin", "PeftAdapterMixin", "PushToHubMixin", "DiffusionPipeline"}
 DEEPEST = 12
 
 
@@ -44,6 +46,9 @@ class Package:
                 self._homes.setdefault(name, []).append(module)
         self.is_module = lru_cache(maxsize=None)(self._is_module)
         self.mro = lru_cache(maxsize=None)(self._mro)
+        self.callees = lru_cache(maxsize=None)(self._callees)
+        self.attribute = lru_cache(maxsize=None)(self._attribute)
+        self.find_class = lru_cache(maxsize=None)(self._find_class)
 
     def function(self, place: Place) -> Function | None:
         """Return the fact of a function, where it was looked into."""
@@ -98,7 +103,7 @@ class Package:
                 return True
         return False
 
-    def find_class(self, dotted: str, module: str) -> Place | None:
+    def _find_class(self, dotted: str, module: str) -> Place | None:
         """Return where a class named from ``module`` is defined, if that is in the scan."""
         facts = self.files.get(module)
         if facts and (dotted in facts.headers or dotted in facts.classes):
@@ -156,7 +161,7 @@ class Package:
                 return self.find(klass.aliases[name], place.module)
         return None
 
-    def attribute(self, owner: Place, name: str) -> str:
+    def _attribute(self, owner: Place, name: str) -> str:
         """Return what an attribute of a class is (see ``facts.Class``); empty where it is not known."""
         for place in self.mro(owner):
             facts = self.files.get(place.module)
@@ -185,15 +190,11 @@ class Package:
             tail = f"{last}.{tail}" if tail else last
         return None
 
-    def callees(self, place: Place, owner: Place | None) -> Iterator[tuple[Call, Place]]:
-        """Yield the calls of a function that mean a function of the scan; ``owner`` is the class of ``self``."""
+    def _callees(self, place: Place, owner: Place | None) -> list[tuple[Call, Place]]:
+        """Return the calls of a function that mean a function of the scan; ``owner`` is the class of ``self``."""
         function = self.function(place)
-        if function is None:
-            return
-        for call in function.calls:
-            target = self.target(call.target, place, owner)
-            if target is not None and target != place:
-                yield call, target
+        found = ((call, self.target(call.target, place, owner)) for call in function.calls) if function else ()
+        return [(call, target) for call, target in found if target is not None and target != place]
 
     def target(self, dotted: str, place: Place, owner: Place | None) -> Place | None:
         """Return the function that a call in ``place`` means, ``owner`` being the class of ``self``."""

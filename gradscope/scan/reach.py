@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from gradscope.scan.facts import Atoms, Class, Site
-from gradscope.scan.package import Package, Place
+from gradscope.scan.package import FRAMEWORKS, Package, Place
 
 FORWARDS = ("forward", "__call__")
 # What a call may lead to without computing anything of the model's.
@@ -237,7 +237,7 @@ class Reach:
     def compute_methods(self, owner: Place) -> list[Place]:
         """Return the public methods of a class (its own and those of its bases) that run modules."""
         found: dict[str, Place] = {}
-        for place in self.package.mro(owner):
+        for place in self._own_classes(owner):
             facts = self.package.files.get(place.module)
             klass = facts.classes.get(place.name) if facts else None
             for name in klass.methods if klass else ():
@@ -271,7 +271,7 @@ class Reach:
     def clean_components(self, owner: Place) -> list[str]:
         """Return the modules kept on ``self`` that are called and are not themselves stopped."""
         names: dict[str, None] = {}
-        for place in self.package.mro(owner):
+        for place in self._own_classes(owner):
             facts = self.package.files.get(place.module)
             klass: Class | None = facts.classes.get(place.name) if facts else None
             for name in klass.methods if klass else ():
@@ -281,11 +281,20 @@ class Reach:
                         names[call.target[5:]] = None
         return list(names)
 
+    def _own_classes(self, owner: Place) -> list[Place]:
+        """Return a class and its bases without the frameworks' own, whose methods belong to no model."""
+        return [place for place in self.package.mro(owner) if place == owner or place.name not in FRAMEWORKS]
+
     def _is_clean_component(self, target: str, owner: Place) -> bool:
         if not target.startswith("self.") or target.count(".") != 1:
             return False
         name = target[5:]
-        if name.startswith("_") or self.package.method(owner, name) is not None or not self._computes(owner, name):
+        if (
+            name.startswith("_")
+            or name in FORWARDS
+            or self.package.method(owner, name) is not None
+            or not self._computes(owner, name)
+        ):
             return False
         klass = self.package.find_class(self.package.attribute(owner, name), owner.module)
         if klass is None:

@@ -26,12 +26,17 @@ TENSOR_OPS = re.compile(
     r"\.(?:detach_?\(|data\b|item\(|tolist\(|numpy\(|requires_grad(?:_\(| = )False|sample\(|tensor\(|from_numpy\(|"
     r"argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|Function\b|custom_op\(|checkpoint\()"
 )
-HEADER = re.compile(r"^class[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:", re.M)
+# These begin with a line break, not with ``^``: a literal lets the search leap from line to line.
+HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:")
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
-BLOCK = re.compile(r"^(?![ \t\r\n)\]}#]|else\b|elif\b|except\b|finally\b|case\b)", re.M)
+BLOCK = re.compile(r"\n(?![ \t\r\n)\]}#]|else\b|elif\b|except\b|finally\b|case\b)")
+
+# Weights are initialised without gradients nearly everywhere; that alone makes no class worth reading whole.
+INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
+_INITIALISER = re.compile(rf"(no_grad|inference_mode)(?:\(\))?\n[ \t]+def (?:{'|'.join(INITIALISERS)})\(")
 
 # In a class: a method, its decorator, or any other statement of the class body.
-METHOD = re.compile(r"^    (?![ \t\n)\]}#])", re.M)
+METHOD = re.compile(r"\n    (?![ \t\n)\]}#])")
 NAME = re.compile(r"    (?:async[ \t]+)?def[ \t]+(\w+)")
 
 
@@ -64,7 +69,7 @@ def decode(data: bytes) -> Text:
 def headers(source: str) -> dict[str, tuple[str, ...]]:
     """Return every top-level class and its bases as written, without parsing."""
     found: dict[str, tuple[str, ...]] = {}
-    for name, bases in HEADER.findall(source):
+    for name, bases in HEADER.findall(f"\n{source}"):
         parts = (part.split("#")[0].split("[")[0].strip() for part in bases.split(","))
         found[name] = tuple(part for part in parts if part and "=" not in part)
     return found
@@ -136,6 +141,8 @@ class Parsed:
 
 def parse(source: str, offsets: list[int], deep: list[int]) -> Parsed:
     """Parse the blocks that hold one of the offsets; of classes without a deep one, the methods that do."""
+    initialisers = {match.start() for match in _INITIALISER.finditer(source)} if deep else set()
+    deep = [at for at in deep if at not in initialisers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in the target's strings are not our business
         try:
@@ -161,7 +168,9 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
     Returns the source that is left, and for every class the names of the methods that were left out.
     """
     left_out: dict[str, list[str]] = {}
-    starts = [match.start() for match in BLOCK.finditer(source) if match.start() < len(source)]
+    starts = [match.end() for match in BLOCK.finditer(source) if match.end() < len(source)]
+    if source and BLOCK.match(f"\n{source[:8]}"):
+        starts.insert(0, 0)
     if not starts:
         return source, left_out
     kept = [source[: starts[0]]]
@@ -183,8 +192,8 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
 
 def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, list[str]]) -> str:
     """Replace the methods without an offset."""
-    name = HEADER.search(block)
-    starts = [match.start() for match in METHOD.finditer(block)]
+    name = HEADER.search(f"\n{block}")
+    starts = [match.start() + 1 for match in METHOD.finditer(block)]
     if name is None or not starts:
         return block
     kept = [block[: starts[0]]]

@@ -263,7 +263,8 @@ def _without_ignored(findings: list[Finding], collected: Collected) -> tuple[lis
             if not hidden:
                 remarks.append(f"{path}:{ignore.line}: this ignore comment hides nothing; remove it.")
     if ignored:
-        remarks.insert(0, f"{len(ignored)} findings are hidden by ignore comments.")
+        hidden_ones = "1 finding is" if len(ignored) == 1 else f"{len(ignored)} findings are"
+        remarks.insert(0, f"{hidden_ones} hidden by ignore comments.")
     return [finding for finding in findings if finding.id not in ignored], remarks
 
 
@@ -294,7 +295,8 @@ def _advice(how: str, function: str, judge: Judge, place: Place) -> str:
 
 
 def _entries(judge: Judge) -> list[tuple[ClassReport, list[str], Entry]]:
-    return [(report, report.clean, entry) for report in judge.reports for entry in report.entries]
+    reports = sorted(judge.reports, key=lambda report: judge.package.files[report.place.module].path)
+    return [(report, report.clean, entry) for report in reports for entry in report.entries]
 
 
 def _entries_asked(judge: Judge, wanted: tuple[str, ...]) -> list[tuple[ClassReport, list[str], Entry]]:

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from gradscope.scan.body import Body, FunctionNode, add_imports
 from gradscope.scan.facts import Class, FileFacts, Ignore, Site
-from gradscope.scan.reading import GRAD_MODE, Needles, parse
+from gradscope.scan.reading import GRAD_MODE, INITIALISERS, Needles, parse
 from gradscope.scan.switches import Names, rule_of
-from gradscope.scan.wrappers import wrapper_of_class, wrapper_of_function
+from gradscope.scan.wrappers import statements, wrapper_of_class, wrapper_of_function
 
-INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
 IGNORE = re.compile(r"#\s*gradscope:\s*ignore(?:\[([^\]]*)\])?")
 
 
@@ -181,7 +180,7 @@ class FileReader:
         for method in methods if deep else ():
             if method.name in ("__init__", "build", "setup", "_build", "post_init"):
                 typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
-                for part in _statements(method.body):
+                for part in statements(method.body):
                     self._attribute(part, klass, typed)
 
     def _attribute(self, node: ast.AST, klass: Class, typed: Mapping[str, ast.expr]) -> None:
@@ -308,14 +307,6 @@ def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:
         yield from (handler.body for handler in node.handlers)
         yield node.finalbody
     yield node.orelse
-
-
-def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield statements and those nested in them, without a look at any expression."""
-    for node in body:
-        yield node
-        for part in ("body", "orelse", "finalbody"):
-            yield from _statements(getattr(node, part, ()))
 
 
 def _bare(base: ast.expr) -> ast.expr:

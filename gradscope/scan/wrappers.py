@@ -7,6 +7,7 @@ is turned into a name that the whole package is then read with.
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator, Sequence
 
 from gradscope.scan.switches import Names
 
@@ -36,6 +37,16 @@ def wrapper_of_class(node: ast.ClassDef, names: Names) -> str:
     return ""
 
 
+def statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield statements and those nested in them, without a look at any expression."""
+    for node in body:
+        yield node
+        for part in ("body", "orelse", "finalbody"):
+            yield from statements(getattr(node, part, ()))
+        for arm in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
+            yield from statements(arm.body)
+
+
 def _disabling(node: ast.expr, names: Names) -> str:
     switch = names.switch(node)
     return switch.mechanism if switch is not None and switch.disables else ""
@@ -52,7 +63,7 @@ def _around_yield(node: FunctionNode, names: Names) -> str:
 
 def _given_back(node: FunctionNode, names: Names) -> str:
     """``return torch.no_grad``, ``return torch.no_grad()(fn)``."""
-    for part in ast.walk(node):
+    for part in statements(node.body):
         if not isinstance(part, ast.Return) or part.value is None:
             continue
         value = part.value

@@ -191,7 +191,7 @@ def test_an_ignore_comment_hides_its_finding(net: Path, comment: str) -> None:
         net.write_text(source)
         session = scan("net.py")
         assert session.findings == [] and session.verdict == "flows"
-        assert session.remarks == ["1 findings are hidden by ignore comments."]
+        assert session.remarks == ["1 finding is hidden by ignore comments."]
 
 
 def test_an_ignore_that_hides_nothing_is_named(net: Path) -> None:

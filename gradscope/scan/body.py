@@ -87,7 +87,9 @@ class Body(Expressions):
     # --- parameters and decorators --------------------------------------------------------------
 
     def _take_parameters(self, arguments: ast.arguments) -> None:
-        is_forward = self.node.name in ("forward", "__call__")
+        # __call__ of a class without bases is anybody's: a trainer's, a validator's
+        is_called = self.node.name == "__call__" and self.klass is not None and bool(self.klass.bases)
+        is_forward = self.node.name == "forward" or is_called
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
         for argument in [*every, *filter(None, (arguments.vararg, arguments.kwarg))]:
             name = argument.arg
@@ -154,7 +156,9 @@ class Body(Expressions):
             self.value(node.subject)
             for case in node.cases:
                 self._run(case.body)
-        elif not isinstance(node, ast.ClassDef):
+        elif isinstance(node, ast.ClassDef):
+            self._inner_class(node)
+        else:
             for child in ast.iter_child_nodes(node):
                 if isinstance(child, ast.expr):
                     self.value(child)
@@ -166,13 +170,15 @@ class Body(Expressions):
 
     def _if(self, node: ast.If) -> None:
         self.value(node.test)
-        before = dict(self.env)
+        before, before_sometimes = dict(self.env), self.sometimes
+        self.sometimes = before_sometimes or _asks_for_training(node.test)
         self._conditions.append((node.test, True))
         self._run(node.body)
         after_body, self.env = self.env, before
         self._conditions[-1] = (node.test, False)
         self._run(node.orelse)
         self._conditions.pop()
+        self.sometimes = before_sometimes
         for name, value in after_body.items():
             other = self.env.get(name)
             self.env[name] = value if other is None or other == value else _merged(value, other)
@@ -182,6 +188,8 @@ class Body(Expressions):
         if switch is not None:
             self._alias(targets, switch)
             return
+        if all(isinstance(target, ast.Attribute) and target.attr == "data" for target in targets):
+            self.discarded = node  # weight.data = f(...) gives the graph nothing
         value = self.value(node)
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
@@ -359,6 +367,17 @@ class Body(Expressions):
         self.reads |= fact.reads
         self.env[node.name] = Value(fact.returns, "unknown")
 
+    def _inner_class(self, node: ast.ClassDef) -> None:
+        """Read the methods of a class made inside a function; nothing outside can call them by name."""
+        name = f"{self.function}.{node.name}"
+        bases = tuple(filter(None, (self.names.dotted(base) for base in node.bases)))
+        methods = [item for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        klass = Class(name, node.lineno, bases, tuple(method.name for method in methods))
+        for method in methods:
+            inner = Body(method, self.names, klass, f"{name}.{method.name}", self)
+            self.nested += [inner.read(), *inner.nested]
+            self.sites += inner.sites
+
 
 _SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp)
 
@@ -412,6 +431,15 @@ def _words(annotation: ast.expr | None) -> str:
         elif isinstance(part, ast.Constant) and isinstance(part.value, str):
             found.append(part.value)
     return " ".join(found)
+
+
+def _asks_for_training(test: ast.expr) -> bool:
+    """Tell ``self.training``, alone, negated or as one of several conditions."""
+    for part in test.values if isinstance(test, ast.BoolOp) else [test]:
+        asked = part.operand if isinstance(part, ast.UnaryOp) else part
+        if isinstance(asked, ast.Attribute) and asked.attr == "training":
+            return True
+    return False
 
 
 def _is_outside_training(test: ast.expr, first_arm: bool) -> bool:

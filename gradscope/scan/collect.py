@@ -160,7 +160,8 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         "imports": facts.imports,
         "classes": [[c.name, c.line, c.bases, c.methods, c.attributes, c.aliases] for c in facts.classes.values()],
         "functions": [
-            [f.name, f.line, f.end_line, f.parameters, f.signature, [[c.target, c.line, c.used] for c in f.calls],
+            [f.name, f.line, f.end_line, f.parameters, f.signature,
+             [[call.target, call.line, call.used, call.sometimes] for call in f.calls],
              sorted(f.reads), sorted(f.returns), f.gives_value, f.kind]
             for f in facts.functions.values()
         ],

@@ -46,14 +46,16 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call as written: the dotted target (``self.encode``, ``super().forward``), its line, and whether
+    """A call as written: the dotted target (``self.encode``, ``super().forward``) and its line.
 
-    its value is used (a call as a statement of its own has an effect at most).
+    ``used`` says whether its value goes anywhere (a call as a statement of its own has an effect at most),
+    ``sometimes`` that ``self.training`` decides whether it is made.
     """
 
     target: str
     line: int
     used: bool = True
+    sometimes: bool = False
 
 
 @dataclass(slots=True)

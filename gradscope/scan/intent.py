@@ -14,7 +14,7 @@ _SETUP = re.compile(
     r"to_.*|_?fuse(?:_.*)?|_?merge(?:_.*)?|_?unmerge(?:_.*)?|_?(?:un)?freeze(?:_.*)?|_?resize_(?:token|position|pos).*|"
     r"_?tie_.*|_?set_.*|_?register.*|_?copy_.*|_?quantize.*|_?dequantize.*|_?prune.*|_?smart_.*|_?reparametri[sz]e.*|"
     r"switch_to_deploy|train|eval|to|half|cuda|cpu|float|apply|add_adapter|add_weighted_adapter|_?update_(?:layer|adapter).*|extra_repr|state_dict|_?save.*|"
-    r"_?create_.*|_?build(?:_.*)?|_?make_.*|_?get_.*(?:pos|embed|mask|anchor|grid|freq|table|coords?).*|_?compute_freqs.*|"
+    r"_?create_.*|_?build(?:_.*)?|_?make_.*|_?get_.*(?:pos|mask|anchor|grid|freq|table|coords?).*|_?compute_freqs.*|"
     r"_?precompute.*|_?dynamic_frequency_update|_?expand_.*)$"
 )
 _TRAINING_TOOL = re.compile(

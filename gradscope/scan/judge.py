@@ -74,6 +74,10 @@ class Judge:
         return self._reached_from_forwards()
 
     @cached_property
+    def _always_reached(self) -> frozenset[Place]:
+        return frozenset(self._reached_from_forwards(always=True))
+
+    @cached_property
     def _only_way(self) -> dict[tuple[Place, Site], Chain]:
         return self._only_ways()
 
@@ -108,7 +112,7 @@ class Judge:
         called = [target for method in own for _, target in self.package.callees(method, owner)]
         return [*own, *called]
 
-    def _reached_from_forwards(self) -> dict[Place, list[Place]]:
+    def _reached_from_forwards(self, *, always: bool = False) -> dict[Place, list[Place]]:
         reached: dict[Place, list[Place]] = {}
         for facts in self.package.files.values():
             for name in facts.classes:
@@ -118,7 +122,7 @@ class Judge:
                 for forward in FORWARDS:
                     entry = Place(facts.module, f"{name}.{forward}")
                     if entry.name in facts.functions and self.package.is_module(owner):
-                        for place, way in self.reach.reachable(entry, owner).items():
+                        for place, way in self.reach.reachable(entry, owner, always=always).items():
                             if place not in reached or len(way) < len(reached[place]):
                                 reached[place] = way
         return reached
@@ -134,6 +138,8 @@ class Judge:
                         if not _in_mixin(place) or chain.steps[0].name.endswith(FORWARDS):
                             found.setdefault((place, site), chain)
                 for place in self._methods(report.place):
+                    if self.reach.is_a_step(place.name.rpartition(".")[2], report.place):
+                        continue
                     for site in self.reach.blockers(place):
                         if self.reach.owner(place) == report.place:
                             found.setdefault((place, site), Chain([place], [(place, site)]))
@@ -221,7 +227,7 @@ class Judge:
 
     def _in_forward(self, facts: FileFacts, site: Site, place: Place, way: list[Place]) -> Judgement:
         entry = way[0].name
-        if site.conditional:
+        if site.conditional or place not in self._always_reached:
             message = f"{_where(site)} when a condition known only at run time says so; {entry} computes with it."
             return Judgement(facts, site, "warning", "possible", message, way)
         if not site.depends:

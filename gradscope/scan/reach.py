@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from gradscope.scan.facts import Atoms, Class, Site
+from gradscope.scan.facts import Atoms, Call, Class, Site
 from gradscope.scan.package import FRAMEWORKS, Package, Place
 
 FORWARDS = ("forward", "__call__")
@@ -30,10 +31,14 @@ MODULE_API = frozenset(
 
 @dataclass(slots=True)
 class Chain:
-    """A way from an entry to regions: the functions in order, and the sites with the function each is in."""
+    """A way from an entry to regions: the functions in order, and the sites with the function each is in.
+
+    ``sometimes``: ``self.training`` decides whether it is taken.
+    """
 
     steps: list[Place]
     sites: list[tuple[Place, Site]]
+    sometimes: bool = False
 
 
 @dataclass(slots=True)
@@ -180,7 +185,14 @@ class Reach:
             steps += path[1:]
             seen.update(path)
             sites += [(path[-1], site) for site in self.blockers(path[-1])]
-        return Chain(steps, sites) if sites else None
+        return Chain(steps, sites, self._is_sometimes(steps, owner)) if sites else None
+
+    def _is_sometimes(self, steps: list[Place], owner: Place | None) -> bool:
+        for here, there in pairwise(steps):
+            calls = [call for call, target in self.package.callees(here, owner) if target == there]
+            if calls and all(call.sometimes for call in calls):
+                return True
+        return False
 
     def _nearest(self, start: Place, owner: Place | None, seen: set[Place]) -> list[Place] | None:
         queue: deque[tuple[list[Place], Place | None]] = deque([([start], owner)])
@@ -220,14 +232,18 @@ class Reach:
                     pending.append(caller)
         return found
 
-    def reachable(self, entry: Place, owner: Place | None) -> dict[Place, list[Place]]:
-        """Return every function that an entry's value is computed with, and the way to each."""
+    def reachable(self, entry: Place, owner: Place | None, *, always: bool = False) -> dict[Place, list[Place]]:
+        """Return every function that an entry's value is computed with, and the way to each.
+
+        ``always`` leaves out the calls that are made in training only, or in evaluation only.
+        """
         found = {entry: [entry]}
         queue: deque[tuple[Place, Place | None]] = deque([(entry, owner)])
         while queue:
             here, current_owner = queue.popleft()
             for call, target in self.package.callees(here, current_owner):
-                if call.used and target not in found and target.name.rpartition(".")[2] not in NOT_COMPUTE:
+                is_taken = call.used and not (always and call.sometimes)
+                if is_taken and target not in found and target.name.rpartition(".")[2] not in NOT_COMPUTE:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))
         return found
@@ -252,7 +268,27 @@ class Reach:
             return False
         if function.kind in ("staticmethod", "classmethod", "property") or not function.gives_value:
             return False
-        return bool(self.blockers(method)) or self.touches(method, owner)
+        return (bool(self.blockers(method)) or self.touches(method, owner)) and not self.is_a_step(name, owner)
+
+    def is_a_step(self, name: str, owner: Place) -> bool:
+        """Tell whether the class calls a method itself and never for its value (it writes weights or state)."""
+        calls = [
+            call
+            for place in self._own_classes(owner)
+            for method in self._methods_of(place)
+            for call in self._calls(method)
+            if call.target == f"self.{name}"
+        ]
+        return bool(calls) and not any(call.used for call in calls)
+
+    def _methods_of(self, place: Place) -> list[Place]:
+        facts = self.package.files.get(place.module)
+        klass = facts.classes.get(place.name) if facts else None
+        return [Place(place.module, f"{place.name}.{name}") for name in klass.methods] if klass else []
+
+    def _calls(self, place: Place) -> tuple[Call, ...]:
+        function = self.package.function(place)
+        return function.calls if function else ()
 
     def entries(self, owner: Place) -> list[Entry]:
         """Return the verdict of every public compute method of a class, and what to call instead."""
@@ -263,9 +299,13 @@ class Reach:
         for method in methods:
             chain = chains[method]
             status = "clean" if chain is None else "inference-only" if clean else "blocked"
-            if chain is not None and method.name.rpartition(".")[2] == "forward":
+            name = method.name.rpartition(".")[2]
+            if chain is not None and name == "forward":
                 status = "blocked"
-            entries.append(Entry(method, status, chain, clean if status == "inference-only" else []))
+            others = clean
+            if chain is not None and chain.sometimes:
+                status, others = "inference-only", [f"{name} in the other mode (train or eval)"]
+            entries.append(Entry(method, status, chain, others if status == "inference-only" else []))
         return entries
 
     def clean_components(self, owner: Place) -> list[str]:

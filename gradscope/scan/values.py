@@ -50,6 +50,7 @@ class Expressions:
         self.sites: list[Site] = []
         self.parameters: set[str] = set()
         self.discarded: ast.expr | None = None
+        self.sometimes = False
 
     def value(self, node: ast.expr | None) -> Value:
         """Return what an expression's value depends on."""
@@ -160,7 +161,7 @@ class Expressions:
         return Value(self._own_call(node, name, given).atoms, "tensor")
 
     def _note_call(self, target: str, node: ast.Call) -> None:
-        self.calls.append(Call(target, node.lineno, used=node is not self.discarded))
+        self.calls.append(Call(target, node.lineno, used=node is not self.discarded, sometimes=self.sometimes))
 
     def _own_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
         self.reads.add(name)
@@ -204,9 +205,12 @@ class Expressions:
             if value.kind == "tensor" and dotted == "float":
                 self.report(node, "GS302", "float()", value)
             return PLAIN
-        if dotted == "linear_sum_assignment" or dotted.endswith(".linear_sum_assignment"):
+        last = dotted.rpartition(".")[2]
+        if last == "deepcopy":
+            return Value(NOTHING, value.kind)  # a copy is a leaf of its own
+        if last in _INDEX_FUNCTIONS:
             return INDEX
-        if dotted.rpartition(".")[2] == "Parameter" and given and value.kind == "tensor" and value.atoms:
+        if last == "Parameter" and given and value.kind == "tensor" and value.atoms:
             self.report(node, "GS203", "nn.Parameter", value)
         if isinstance(node.func, ast.Name) and node.func.id in self.env:
             callee = self.env[node.func.id]
@@ -218,8 +222,6 @@ class Expressions:
         if not dotted:
             callee = self.value(node.func)
             return Value(value.atoms | callee.atoms, "tensor" if callee.kind == "module" else "unknown")
-        if dotted.endswith(("argsort", "argmax", "argmin")):
-            return INDEX
         return Value(_through(node, dotted, given) | {f"call:{dotted}"}, "unknown")
 
     def _method(self, node: ast.Call, func: ast.Attribute, given: list[Value]) -> Value:
@@ -244,8 +246,13 @@ class Expressions:
             self.report(node, "GS402", name, base)
         if name == "requires_grad_" and node.args and getattr(node.args[0], "value", None) is False:
             self.report(node, "GS901", "requires_grad_(False)", base, "frozen, and frozen is not blocked")
-        value = joined([base, *given])
+        value = joined([base, *given, *self._forward_of(func)])
         return Value(value.atoms, "tensor" if base.kind in ("tensor", "module") else "unknown")
+
+    def _forward_of(self, func: ast.Attribute) -> list[Value]:
+        """``self.part.forward(x)`` runs a module, like ``self.part(x)``."""
+        part = self.names.dotted(func.value) if func.attr == "forward" else ""
+        return [Value(frozenset({f"call:self.{part.split('.')[1]}"}), "tensor")] if part.startswith("self.") else []
 
     def _escape(self, node: ast.Call, name: str, base: Value) -> Value:
         rule = _ESCAPES[name]
@@ -320,6 +327,7 @@ _RULES: dict[type[ast.AST], Callable[[Expressions, Any], Value]] = {
     ast.Dict: Expressions._dict, ast.ListComp: Expressions._comprehension, ast.SetComp: Expressions._comprehension,
     ast.GeneratorExp: Expressions._comprehension, ast.DictComp: Expressions._comprehension,
 }  # fmt: skip
+_INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
 _ESCAPES = {
     "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",
 }  # fmt: skip

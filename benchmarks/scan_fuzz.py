@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 from gradscope.errors import NotAnalysedError
-from gradscope.scan.scanner import scan
+from gradscope.scanning.scanner import scan
 
 SLOWEST_S = 20
 SNIPPETS = [

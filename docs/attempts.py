@@ -11,9 +11,9 @@ from torch import nn
 
 from gradscope.session import Session
 from gradscope.targets.deepseek_towers import build_towers
-from gradscope.trace.subject import Built, Subject, Workshop
-from gradscope.trace.tracer import trace_subject
-from gradscope.trace.workshops import open_workshop
+from gradscope.tracing.subject import Built, Subject, Workshop
+from gradscope.tracing.tracer import trace_subject
+from gradscope.tracing.workshops import open_workshop
 
 ATTEMPTS = {
     "Remove one's own `no_grad` around `encode`": "own_no_grad",

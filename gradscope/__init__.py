@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradscope.findings import Finding
+    from gradscope.scanning.scanner import scan
     from gradscope.session import Session
 
-__all__ = ["Finding", "Session"]
+__all__ = ["Finding", "Session", "scan"]
 
-_HOMES = {"Finding": "gradscope.findings", "Session": "gradscope.session"}
+_HOMES = {
+    "Finding": "gradscope.findings",
+    "Session": "gradscope.session",
+    "scan": "gradscope.scanning.scanner",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -22,3 +27,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from gradscope.cli.options import gate_options, report_options
 from gradscope.cli.output import SCAN_FORMATS, check_outputs, write
 from gradscope.gate import Gate
-from gradscope.scan.scanner import scan
+from gradscope.scanning.scanner import scan
 from gradscope.session import Session
 
 

@@ -73,8 +73,8 @@ def command(
 
 def _trace(model: str, request: Request, mode: str, device: str, dtype: str | None, *, verify: bool) -> Session:
     try:
-        from gradscope.trace.tracer import trace_subject
-        from gradscope.trace.workshops import open_workshop
+        from gradscope.tracing.tracer import trace_subject
+        from gradscope.tracing.workshops import open_workshop
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

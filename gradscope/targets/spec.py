@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from gradscope.errors import UsageError
 
 if TYPE_CHECKING:
-    from gradscope.trace.subject import Subject
+    from gradscope.tracing.subject import Subject
 
 PRESET_GROUP = "gradscope.presets"
 

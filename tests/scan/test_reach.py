@@ -9,7 +9,7 @@ from textwrap import dedent
 import pytest
 
 from gradscope.errors import UsageError
-from gradscope.scan.scanner import scan
+from gradscope.scanning.scanner import scan
 from gradscope.session import Session
 
 PACKAGE = {

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradscope.scan import reading
-from gradscope.scan.facts import FileFacts
-from gradscope.scan.reading import Needles, blank, decode
-from gradscope.scan.scanner import scan
-from gradscope.scan.walk import FileReader
+from gradscope.scanning import reading
+from gradscope.scanning.facts import FileFacts
+from gradscope.scanning.reading import Needles, blank, decode
+from gradscope.scanning.scanner import scan
+from gradscope.scanning.walk import FileReader
 
 SOURCE = "import torch\n\n@torch.no_grad()\ndef f(model, x):\n    return model(x)\n"
 

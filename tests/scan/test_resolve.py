@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gradscope.errors import NotAnalysedError, UsageError
-from gradscope.scan.resolve import resolve
-from gradscope.scan.scanner import scan
+from gradscope.scanning.resolve import resolve
+from gradscope.scanning.scanner import scan
 
 # Any execution of the target leaves a file behind.
 TRAP = "import pathlib; pathlib.Path(__file__).with_suffix('.ran').write_text('')\n"
@@ -117,7 +117,7 @@ def test_an_editable_install(tmp_path: Path, kind: str) -> None:
         )
     program = (
         f"import site; site.addsitedir({str(site_packages)!r})\n"
-        "from gradscope.scan.resolve import resolve\n"
+        "from gradscope.scanning.resolve import resolve\n"
         "print(sorted(file.module for file in resolve(('trap_e.net', 'trap_e')).files.values()))\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -18,7 +18,7 @@ from types import FunctionType
 
 import pytest
 
-from gradscope.scan.scanner import scan
+from gradscope.scanning.scanner import scan
 from gradscope.session import Session
 
 NET = """\
@@ -170,7 +170,7 @@ def test_scans_at_the_same_time(net: Path) -> None:
 
 
 def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradscope.scan.collect.WORTH_A_PROCESS", 100)
+    monkeypatch.setattr("gradscope.scanning.collect.WORTH_A_PROCESS", 100)
     for number in range(12):
         (tmp_path / f"net{number}.py").write_text(NET.replace("Net", f"Net{number}"))
     one, many = scan(str(tmp_path), jobs=1, cache=False), scan(str(tmp_path), jobs=3, cache=False)

@@ -10,7 +10,7 @@ from textwrap import dedent
 import pytest
 
 from gradscope.findings import Finding
-from gradscope.scan.scanner import scan
+from gradscope.scanning.scanner import scan
 
 HEAD = "import torch\nfrom torch import nn\nimport functools\nfrom contextlib import nullcontext, ExitStack\n"
 MODULE = """

@@ -13,8 +13,8 @@ from deepseek_ocr_encoder import DeepSeekOCREncoder, encoder
 from gradscope.session import Session
 from gradscope.targets.deepseek_ocr import preset
 from gradscope.targets.spec import Request
-from gradscope.trace.tracer import trace_subject
-from gradscope.trace.workshops import open_workshop
+from gradscope.tracing.tracer import trace_subject
+from gradscope.tracing.workshops import open_workshop
 
 TAKES_TENSORS = "skip_default_preprocessing" in inspect.signature(DeepSeekOCREncoder).parameters
 

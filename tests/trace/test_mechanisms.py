@@ -12,9 +12,9 @@ from torch import nn
 
 from gradscope.errors import NotAnalysedError
 from gradscope.session import Session
-from gradscope.trace.subject import Built, Subject, Workshop
-from gradscope.trace.tracer import trace_subject
-from gradscope.trace.workshops import open_workshop
+from gradscope.tracing.subject import Built, Subject, Workshop
+from gradscope.tracing.tracer import trace_subject
+from gradscope.tracing.workshops import open_workshop
 
 
 class Two(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gradscope.scan.facts import Call, Class, FileFacts, Function
+from gradscope.scanning.facts import Call, Class, FileFacts, Function
 
 # Classes of other packages that are modules; torch.nn.* is one anyway.
 MODULE_BASES = frozenset(

@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from gradscope.scan.facts import Atoms, Call, Class, Site
-from gradscope.scan.package import FRAMEWORKS, Package, Place
+from gradscope.scanning.facts import Atoms, Call, Class, Site
+from gradscope.scanning.package import FRAMEWORKS, Package, Place
 
 FORWARDS = ("forward", "__call__")
 # What a call may lead to without computing anything of the model's.

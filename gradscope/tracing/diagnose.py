@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gradscope.trace.frames import code_name, source_site
-from gradscope.trace.recording import Operation, Recording, Region, Site
+from gradscope.tracing.frames import code_name, source_site
+from gradscope.tracing.recording import Operation, Recording, Region, Site
 
 # How an operation that stops the gradient by itself is called in the catalogue.
 RULE_OF_OPERATION = {

@@ -20,8 +20,8 @@ from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_g
 from torch.nn.modules import module as module_hooks
 
 from gradscope.errors import GradscopeError
-from gradscope.trace.frames import call_chain, is_user_file, region_site
-from gradscope.trace.recording import Region, Site
+from gradscope.tracing.frames import call_chain, is_user_file, region_site
+from gradscope.tracing.recording import Region, Site
 
 
 class Observer(Protocol):

@@ -10,9 +10,9 @@ import ast
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gradscope.scan import torch_ops
-from gradscope.scan.facts import NOTHING, Atoms, Call, Class, Site
-from gradscope.scan.switches import Names
+from gradscope.scanning import torch_ops
+from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
+from gradscope.scanning.switches import Names
 
 
 class Value(NamedTuple):

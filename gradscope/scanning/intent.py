@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from gradscope.scan.package import Package, Place
+from gradscope.scanning.package import Package, Place
 
 _SETUP = re.compile(
     r"^(?:__init__|__post_init__|_?init(?:ialize|ialise)?(?:_.*)?|_?reset(?:_.*)?|_?load(?:_.*)?|from_.*|_?convert(?:_.*)?|"

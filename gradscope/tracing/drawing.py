@@ -6,9 +6,9 @@ import os
 
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
 from gradscope.paths import short_path
-from gradscope.trace.diagnose import Diagnosis
-from gradscope.trace.frames import expression
-from gradscope.trace.recording import CONSTRUCTOR, Operation, Recording, Scope, Site
+from gradscope.tracing.diagnose import Diagnosis
+from gradscope.tracing.frames import expression
+from gradscope.tracing.recording import CONSTRUCTOR, Operation, Recording, Scope, Site
 
 LONGEST_LABEL = 52
 MODULE_DEPTH = 4

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradscope.trace.autograd import reached_leaves
-from gradscope.trace.instrument import observe
-from gradscope.trace.recorder import Recorder, tensors_in
-from gradscope.trace.recording import Recording, Site
-from gradscope.trace.subject import Built, Caller, Subject, Workshop
+from gradscope.tracing.autograd import reached_leaves
+from gradscope.tracing.instrument import observe
+from gradscope.tracing.recorder import Recorder, tensors_in
+from gradscope.tracing.recording import Recording, Site
+from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
 
 @dataclass(slots=True)

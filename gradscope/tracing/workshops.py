@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gradscope.errors import UsageError
-from gradscope.trace.structural import PretendedDevice
-from gradscope.trace.subject import Workshop
+from gradscope.tracing.structural import PretendedDevice
+from gradscope.tracing.subject import Workshop
 
 Module = TypeVar("Module", bound=nn.Module)
 

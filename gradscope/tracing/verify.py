@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gradscope.trace.diagnose import Cut, Diagnosis, crash_cuts, diagnose
-from gradscope.trace.recording import Site
-from gradscope.trace.runner import Run, Runner
+from gradscope.tracing.diagnose import Cut, Diagnosis, crash_cuts, diagnose
+from gradscope.tracing.recording import Site
+from gradscope.tracing.runner import Run, Runner
 
 MOST_ROUNDS = 12
 

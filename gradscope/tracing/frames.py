@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gradscope.trace.recording import Place, Site
+from gradscope.tracing.recording import Place, Site
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from gradscope.trace.recorder import tensors_in
+from gradscope.tracing.recorder import tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
 

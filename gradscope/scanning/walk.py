@@ -9,11 +9,11 @@ import tokenize
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
-from gradscope.scan.body import Body, FunctionNode, add_imports
-from gradscope.scan.facts import Class, FileFacts, Ignore, Site
-from gradscope.scan.reading import GRAD_MODE, INITIALISERS, Needles, parse
-from gradscope.scan.switches import Names, rule_of
-from gradscope.scan.wrappers import statements, wrapper_of_class, wrapper_of_function
+from gradscope.scanning.body import Body, FunctionNode, add_imports
+from gradscope.scanning.facts import Class, FileFacts, Ignore, Site
+from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, parse
+from gradscope.scanning.switches import Names, rule_of
+from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
 
 IGNORE = re.compile(r"#\s*gradscope:\s*ignore(?:\[([^\]]*)\])?")
 

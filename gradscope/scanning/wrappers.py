@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-from gradscope.scan.switches import Names
+from gradscope.scanning.switches import Names
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -12,10 +12,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gradscope.scan.facts import NOTHING, Atoms, Class, Function, How, Site
-from gradscope.scan.switches import Names, Switch, effective, rule_of
-from gradscope.scan.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
-from gradscope.scan.values import INDEX, PLAIN, Expressions, Value, gives_indices
+from gradscope.scanning.facts import NOTHING, Atoms, Class, Function, How, Site
+from gradscope.scanning.switches import Names, Switch, effective, rule_of
+from gradscope.scanning.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
+from gradscope.scanning.values import INDEX, PLAIN, Expressions, Value, gives_indices
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 _INTEGER_NAME = re.compile(INTEGER_NAMES)

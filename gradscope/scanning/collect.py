@@ -11,11 +11,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradscope.scan.cache import Cache, key_of
-from gradscope.scan.facts import Call, Class, FileFacts, Function, Ignore, Site
-from gradscope.scan.reading import GRAD_MODE, Needles, decode, headers
-from gradscope.scan.resolve import SourceFile
-from gradscope.scan.walk import FileReader
+from gradscope.scanning.cache import Cache, key_of
+from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Site
+from gradscope.scanning.reading import GRAD_MODE, Needles, decode, headers
+from gradscope.scanning.resolve import SourceFile
+from gradscope.scanning.walk import FileReader
 
 # Below this many bytes to parse a second process costs more than it saves.
 WORTH_A_PROCESS = 1_500_000

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
-from gradscope.scan.facts import FileFacts, Site
-from gradscope.scan.intent import is_table, meant_by_class, meant_by_name, meant_by_result
-from gradscope.scan.package import Package, Place
-from gradscope.scan.reach import FORWARDS, Chain, Entry, Reach
+from gradscope.scanning.facts import FileFacts, Site
+from gradscope.scanning.intent import is_table, meant_by_class, meant_by_name, meant_by_result
+from gradscope.scanning.package import Package, Place
+from gradscope.scanning.reach import FORWARDS, Chain, Entry, Reach
 
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.

@@ -17,13 +17,13 @@ from gradscope.findings import SEVERITIES, Finding
 from gradscope.gate import codes, scan_verdict
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
-from gradscope.scan.cache import Cache, default_folder, key_of
-from gradscope.scan.collect import Collected, Collector, Settings, Text, default_jobs
-from gradscope.scan.judge import ClassReport, Judge, Judgement
-from gradscope.scan.package import Package, Place
-from gradscope.scan.reach import FORWARDS, Chain, Entry
-from gradscope.scan.reading import decode, headers
-from gradscope.scan.resolve import Resolved, resolve
+from gradscope.scanning.cache import Cache, default_folder, key_of
+from gradscope.scanning.collect import Collected, Collector, Settings, Text, default_jobs
+from gradscope.scanning.judge import ClassReport, Judge, Judgement
+from gradscope.scanning.package import Package, Place
+from gradscope.scanning.reach import FORWARDS, Chain, Entry
+from gradscope.scanning.reading import decode, headers
+from gradscope.scanning.resolve import Resolved, resolve
 from gradscope.session import Session
 
 MOST_ROUNDS = 5

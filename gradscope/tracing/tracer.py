@@ -13,13 +13,13 @@ from gradscope.findings import Finding, Source
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.session import Session
-from gradscope.trace.diagnose import Cut, Diagnosis
-from gradscope.trace.drawing import draw
-from gradscope.trace.frames import source_line
-from gradscope.trace.recording import Recording, Site
-from gradscope.trace.runner import Runner
-from gradscope.trace.subject import Subject, Workshop
-from gradscope.trace.verify import Proof, prove
+from gradscope.tracing.diagnose import Cut, Diagnosis
+from gradscope.tracing.drawing import draw
+from gradscope.tracing.frames import source_line
+from gradscope.tracing.recording import Recording, Site
+from gradscope.tracing.runner import Runner
+from gradscope.tracing.subject import Subject, Workshop
+from gradscope.tracing.verify import Proof, prove
 
 AUTOGRAD_ERRORS = ("inference tensor", "Inference tensor", "does not require grad", "modified by an inplace")
 

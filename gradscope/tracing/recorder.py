@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.trace.frames import user_place
-from gradscope.trace.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Value
-from gradscope.trace.subject import Caller
+from gradscope.tracing.frames import user_place
+from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Value
+from gradscope.tracing.subject import Caller
 
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).

@@ -36,7 +36,7 @@ INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_p
 _INITIALISER = re.compile(rf"(no_grad|inference_mode)(?:\(\))?\n[ \t]+def (?:{'|'.join(INITIALISERS)})\(")
 
 # In a class: a method, its decorator, or any other statement of the class body.
-METHOD = re.compile(r"\n    (?![ \t\n)\]}#])")
+METHOD = re.compile(r"\n    (?=[^ \t\n)\]}#])")
 NAME = re.compile(r"    (?:async[ \t]+)?def[ \t]+(\w+)")
 
 

@@ -23,7 +23,7 @@ OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.se
 STDLIB_FOLDER = sysconfig.get_path("stdlib") + os.sep
 # The fixers are code under test when they are traced, not part of the tracer.
 FIXER_FOLDER = os.path.join(OWN_FOLDER, "fix") + os.sep
-RUNNER_FILE = os.path.join(OWN_FOLDER, "trace", "runner.py")
+RUNNER_FILE = os.path.join(OWN_FOLDER, "tracing", "runner.py")
 
 
 @functools.lru_cache(maxsize=4096)

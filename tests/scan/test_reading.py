@@ -68,6 +68,7 @@ PIECES = st.sampled_from(
         "# a comment: torch.no_grad()\n", "class B(torch.nn.Module):\n    def forward(self, x):\n        return x.detach()\n",
         "Y = [\n    1,\n]\n", "@decorated\n\n# between\ndef k():\n    return torch.tensor(X)\n", "\n", "    \n", "'''\n", "x = (\n",
         "match X:\n    case 1:\n        pass\n", "async def m():\n    async with torch.no_grad():\n        pass\n", "\\\n",
+        "class C:\n    def n(self, x):\n        return x.detach()\n    ", "    # torch",
     ]
 )  # fmt: skip
 

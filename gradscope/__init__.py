@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from gradscope.findings import Finding
     from gradscope.scanning.scanner import scan
     from gradscope.session import Session
+    from gradscope.tracing.library import assert_gradients_flow, trace
 
-__all__ = ["Finding", "Session", "scan"]
+__all__ = ["Finding", "Session", "assert_gradients_flow", "scan", "trace"]
 
 _HOMES = {
     "Finding": "gradscope.findings",
     "Session": "gradscope.session",
+    "assert_gradients_flow": "gradscope.tracing.library",
     "scan": "gradscope.scanning.scanner",
+    "trace": "gradscope.tracing.library",
 }
 
 

@@ -14,11 +14,13 @@ from gradscope.cli.output import FORMATS, check_outputs, write
 from gradscope.errors import UsageError
 from gradscope.gate import Gate
 from gradscope.session import Session
-from gradscope.targets.spec import Request, load_preset
+from gradscope.targets.spec import Request, load_preset, load_target
 
 
 @click.command("trace", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", "model", required=True, metavar="NAME", help="A preset, such as deepseek-ocr.")
+@click.argument("target", required=False, metavar="TARGET")
+@click.option("--model", "model", metavar="NAME", help="A preset, such as deepseek-ocr, in place of a TARGET.")
+@click.option("--entry", metavar="METHOD", help="The method to call instead of the model itself.")
 @click.option(
     "--input",
     "inputs",
@@ -40,6 +42,9 @@ from gradscope.targets.spec import Request, load_preset
     metavar="ID_OR_DIR",
     help="Load this checkpoint instead of random weights (runs the checkpoint's own code).",
 )
+@click.option("--wrt", multiple=True, metavar="PATTERN", help="Ask about these sources: input.0, encoder.*")
+@click.option("--trainable", multiple=True, metavar="PATTERN", help="These parameters count as trained.")
+@click.option("--loss", metavar="FILE.py:FUNCTION", help="Turns the output into what is differentiated.")
 @click.option("--head", is_flag=True, help="Put a trainable Linear(1024, 1280) behind the output.")
 @click.option("--fixed", is_flag=True, help="Trace the model through its reference fixer.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the fix by running it.")
@@ -48,31 +53,54 @@ from gradscope.targets.spec import Request, load_preset
 @report_options(FORMATS)
 @click.option("--full", is_flag=True, help="Show the whole tree, unfolded.")
 def command(
-    model: str, inputs: tuple[str, ...], mode: str, device: str, dtype: str | None, weights: str | None,
+    target: str | None, model: str | None, entry: str | None, inputs: tuple[str, ...], mode: str, device: str,
+    dtype: str | None, weights: str | None, wrt: tuple[str, ...], trainable: tuple[str, ...], loss: str | None,
     head: bool, fixed: bool, verify: bool, seed: int, select: tuple[str, ...], ignore: tuple[str, ...],
     per_file: tuple[str, ...], fail_on: str, fmt: str, outputs: tuple[Path, ...], force: bool, color: str,
     quiet: bool, full: bool,
 ) -> int:  # fmt: skip
     """Run a model once and say for every parameter and input whether the gradient arrives.
 
+    TARGET is package.module:name or path/to/file.py:name (a module, its class, or a function that returns
+    one, or a module and its inputs), timm:NAME, torchvision:NAME, or hf:ID_OR_FOLDER.
+
     \b
     Examples:
+      gradscope trace train.py:build_model --input 2x3x224x224 --wrt 'encoder.*'
+      gradscope trace timm:resnet50
       gradscope trace --model deepseek-ocr
       gradscope trace --model deepseek-ocr --input 1x3x512x512 --mode real --device cpu
       gradscope trace --model deepseek-ocr --fixed -o healed.svg
     """
     gate = Gate.of(select, ignore, per_file, fail_on)
     check_outputs(outputs, FORMATS, force=force)
-    request = Request(inputs=inputs, weights=weights, seed=seed, fixed=fixed, head=head)
+    if (target is None) == (model is None):
+        raise UsageError("Name one target: TARGET or --model NAME.", hint="gradscope trace --help shows both.")
+    if target is not None and (weights or head or fixed):
+        raise UsageError("--weights, --head and --fixed belong to a preset.", hint="Give them with --model.")
+    request = Request(
+        inputs=inputs, weights=weights, seed=seed, fixed=fixed, head=head, entry=entry, wrt=wrt, trainable=trainable,
+        loss=loss,
+    )  # fmt: skip
     progress = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    with progress.status(f"Tracing {model} ..."):
-        session = gate.filtered(_trace(model, request, mode, device, dtype, verify=verify))
+    with progress.status(f"Tracing {target or model} ..."):
+        session = gate.filtered(_trace(target, model, request, mode, device, dtype, verify=verify))
     write(session, fmt, outputs, color=color, full=full)
     return int(gate.exit_code(session))
 
 
-def _trace(model: str, request: Request, mode: str, device: str, dtype: str | None, *, verify: bool) -> Session:
+def _trace(
+    target: str | None,
+    model: str | None,
+    request: Request,
+    mode: str,
+    device: str,
+    dtype: str | None,
+    *,
+    verify: bool,
+) -> Session:
     try:
+        from gradscope.tracing.library import trace_in_mode
         from gradscope.tracing.tracer import trace_subject
         from gradscope.tracing.workshops import open_workshop
     except ModuleNotFoundError as error:
@@ -82,7 +110,12 @@ def _trace(model: str, request: Request, mode: str, device: str, dtype: str | No
             "`gradscope trace` runs models and needs torch, which is not installed here.",
             hint="Install it: pip install 'torch-gradscope[trace]'.",
         ) from error
-    preset = load_preset(model)
+    if target is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            subject = load_target(target, request)
+            return trace_in_mode(subject, mode, "cpu" if device == "auto" else device, dtype, verify=verify)
+    preset = load_preset(model or "")
     with warnings.catch_warnings():
         # The traced libraries' own warnings are not about the gradient and would bury the report.
         warnings.simplefilter("ignore")

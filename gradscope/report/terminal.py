@@ -53,7 +53,7 @@ class _TracePage(Page):
         self.console.print(f"[bold {colour}]{sign} {session.verdict}[/]  {words}", highlight=False)
         line = f"{target['name']}.{target['entry']}({', '.join(target['inputs'])})"
         how = f"{target['mode']} on {target['device']}, {target['dtype']}"
-        self.print(f"  {line}   {how}, {session.stats.get('runs', 1)} runs in {session.stats.get('seconds', 0)} s")
+        self.print(f"  {line}   {how}, {_runs(session.stats.get('runs', 1))} in {session.stats.get('seconds', 0)} s")
         for kind in ("input", "parameter"):
             group = [source for source in session.sources.values() if source.kind == kind]
             if not group:
@@ -128,7 +128,7 @@ class _TracePage(Page):
             self.console.print()
             proven = "verified by running it" if session.fix_verified else "not verified"
             sign = self.sign("yes") if session.fix_verified else "?"
-            self.print(f"Smallest fix: {' + '.join(session.fix_set)} together, {proven} {sign}", style="bold green")
+            self.print(f"Smallest fix: {' + '.join(session.fix_set)}, {proven} {sign}", style="bold green")
         elif session.worst() == "error":
             self.console.print()
             self.print("No fix was found that a run could verify.", style="bold yellow")
@@ -139,3 +139,7 @@ class _TracePage(Page):
             code = Syntax("", "python", background_color="default").highlight(session.remedy.code)
             for row in code.split("\n"):
                 self.console.print(Text("  ").append_text(row), soft_wrap=True)
+
+
+def _runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"

@@ -24,9 +24,28 @@ class Request:
     seed: int = 0
     fixed: bool = False
     head: bool = False
+    entry: str | None = None
+    wrt: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    loss: str | None = None
 
 
 Preset: TypeAlias = "Callable[[Request], Subject]"
+
+
+LIBRARIES = ("timm", "torchvision", "hf")
+
+
+def load_target(target: str, request: Request) -> Subject:
+    """Return the subject of a TARGET: ``timm:NAME``, ``torchvision:NAME``, ``hf:ID``, or what can be imported."""
+    library, _, name = target.partition(":")
+    if library in LIBRARIES:
+        from gradscope.targets.libraries import library_subject
+
+        return library_subject(library, name, request)
+    from gradscope.targets.modules import module_subject
+
+    return module_subject(target, request)
 
 
 def preset_names() -> list[str]:

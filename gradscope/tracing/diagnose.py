@@ -1,44 +1,34 @@
 """From a recording to the cuts: which sources lose their gradient, where, and to what.
 
-Two graphs are compared. The data-flow graph is the recording itself; what autograd connects is
-known per value. A source whose data reaches the output and whose gradient does not is blocked, and
-the cut is the frontier: an operation that takes in a connected value and gives out an unconnected one.
+What the numbers do (``propagation.py``) is compared with what autograd's own graph reaches. The cut is the
+frontier: an operation that takes in a connected value and gives out an unconnected one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from gradscope.tracing.frames import code_name, source_site
+from gradscope.tracing.propagation import Walks, is_flat, union, walk
 from gradscope.tracing.recording import Operation, Recording, Region, Site
+
+_COMPARISONS = "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isclose bucketize searchsorted"
+_INDICES = "argmax argmin argsort multinomial one_hot nonzero topk sort max min histc bincount"
+_SCALARS = "item tolist __float__ __int__ __index__"
+_COLLECTIVES = "all_gather all_reduce broadcast reduce all_gather_into_tensor"
 
 # How an operation that stops the gradient by itself is called in the catalogue.
 RULE_OF_OPERATION = {
     **dict.fromkeys(("detach", "detach_"), "GS201"),
-    "data": "GS202",
-    **dict.fromkeys(("tensor", "new_tensor"), "GS203"),
-    **dict.fromkeys(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__array__"), "GS302"),
-    **dict.fromkeys(("argmax", "argmin", "argsort", "multinomial", "one_hot", "nonzero"), "GS401"),
-    **dict.fromkeys(
-        [
-            "eq",
-            "ne",
-            "lt",
-            "le",
-            "gt",
-            "ge",
-            "__eq__",
-            "__ne__",
-            "__lt__",
-            "__le__",
-            "__gt__",
-            "__ge__",
-            "bucketize",
-            "searchsorted",
-        ],
-        "GS402",
-    ),
+    **dict.fromkeys(("data", "__set__"), "GS202"),
+    **dict.fromkeys(("tensor", "new_tensor", "Parameter", "shared memory", "pickle", "__deepcopy__"), "GS203"),
+    **dict.fromkeys(("sample",), "GS205"),
+    **dict.fromkeys(_COLLECTIVES.split(), "GS206"),
+    **dict.fromkeys(("numpy", "__array__"), "GS301"),
+    **dict.fromkeys(_SCALARS.split(), "GS302"),
+    **dict.fromkeys(_INDICES.split(), "GS401"),
+    **dict.fromkeys(_COMPARISONS.split(), "GS402"),
     **dict.fromkeys(("long", "int", "short", "char", "byte", "bool", "to", "type"), "GS403"),
 }
 RULE_OF_REGION = {
@@ -47,18 +37,26 @@ RULE_OF_REGION = {
     ("inference_mode", "block"): "GS103",
     ("no_grad", "block"): "GS104",
 }
+_ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ rsub".split())
 
 
 @dataclass(slots=True)
 class Cut:
-    """One place where gradients end: a region or a single operation."""
+    """One place where gradients end: a region or a single operation.
+
+    ``partial`` are the sources that lose only one of their paths here, ``flat`` says that the operation
+    has no useful derivative, ``escape`` that the numbers went through Python, where they are not followed.
+    """
 
     site: Site
     rule: str
     sources: set[str] = field(default_factory=set)
+    partial: set[str] = field(default_factory=set)
     chain: tuple[str, ...] = ()
     outer: Site | None = None
     module: str = ""
+    flat: bool = False
+    escape: bool = False
 
 
 @dataclass(slots=True)
@@ -91,27 +89,24 @@ class Diagnosis:
 
 
 def diagnose(recording: Recording) -> Diagnosis:
-    """Return the status of every source and the cuts that explain the blocked ones."""
+    """Return the status of every source and the cuts that explain the lost ones."""
     names = list(recording.leaves) + list(recording.outside)
     start = {**recording.leaves, **recording.outside}
     bits = {name: 1 << index for index, name in enumerate(names)}
-    data, linked = _propagate(recording, start, bits)
-    live = _live_values(recording)
-    flowing = _union(data, recording.sinks)
-    statuses = {}
-    for name in recording.leaves:
-        if name in recording.reached:
-            statuses[name] = "flows"
-        else:
-            statuses[name] = "blocked" if flowing & bits[name] else "unused"
-    wanted = sum(bits[name] for name, status in statuses.items() if status == "blocked")
+    walks = walk(recording, start, bits)
+    statuses = _statuses(recording, walks, bits)
+    wanted = {status: _bits_of(statuses, status, bits) for status in ("blocked", "flows", "nondifferentiable")}
+    losses = list(_frontier(recording, walks, wanted["blocked"]))
+    cuts = _cuts(recording, losses, bits)
+    _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
+    _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
+    _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
     outside = sum(bits[name] for name in recording.outside)
-    losses = _frontier(recording, linked, live, wanted)
     return Diagnosis(
         statuses=statuses,
-        cuts=_cuts(recording, losses, bits),
-        outside_cuts=_cuts(recording, _frontier(recording, linked, live, outside), bits),
-        live=live,
+        cuts=cuts,
+        outside_cuts=_cuts(recording, list(_frontier(recording, walks, outside)), bits),
+        live=walks.live,
         losses=losses,
     )
 
@@ -125,74 +120,161 @@ def crash_cuts(recording: Recording) -> dict[Site, Cut]:
     for value in recording.pending.inputs:
         maker = makers.get(value)
         if maker is not None and recording.values[value].inference:
-            _blame(cuts, recording, maker, set())
+            for cut in _blamed(cuts, recording, maker):
+                cut.sources |= set()
     return cuts
 
 
-# --- the two graphs --------------------------------------------------------------------------------
+# --- statuses ----------------------------------------------------------------------------------------
 
 
-def _propagate(recording: Recording, start: dict[str, int], bits: dict[str, int]) -> tuple[list[int], list[int]]:
-    """Return, per value, the sources whose data and whose gradient link reach it (as bit sets)."""
-    data = [0] * len(recording.values)
-    linked = [0] * len(recording.values)
-    for name, value in start.items():
-        data[value] = linked[value] = bits[name]
-    for operation in recording.operations:
-        arriving = _union(data, operation.inputs)
-        joined = _union(linked, operation.inputs)
-        for output in operation.outputs:
-            data[output] |= arriving
-            if recording.values[output].connected:
-                linked[output] |= joined
-    return data, linked
+def _statuses(recording: Recording, walks: Walks, bits: dict[str, int]) -> dict[str, str]:
+    data = union(walks.data, recording.sinks)
+    smooth = union(walks.smooth, recording.sinks)
+    escaped = union(walks.smooth, [value for operation in recording.escapes for value in operation.inputs])
+    statuses = {}
+    for name in recording.leaves:
+        bit = bits[name]
+        if name in recording.reached:
+            statuses[name] = "flows" if smooth & bit or not data & bit else "nondifferentiable"
+        elif smooth & bit:
+            statuses[name] = "blocked"
+        elif data & bit:
+            statuses[name] = "nondifferentiable"
+        else:
+            statuses[name] = "blocked" if escaped & bit else "unused"
+    return statuses
 
 
-def _live_values(recording: Recording) -> set[int]:
-    """Return the values whose data reaches an output."""
-    live = set(recording.sinks)
-    for operation in reversed(recording.operations):
-        if live.intersection(operation.outputs):
-            live.update(operation.inputs)
-    return live
+def _bits_of(statuses: dict[str, str], status: str, bits: dict[str, int]) -> int:
+    return sum(bits[name] for name, found in statuses.items() if found == status)
 
 
-def _frontier(recording: Recording, linked: list[int], live: set[int], wanted: int) -> list[tuple[Operation, int]]:
-    """Return the operations that lose the gradient of wanted sources, each with those (as a bit set)."""
-    losses: list[tuple[Operation, int]] = []
+def _named(lost: int, bits: dict[str, int]) -> set[str]:
+    return {name for name, bit in bits.items() if bit & lost}
+
+
+# --- frontiers ---------------------------------------------------------------------------------------
+
+
+def _frontier(recording: Recording, walks: Walks, wanted: int) -> Iterator[tuple[Operation, int]]:
+    """Yield the operations that lose the gradient of wanted sources, each with those (as a bit set)."""
     for operation in recording.operations if wanted else ():
-        if not live.intersection(operation.outputs):
+        outputs = [value for value in operation.outputs if value in walks.live_smooth]
+        if not outputs:
             continue
-        kept = _union(linked, operation.outputs)
-        lost = _union(linked, operation.inputs) & ~kept & wanted
+        arriving = 0
+        for value in operation.inputs:
+            arriving |= walks.linked[value] & walks.smooth[value]
+        lost = arriving & union(walks.smooth, outputs) & ~union(walks.linked, operation.outputs) & wanted
         if lost:
-            losses.append((operation, lost))
-    return losses
+            yield operation, lost
 
 
 def _cuts(recording: Recording, losses: list[tuple[Operation, int]], bits: dict[str, int]) -> dict[Site, Cut]:
     cuts: dict[Site, Cut] = {}
     for operation, lost in losses:
-        _blame(cuts, recording, operation, {name for name, bit in bits.items() if bit & lost})
+        for cut in _blamed(cuts, recording, operation):
+            cut.sources |= _named(lost, bits)
     return cuts
 
 
-def _blame(cuts: dict[Site, Cut], recording: Recording, operation: Operation, sources: set[str]) -> None:
+def _add_flat(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]) -> None:
+    """Blame the operations without a useful derivative: removing a switch cannot help there."""
+    for operation in recording.operations if wanted else ():
+        outputs = walks.live.intersection(operation.outputs)
+        if not outputs:
+            continue
+        lost = union(walks.smooth, operation.inputs) & ~union(walks.smooth, outputs) & wanted
+        if lost and operation.place is not None:
+            cut = _cut_at(cuts, recording, operation)
+            cut.rule = "GS402" if is_flat(operation) else RULE_OF_OPERATION.get(operation.name, "GS401")
+            cut.flat = True
+            cut.sources |= _named(lost, bits)
+
+
+def _add_escapes(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]) -> None:
+    """Blame the calls that took numbers into Python, where no other trace of a blocked source goes on."""
+    left = wanted & ~union(walks.smooth, recording.sinks)
+    for operation in recording.escapes if left else ():
+        lost = union(walks.smooth, operation.inputs) & left
+        if lost and operation.place is not None:
+            cut = _cut_at(cuts, recording, operation)
+            cut.escape = True
+            cut.sources |= _named(lost, bits)
+
+
+def _add_partial(
+    cuts: dict[Site, Cut],
+    statuses: dict[str, str],
+    recording: Recording,
+    walks: Walks,
+    wanted: int,
+    bits: dict[str, int],
+) -> None:
+    """Note the sources whose gradient arrives on one path and is cut on another."""
+    consumers: dict[int, list[Operation]] = {}
+    makers: dict[int, Operation] = {}
+    losses = list(_frontier(recording, walks, wanted))
+    if losses:
+        for operation in recording.operations:
+            for value in operation.inputs:
+                consumers.setdefault(value, []).append(operation)
+            for value in operation.outputs:
+                makers[value] = operation
+    for operation, lost in losses:
+        if _is_straight_through(operation, consumers, makers):
+            continue
+        names = {name for name in _named(lost, bits) if name in statuses}
+        for cut in _blamed(cuts, recording, operation):
+            cut.partial |= names
+        for name in names:
+            statuses[name] = "partial"
+
+
+def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], makers: dict[int, Operation]) -> bool:
+    """Tell ``x + (q - x).detach()`` and ``hard - soft.detach() + soft``: the gradient is meant to go around.
+
+    Either the detached value is a difference of something that it is added back to, or it is taken off
+    something that the original is added to.
+    """
+    source = makers.get(cut.inputs[0])
+    subtracted = set(source.inputs) if source is not None and source.name in _ADDITIONS else set()
+    subtracted.add(cut.inputs[0])
+    for output in cut.outputs:
+        users = consumers.get(output, [])
+        further = [after for user in users if user.name in _ADDITIONS for out in user.outputs
+                   for after in consumers.get(out, ())]  # fmt: skip
+        for user in (*users, *further):
+            if user.name in _ADDITIONS and subtracted.intersection(user.inputs):
+                return True
+    return False
+
+
+# --- blame -------------------------------------------------------------------------------------------
+
+
+def _blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> list[Cut]:
     """Attribute a lost gradient to the regions that were active, outermost first, or to the call."""
+    if not operation.regions:
+        return [_cut_at(cuts, recording, operation)] if operation.place is not None else []
+    found: list[Cut] = []
     outer: Site | None = None
     regions: Iterable[Region] = operation.regions
-    if operation.regions:
-        for region in regions:
-            rule = _rule_of(region.site)
-            cut = cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer))
-            cut.sources |= sources
-            outer = region.site
-    elif operation.place is not None:
-        site = source_site(operation.place, operation.name)
-        rule = RULE_OF_OPERATION.get(operation.name, "GS503")
-        cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
-        cut.sources |= sources
-        cut.module = _module_path(recording, operation)
+    for region in regions:
+        rule = _rule_of(region.site)
+        found.append(cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer)))
+        outer = region.site
+    return found
+
+
+def _cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
+    assert operation.place is not None
+    site = source_site(operation.place, operation.name)
+    rule = "GS501" if operation.custom else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
+    cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
+    cut.module = _module_path(recording, operation)
+    return cut
 
 
 def _rule_of(site: Site) -> str:
@@ -203,10 +285,3 @@ def _rule_of(site: Site) -> str:
 def _module_path(recording: Recording, operation: Operation) -> str:
     named = [scope.module for scope in recording.ancestors(operation.scope) if scope.module]
     return named[-1] if named else ""
-
-
-def _union(sets: list[int], values: Iterable[int]) -> int:
-    result = 0
-    for value in values:
-        result |= sets[value]
-    return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, Protocol
 from unittest import mock
 
@@ -20,8 +20,8 @@ from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_g
 from torch.nn.modules import module as module_hooks
 
 from gradscope.errors import GradscopeError
-from gradscope.tracing.frames import call_chain, is_user_file, region_site
-from gradscope.tracing.recording import Region, Site
+from gradscope.tracing.frames import call_chain, is_user_file, region_site, user_place
+from gradscope.tracing.recording import Place, Region, Site
 
 
 class Observer(Protocol):
@@ -29,9 +29,13 @@ class Observer(Protocol):
 
     def enter_region(self, key: object, region: Region) -> None: ...
     def leave_region(self, key: object) -> None: ...
-    def enter_module(self, module: nn.Module) -> None: ...
+    def enter_module(self, module: nn.Module, args: Any) -> None: ...
     def leave_module(self, module: nn.Module, output: Any) -> None: ...
     def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any: ...
+    def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter: ...
+
+    def pickled(self, tensor: torch.Tensor, place: Place | None) -> None: ...
+    def unpickled(self, tensor: torch.Tensor) -> None: ...
 
 
 class InstrumentationConflict(GradscopeError):
@@ -51,6 +55,8 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_switch(stack, inference_mode, observer, neutralised)
         _patch_set_grad_enabled(stack, observer, neutralised)
         _patch_custom_functions(stack, observer)
+        _patch_parameter(stack, observer)
+        _patch_pickling(stack, observer)
         _hook_modules(stack, observer)
         yield
 
@@ -58,7 +64,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
 # --- the parts -----------------------------------------------------------------------------------
 
 
-def _replace(stack: ExitStack, owner: type, name: str, replacement: Any) -> None:
+def _replace(stack: ExitStack, owner: type | ModuleType, name: str, replacement: Any) -> None:
     patch = mock.patch.object(owner, name, replacement)
     patch.start()
     installed = owner.__dict__[name]
@@ -153,9 +159,39 @@ def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:
     _replace(stack, torch.autograd.Function, "apply", classmethod(apply))
 
 
+def _patch_parameter(stack: ExitStack, observer: Observer) -> None:
+    """Patch ``nn.Parameter(t)``: it makes a leaf of any tensor, and no torch function sees it."""
+    original = nn.Parameter.__new__
+
+    def __new__(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+        place = user_place(sys._getframe(1))
+        return observer.parameter(data, place, lambda: original(cls, data, requires_grad))
+
+    _replace(stack, nn.Parameter, "__new__", staticmethod(__new__))
+
+
+def _patch_pickling(stack: ExitStack, observer: Observer) -> None:
+    """Patch both ways through bytes: a plain tensor is pickled, and made again, without a torch function."""
+    original: Callable[[torch.Tensor, Any], Any] = torch.Tensor.__reduce_ex__
+
+    def __reduce_ex__(self: torch.Tensor, protocol: Any) -> Any:
+        observer.pickled(self, user_place(sys._getframe(1)))
+        return original(self, protocol)
+
+    rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor
+
+    def _rebuild_tensor(*args: Any) -> torch.Tensor:
+        tensor = rebuild(*args)
+        observer.unpickled(tensor)
+        return tensor
+
+    _replace(stack, torch.Tensor, "__reduce_ex__", __reduce_ex__)
+    _replace(stack, torch._utils, "_rebuild_tensor", _rebuild_tensor)
+
+
 def _hook_modules(stack: ExitStack, observer: Observer) -> None:
     def before(module: nn.Module, args: Any) -> None:
-        observer.enter_module(module)
+        observer.enter_module(module, args)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         observer.leave_module(module, output)

@@ -1,13 +1,12 @@
 """Record one forward pass: every torch call, what it took in and gave out, and where.
 
-The recorder is a ``TorchFunctionMode`` and the observer of ``instrument.observe``. Tensors are known
-by identity and held weakly; nothing is inserted into the graph under test.
+The recorder is a ``TorchFunctionMode`` and the observer of ``instrument.observe``. Nothing is inserted
+into the graph under test.
 """
 
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,50 +15,67 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.tracing.frames import user_place
-from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Value
+from gradscope.tracing.frames import source_site, user_place
+from gradscope.tracing.propagation import is_in_place
+from gradscope.tracing.provenance import ENTRANCES, ESCAPES, Provenance, tensors_in
+from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Site
 from gradscope.tracing.subject import Caller
 
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
 SHAPE_ONLY = frozenset(
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like "
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like rand_like randn_like randint_like "
     "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ storage_offset "
-    "data_ptr untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled".split()
+    "untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled __len__ ndimension "
+    "element_size nelement is_nonzero data_ptr __hash__ __format__ __repr__ __dir__".split()
 )
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
-# Calls that leave the tensor world with numbers in hand.
-ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__bool__", "__array__", "__index__"})
+# What a further run can do without: the call gives back its input instead.
+REPLACEABLE = {"detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1}
+
+
+def nothing_written(tensor: torch.Tensor) -> None:
+    """Take no notice of a tensor that is about to change in place."""
 
 
 class Recorder(TorchFunctionMode):
     """See every torch call while active; the result is :attr:`recording`.
 
     ``module_names`` maps ``id(module)`` to its ``named_modules`` path, ``run`` is called for each torch
-    function (structural mode runs it on a pretended device).
+    function (structural mode runs it on a pretended device), ``before_write`` for every tensor that is
+    about to change in place. Single calls at the ``neutralised`` sites give back their input.
     """
 
-    def __init__(self, run: Caller) -> None:
+    def __init__(
+        self,
+        run: Caller,
+        neutralised: frozenset[Site] = frozenset(),
+        before_write: Callable[[torch.Tensor], None] = nothing_written,
+    ) -> None:
         super().__init__()
         self.recording = Recording()
         self.module_names: dict[int, str] = {}
+        self.provenance = Provenance(self.recording)
         self._run = run
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-        self._leaf_ids: set[int] = set()
+        self._before_write = before_write
+        self._neutralised = frozenset(site for site in neutralised if site.mechanism in REPLACEABLE)
         self._regions: list[tuple[object, Region, int]] = []
         self._scopes: list[int] = []
-        self._module_calls: list[tuple[nn.Module, int]] = []
+        self._module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
 
     # --- leaves -----------------------------------------------------------------------------
 
     def add_leaf(self, name: str, tensor: torch.Tensor, *, outside: bool = False) -> None:
         """Name a tensor that a gradient may be wanted for (``outside``: not part of the model)."""
-        value = self._remember(tensor)
+        value = self.provenance.add_leaf(tensor)
         value.name = name
-        value.connected = True
-        self._leaf_ids.add(id(tensor))
         (self.recording.outside if outside else self.recording.leaves)[name] = value.id
+
+    def add_constant(self, tensor: torch.Tensor) -> None:
+        """Know a tensor that was there before the run, such as a buffer."""
+        if not self.provenance.is_known(tensor):
+            self.provenance.remember(tensor)
 
     def name_modules(self, model: nn.Module) -> None:
         """Learn the ``named_modules`` paths of the model under test."""
@@ -73,36 +89,104 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = _operation_name(func)
         if name is None:  # shape, dtype, device: nine calls of ten
-            is_read = func.__name__ == "__get__"
-            return func(*args, **kwargs) if is_read else self._run(func, args, kwargs)
-        pending = self._begin(name, (args, kwargs), user_place(sys._getframe(1)))
+            is_property = func.__name__ in ("__get__", "__set__")
+            return func(*args, **kwargs) if is_property else self._run(func, args, kwargs)
+        if name in ROUNDING and kwargs.get("rounding_mode"):
+            name = "floor_divide"
+        place = user_place(sys._getframe(1))
+        if self._neutralised and place is not None and source_site(place, name) in self._neutralised:
+            return torch.ops.aten.alias.default(args[REPLACEABLE[name]])
+        in_place = _writes(name, args, kwargs)
+        for tensor in in_place:
+            self._before_write(tensor)
+        pending = self._begin(name, args, kwargs, place)
         result = self._run(func, args, kwargs)
         self._finish(pending, args[0] if name in ("__setitem__", "__set__") else result)
+        self._note_crossing(pending, name, result, in_place)
         return result
 
     def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
-        """Record one ``autograd.Function.apply`` as a single operation."""
-        pending = self._begin(name, args, user_place(sys._getframe(2)))
+        """Record one ``autograd.Function.apply`` as a single operation.
+
+        What ran inside is the function's own business: its gradient is its backward. What it took in
+        from outside without being given it (the parameters under a reentrant checkpoint) is an input.
+        """
+        pending = self._begin(name, args, {}, user_place(sys._getframe(2)))
+        pending.custom = True
+        before = len(self.recording.values)
         result = call()
-        # What ran inside is the function's own business: its gradient is its backward.
+        inside = self.recording.operations[pending.index :]
         del self.recording.operations[pending.index :]
+        taken = {value for operation in inside for value in operation.inputs if value < before}
+        made = {value for operation in inside for value in operation.outputs}
+        pending.inputs = tuple(dict.fromkeys((*pending.inputs, *sorted(taken - made))))
         self._finish(pending, result)
         return result
 
-    def _begin(self, name: str, arguments: Any, place: Place | None) -> Operation:
-        inputs = tuple(self._value_of(tensor) for tensor in tensors_in(arguments))
-        scope = self._scopes[-1] if self._scopes else None
-        regions = responsible_regions([region for _, region, _ in self._regions])
-        pending = Operation(len(self.recording.operations), name, inputs, (), place, scope, regions)
-        self.recording.pending = pending
-        return pending
+    def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter:
+        """Record ``nn.Parameter(tensor)``, which cuts what the tensor was computed from."""
+        made = make()
+        if isinstance(data, torch.Tensor) and self.provenance.is_known(data):
+            pending = Operation(0, "Parameter", (self.provenance.value_of(data),), (), place, self._scope, self._active)
+            self._finish(pending, made)
+        return made
+
+    def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
+        """Note that a tensor was written to bytes, from which another one may be made."""
+        number = self.provenance.value_of(tensor)
+        self.provenance.escaped(Operation(0, "pickle", (number,), (), place, self._scope, self._active), None)
+
+    def unpickled(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor was made of bytes."""
+        if self.provenance.has_escapes and tensor.is_floating_point():
+            self.provenance.entered(tensor)
+
+    def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
+        provenance = self.provenance
+        provenance.place = place
+        inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((args, kwargs)))
+        if provenance.has_escapes:
+            inputs += provenance.scalars_in((*args, *kwargs.values()))
+        operation = Operation(len(self.recording.operations), name, inputs, (), place, self._scope, self._active)
+        self.recording.pending = operation
+        return operation
 
     def _finish(self, pending: Operation, produced: Any) -> None:
         self.recording.pending = None
-        pending.outputs = tuple(self._remember(tensor).id for tensor in tensors_in(produced))
+        pending.outputs = tuple(self.provenance.remember(tensor).id for tensor in tensors_in(produced))
         if pending.inputs and (pending.outputs or pending.name in ESCAPES):
             pending.index = len(self.recording.operations)
             self.recording.operations.append(pending)
+
+    def _note_crossing(self, pending: Operation, name: str, result: Any, written: list[torch.Tensor]) -> None:
+        """Note what the call means for other tensors: numbers that left for Python, came back, or were overwritten."""
+        if name in ESCAPES:
+            self.provenance.escaped(pending, result)
+        elif self.provenance.has_escapes and name in ENTRANCES and not pending.inputs:
+            for tensor in tensors_in(result):
+                if tensor.is_floating_point():
+                    self.provenance.entered(tensor)
+        for tensor in written:
+            by_data = self._maker_of(pending) == "data"
+            if by_data:  # x.data.copy_(...): the numbers go into x, whose version counter does not move
+                pending.name = f"data.{name}"
+            self.provenance.wrote(tensor, pending, unseen=by_data)
+
+    def _maker_of(self, pending: Operation) -> str:
+        """Return the call that gave out the first input, if it was the one before."""
+        if pending.inputs:
+            for operation in reversed(self.recording.operations[-8:]):
+                if pending.inputs[0] in operation.outputs:
+                    return operation.name
+        return ""
+
+    @property
+    def _scope(self) -> int | None:
+        return self._scopes[-1] if self._scopes else None
+
+    @property
+    def _active(self) -> tuple[Region, ...]:
+        return responsible_regions([region for _, region, _ in self._regions]) if self._regions else ()
 
     # --- regions and modules ----------------------------------------------------------------
 
@@ -126,24 +210,36 @@ class Recorder(TorchFunctionMode):
         yield
         self._pop_scope(scope)
 
-    def enter_module(self, module: nn.Module) -> None:
+    def enter_module(self, module: nn.Module, args: Any) -> None:
         """Note the call of a module."""
         name = self.module_names.get(id(module), "")
         kind = type(module).__name__
+        given = tuple(self.provenance.value_of(tensor) for tensor in tensors_in(args))
         is_model = self.module_names.get(id(module)) == ""
         label = "" if is_model else name or kind
         scope = self._push_scope("module", label, module=name, type=kind)
-        self._module_calls.append((module, scope))
+        self._module_calls.append((module, scope, given))
 
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
         while self._module_calls:
-            entered, scope = self._module_calls.pop()
+            entered, scope, given = self._module_calls.pop()
             if entered is module:
-                found = tuple(self._value_of(tensor) for tensor in tensors_in(output))
+                results = list(tensors_in(output))
+                if any(not self.provenance.is_known(tensor) for tensor in results):
+                    self._opaque_module(module, given, results)
+                found = tuple(self.provenance.value_of(tensor) for tensor in results)
                 self.recording.scopes[scope].outputs = found
                 self._pop_scope(scope)
                 return
+
+    def _opaque_module(self, module: nn.Module, given: tuple[int, ...], results: list[torch.Tensor]) -> None:
+        """Record a module whose inside no torch function shows (scripted, compiled, a kernel) as one operation."""
+        own = tuple(self.provenance.value_of(parameter) for parameter in module.parameters())
+        name = f"{type(module).__name__}.forward"
+        place = user_place(sys._getframe(2))
+        self._finish(Operation(0, name, (*given, *own), (), place, self._scope, self._active, custom=True), results)
+        self.recording.unseen.append(f"What happens inside {name} is taken as one operation.")
 
     def _push_scope(self, kind: Any, label: str, **fields: Any) -> int:
         parent = self._scopes[-1] if self._scopes else None
@@ -156,42 +252,9 @@ class Recorder(TorchFunctionMode):
         if scope in self._scopes:
             self._scopes.remove(scope)
 
-    # --- tensors ----------------------------------------------------------------------------
-
-    def _value_of(self, tensor: torch.Tensor) -> int:
-        known = self._known.get(id(tensor))
-        if known is None or known[0]() is not tensor:
-            return self._remember(tensor).id
-        value = self.recording.values[known[1]]
-        # Judged again on use: ``Function.apply`` sets the grad_fn after the tensor was first seen.
-        if not value.connected:
-            value.connected = self._is_connected(tensor)
-        return value.id
-
-    def _remember(self, tensor: torch.Tensor) -> Value:
-        value = Value(
-            id=len(self.recording.values),
-            detail=describe(tensor),
-            differentiable=tensor.is_floating_point() or tensor.is_complex(),
-            connected=self._is_connected(tensor),
-            inference=tensor.is_inference(),
-        )
-        self.recording.values.append(value)
-        self._known[id(tensor)] = (weakref.ref(tensor), value.id)
-        return value
-
-    def value_ids(self, result: Any) -> tuple[int, ...]:
-        """Return the values of the floating tensors in a (nested) result."""
-        found = (tensor for tensor in tensors_in(result) if tensor.is_floating_point())
-        return tuple(self._value_of(tensor) for tensor in found)
-
-    def _is_connected(self, tensor: torch.Tensor) -> bool:
-        """Tell whether autograd links the tensor to anything.
-
-        ``requires_grad`` alone lies: a view taken under no_grad borrows it from its base and has
-        no grad_fn, and a copy may be a leaf of its own.
-        """
-        return tensor.requires_grad and (tensor.grad_fn is not None or id(tensor) in self._leaf_ids)
+    def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:
+        """Return the values of the floating tensors of a result."""
+        return tuple(self.provenance.value_of(tensor) for tensor in result if tensor.is_floating_point())
 
 
 # --- pure functions ----------------------------------------------------------------------------------
@@ -215,28 +278,33 @@ def responsible_regions(regions: list[Region]) -> tuple[Region, ...]:
     return tuple(blamed[::-1])
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested tuples, lists, dicts and dataclass-like outputs."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+# With a rounding mode these are piecewise constant.
+ROUNDING = frozenset({"div", "div_", "divide", "true_divide"})
+_STATISTICS = frozenset({"batch_norm", "instance_norm"})
 
 
-def describe(tensor: torch.Tensor) -> str:
-    """Return shape and dtype in words, such as ``1x256x1024 bfloat16``."""
-    shape = "x".join(str(int(size)) for size in tensor.shape) or "scalar"
-    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that a call is about to change in place."""
+    written: list[Any] = []
+    if is_in_place(name) or kwargs.get("inplace") is True:
+        written = list(args[:1])
+    elif name in _STATISTICS:  # running mean and variance
+        written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
+    elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
+        written = [kwargs.get("weight"), *args[1:2]]
+    elif name.startswith("fused_moving_avg"):
+        written = list(args)
+    if "out" in kwargs:
+        written += list(tensors_in(kwargs["out"]))
+    return [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
 
 
 def _operation_name(func: Any) -> str | None:
     """Return the name of a call that moves numbers, or None for one that does not."""
     name = getattr(func, "__name__", None) or type(func).__name__
-    if name == "__get__":
+    if name in ("__get__", "__set__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__set__":
+            return name if attribute == "data" else None
         return attribute if attribute in DATA_PROPERTIES else None
     return None if name in SHAPE_ONLY else str(name)

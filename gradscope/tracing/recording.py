@@ -56,12 +56,13 @@ class Scope:
 
 @dataclass(slots=True)
 class Value:
-    """One tensor at one moment. ``connected`` says that autograd links it to some leaf that counts."""
+    """One tensor at one moment. ``connected`` says that autograd links it to some leaf that counts, or is it."""
 
     id: int
     detail: str
     differentiable: bool
     connected: bool = False
+    leaf: bool = False
     inference: bool = False
     name: str = ""
 
@@ -77,7 +78,10 @@ class Place:
 
 @dataclass(slots=True)
 class Operation:
-    """One torch call: what it took in, what it gave out, where, and under which regions."""
+    """One torch call: what it took in, what it gave out, where, and under which regions.
+
+    ``custom`` marks what autograd cannot look into either: an ``autograd.Function``, a scripted module.
+    """
 
     index: int
     name: str
@@ -86,6 +90,7 @@ class Operation:
     place: Place | None
     scope: int | None
     regions: tuple[Region, ...] = ()
+    custom: bool = False
 
 
 @dataclass(slots=True)
@@ -97,6 +102,7 @@ class Recording:
     scopes: list[Scope] = field(default_factory=list)
     leaves: dict[str, int] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
+    escapes: list[Operation] = field(default_factory=list)
     sinks: tuple[int, ...] = ()
     reached: frozenset[str] = frozenset()
     error: BaseException | None = None

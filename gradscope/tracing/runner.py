@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,21 @@ from torch import nn
 
 from gradscope.tracing.autograd import reached_leaves
 from gradscope.tracing.instrument import observe
-from gradscope.tracing.recorder import Recorder, tensors_in
+from gradscope.tracing.provenance import results_in, tensors_in
+from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
+from gradscope.tracing.restoring import untouched_state
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
 
 @dataclass(slots=True)
 class Run:
-    """One recorded run and what stayed of its model: names of sources, which of them are frozen."""
+    """One recorded run and what stayed of its model: names of sources, which are frozen, which inputs are asked for."""
 
     recording: Recording
     frozen: set[str]
     parameters: set[str]
+    wanted: frozenset[str] = frozenset()
 
 
 class Runner:
@@ -38,21 +41,36 @@ class Runner:
         """Build the model, make the call, and return what was seen.
 
         Every run builds its model anew around the prepared parts, so that no run can leave an
-        inference tensor in a cache for the next. Switches neutralised: see ``instrument``.
+        inference tensor in a cache for the next; a borrowed model is given back as it was.
+        Switches neutralised: see ``instrument``.
         """
-        recorder = Recorder(_absorbing(self.workshop.run, self.subject.absorbed))
-        with _untouched_state():
+        with untouched_state(), torch.compiler.set_stance("force_eager"):
             origin = self._prepare()
-            with observe(recorder, neutralised), torch.enable_grad(), recorder:
-                for name, parameter in origin.named_parameters():
-                    recorder.add_leaf(name, parameter, outside=True)
-                with recorder.constructing():
-                    built = self.subject.build(self.workshop, origin)
-                frozen, parameters = _name_leaves(recorder, built)
-                recorder.name_modules(built.model)
-                with _unfrozen(built.model):
-                    self._call(recorder, built)
-        return Run(recorder.recording, frozen, parameters)
+            lent = self.workshop.lent(origin) if self.subject.borrowed else nullcontext(nothing_written)
+            with lent as before_write:
+                call = _absorbing(self.workshop.run, self.subject.absorbed)
+                recorder = Recorder(call, neutralised, before_write)
+                with observe(recorder, neutralised), torch.enable_grad(), recorder:
+                    return self._record(recorder, origin)
+
+    def _record(self, recorder: Recorder, origin: nn.Module) -> Run:
+        for name, parameter in origin.named_parameters():
+            recorder.add_leaf(name, parameter, outside=True)
+        with recorder.constructing():
+            built = self.subject.build(self.workshop, origin)
+        recorder.provenance.strangers = 0
+        frozen, parameters = _name_leaves(recorder, built)
+        for constant in constants_of(built.model):
+            recorder.add_constant(constant)
+        recorder.name_modules(built.model)
+        with _unfrozen(built.model):
+            self._call(recorder, built)
+        if recorder.provenance.strangers:
+            recorder.recording.unseen.append(
+                f"{recorder.provenance.strangers} tensors came from where no torch function looks "
+                "(a kernel, another library): what they were made of is not known."
+            )
+        return Run(recorder.recording, frozen, parameters, built.wanted)
 
     def _prepare(self) -> nn.Module:
         if self._prepared is None:
@@ -63,14 +81,23 @@ class Runner:
         recording = recorder.recording
         try:
             result = built.call()
+            if self.subject.loss is not None:
+                result = self.subject.loss(result)
         except Exception as error:  # the target's own: the tracer judges whether autograd is its cause
             recording.error = error
             return
-        sinks = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
-        recording.sinks = recorder.value_ids(result)
+        sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
+        recording.sinks = recorder.value_ids(sinks)
         leaves = {id(tensor) for tensor in reached_leaves(sinks)}
         named = {**dict(built.model.named_parameters(remove_duplicate=False)), **built.inputs}
         recording.reached = frozenset(name for name, tensor in named.items() if id(tensor) in leaves)
+
+
+def constants_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a model holds besides its parameters: buffers, and plain attributes."""
+    yield from model.buffers()
+    for module in model.modules():
+        yield from tensors_in([value for name, value in vars(module).items() if not name.startswith("_")])
 
 
 def _name_leaves(recorder: Recorder, built: Built) -> tuple[set[str], set[str]]:
@@ -107,19 +134,6 @@ def _unfrozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _untouched_state() -> Iterator[None]:
-    """Put grad mode and the random state back, however the block ends."""
-    grad = torch.is_grad_enabled()
-    random_state = torch.get_rng_state()
-    try:
-        with torch.inference_mode(False):
-            yield
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_rng_state(random_state)
 
 
 def _absorbing(run: Caller, absorbed: frozenset[str]) -> Caller:

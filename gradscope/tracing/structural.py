@@ -8,15 +8,26 @@ CUDA device: connection is read from ``grad_fn``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
 
-from gradscope.tracing.recorder import tensors_in
+from gradscope.tracing.propagation import is_in_place
+from gradscope.tracing.provenance import tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+ROOM = frozenset({"zeros", "ones", "empty", "full"})
+
+
+class CannotFollow(RuntimeError):
+    """Structural mode would have to know numbers that it does not compute."""
 
 
 class PretendedDevice:
@@ -28,7 +39,9 @@ class PretendedDevice:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, under fake tensors where it takes one or asks for the device."""
-        if self._asks_for_device(args, kwargs) or _has_fake(args, kwargs):
+        if self._asks_for_device(args, kwargs) or _has_fake(args, kwargs) or self._makes_room(func, kwargs):
+            if args and _is_real(args[0]) and is_in_place(getattr(func, "__name__", "")):
+                raise CannotFollow("numbers that do not exist are written into a tensor that does")
             with self._mode:
                 if args and _is_real(args[0]):
                     # Moving a real tensor would start the driver: constants are folded for real.
@@ -41,13 +54,12 @@ class PretendedDevice:
 
         Ties between parameters, shapes and strides are kept; values do not exist.
         """
-        with torch.device("meta"):
-            module = factory()
+        module = hollow(factory)
         made: dict[int, torch.Tensor] = {}
         for owner in module.modules():
             for store in ("_parameters", "_buffers"):
                 for name, tensor in list(owner.__dict__[store].items()):
-                    if tensor is not None:
+                    if tensor is not None and (self.device.type != "cpu" or tensor.is_meta):
                         owner.__dict__[store][name] = made.setdefault(id(tensor), self.pretend(tensor, dtype))
         return module
 
@@ -60,11 +72,44 @@ class PretendedDevice:
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake
 
+    def _makes_room(self, func: Any, kwargs: dict[str, Any]) -> bool:
+        """Tell ``torch.zeros(...)`` and the like on a pretended CPU: made to be written into, so it is made fake."""
+        if self.device.type != "cpu" or getattr(func, "__name__", "") not in ROOM or kwargs.get("device") is not None:
+            return False
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
     def _asks_for_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self.device.type == "cpu":
             return False
         wanted = [kwargs.get("device"), *args[:2]]
         return any(isinstance(item, (str, torch.device)) and str(item).startswith(self.device.type) for item in wanted)
+
+
+def hollow(factory: Callable[[], Module]) -> Module:
+    """Build a module whose parameters have shapes and no values: each goes to the meta device as it is registered.
+
+    Constructors run as they would (drop-path rates by ``.item()``, index tables in numpy); only the
+    initialisers of ``torch.nn.init`` do nothing. Untouched memory of ``torch.empty`` costs none.
+    """
+    register = nn.Module.register_parameter
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        held = self._parameters[name]
+        if isinstance(held, nn.Parameter) and not held.is_meta and not is_lazy(held):
+            self._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=held.requires_grad)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(nn.Module, "register_parameter", register_parameter))
+        for name in dir(nn.init):
+            if name.endswith("_") and not name.startswith("_") and callable(getattr(nn.init, name)):
+                stack.enter_context(mock.patch.object(nn.init, name, _untouched))
+        return factory()
+
+
+def _untouched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
 
 
 def _is_real(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
@@ -36,18 +37,28 @@ class Workshop(Protocol):
         """Bring an input tensor to the device and dtype of the run."""
         ...
 
+    def like(self, real: torch.Tensor) -> torch.Tensor:
+        """Bring an input tensor to the run as it is, with its own dtype."""
+        ...
+
+    def lent(self, model: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
+        """Use a caller's model for a while and give it back as it was; yields what to call before a write."""
+        ...
+
 
 @dataclass(slots=True)
 class Built:
     """A model and one call of it, ready to run.
 
     ``call`` runs the forward pass and returns its outputs, ``inputs`` are the tensors among its
-    arguments that a gradient is wanted for (name to tensor).
+    arguments that a gradient can be wanted for (name to tensor), ``wanted`` those that the caller
+    asked for (their ``requires_grad`` was on).
     """
 
     model: nn.Module
     call: Callable[[], Any]
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    wanted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,9 @@ class Subject:
     """A named target: ``prepare`` makes what the recorder should not see, ``build`` the rest.
 
     ``build`` gets what ``prepare`` returned and runs under the recorder, so that what a constructor
-    detaches is seen as well.
+    detaches is seen as well. ``borrowed`` says that the model is the caller's and has to stay as it is.
+    ``wrt`` and ``trainable`` are patterns of source names (``fnmatch``): what is asked about, and which
+    parameters count as trained; ``loss`` turns the result into what is differentiated.
     """
 
     name: str
@@ -66,3 +79,7 @@ class Subject:
     remedy: Remedy | None = None
     remarks: tuple[str, ...] = ()
     absorbed: frozenset[str] = frozenset()
+    borrowed: bool = False
+    wrt: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    loss: Callable[[Any], Any] | None = None

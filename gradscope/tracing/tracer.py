@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import platform
 import time
 
@@ -9,15 +10,15 @@ import torch
 
 from gradscope._version import version
 from gradscope.errors import NotAnalysedError
-from gradscope.findings import Finding, Source
+from gradscope.findings import SEVERITIES, Finding, Severity, Source
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.session import Session
-from gradscope.tracing.diagnose import Cut, Diagnosis
+from gradscope.tracing.diagnose import Cut
 from gradscope.tracing.drawing import draw
 from gradscope.tracing.frames import source_line
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.runner import Runner
+from gradscope.tracing.runner import Run, Runner
 from gradscope.tracing.subject import Subject, Workshop
 from gradscope.tracing.verify import Proof, prove
 
@@ -32,15 +33,17 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
             floating tensor to ask a gradient of.
     """
     started = time.perf_counter()
-    proof = prove(Runner(subject, workshop), verify=verify)
+    proof = prove(Runner(subject, workshop), lambda run: asked_for(subject, run), verify=verify)
     recording = proof.first.recording
     _refuse_unanalysed(subject, recording)
-    ids = {site: f"F{index}" for index, site in enumerate(proof.cuts, start=1)}
-    findings = [_finding(cut, ids, proof) for cut in proof.cuts.values()]
+    asked = asked_for(subject, proof.first)
+    ids = {site: f"F{index}" for index, site in enumerate(_by_severity(proof, asked), start=1)}
+    findings = [_finding(proof.cuts[site], ids, proof, asked) for site in ids]
     findings += _outside_findings(proof, len(findings))
+    sources = _sources(proof, ids, subject)
     session = Session(
         kind="trace",
-        verdict=_verdict(recording, proof.diagnosis),
+        verdict=_verdict(recording, findings),
         tool={"name": "gradscope", "version": version()},
         environment={
             "python": platform.python_version(),
@@ -48,7 +51,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
             "platform": platform.system().lower(),
         },
         target=_target(subject, workshop),
-        sources=_sources(proof, ids),
+        sources=sources,
         findings=findings,
         fix_set=[ids[site] for site in proof.fix],
         fix_verified=proof.verified,
@@ -56,11 +59,46 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
         crash=_crash(recording),
         remedy=subject.remedy,
         remarks=_remarks(subject, workshop, proof),
-        unseen=list(recording.unseen),
+        unseen=list(dict.fromkeys(recording.unseen)),
     )
     session.stats = {"seconds": round(time.perf_counter() - started, 2), "runs": proof.runs,
                      "operations": len(recording.operations)}  # fmt: skip
     return session
+
+
+def asked_for(subject: Subject, run: Run) -> frozenset[str]:
+    """Return the sources whose gradient is wanted: those that ``wrt`` names; else what trains.
+
+    An input counts where its ``requires_grad`` was on. Where nothing trains, everything is asked about.
+    """
+    names = list(run.recording.leaves)
+    if subject.wrt:
+        return frozenset(name for name in names if _matches(name, subject.wrt))
+    trained = {name for name in run.parameters if not _is_frozen(name, run, subject)} | run.wanted
+    return frozenset(trained or names)
+
+
+def _is_frozen(name: str, run: Run, subject: Subject) -> bool:
+    return not _matches(name, subject.trainable) if subject.trainable else name in run.frozen
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
+
+
+def _by_severity(proof: Proof, asked: frozenset[str]) -> list[Site]:
+    """Return the cuts in the order met, the grave ones first: a note has no business in front of an error."""
+    crashed = proof.first.recording.error is not None
+    sites = list(proof.cuts)
+    return sorted(sites, key=lambda site: SEVERITIES.index(_severity(proof.cuts[site], asked, crashed)))
+
+
+def _severity(cut: Cut, asked: frozenset[str], crashed: bool) -> Severity:
+    if crashed:
+        return "error"
+    if cut.sources & asked:
+        return "warning" if cut.escape else "error"
+    return "warning" if cut.partial & asked else "note"
 
 
 # --- the parts of a session ------------------------------------------------------------------------
@@ -80,10 +118,11 @@ def _refuse_unanalysed(subject: Subject, recording: Recording) -> None:
         )
 
 
-def _verdict(recording: Recording, diagnosis: Diagnosis) -> str:
+def _verdict(recording: Recording, findings: list[Finding]) -> str:
     if recording.error is not None:
         return "crashes"
-    return "blocked" if diagnosis.blocked else "flows"
+    severities = {finding.severity for finding in findings}
+    return "blocked" if "error" in severities else "partial" if "warning" in severities else "flows"
 
 
 def _target(subject: Subject, workshop: Workshop) -> dict[str, object]:
@@ -97,12 +136,14 @@ def _target(subject: Subject, workshop: Workshop) -> dict[str, object]:
     }
 
 
-def _sources(proof: Proof, ids: dict[Site, str]) -> dict[str, Source]:
+def _sources(proof: Proof, ids: dict[Site, str], subject: Subject) -> dict[str, Source]:
     crashed = proof.first.recording.error is not None
     sources: dict[str, Source] = {}
     for name, seen in proof.diagnosis.statuses.items():
+        if subject.wrt and not _matches(name, subject.wrt):
+            continue
         status = seen
-        found = [ids[site] for site, cut in proof.cuts.items() if name in cut.sources]
+        found = [ids[site] for site, cut in proof.cuts.items() if name in cut.sources or name in cut.partial]
         if crashed:
             healed = proof.healed.recording.reached if proof.healed else frozenset()
             status = "blocked" if name in healed or not proof.verified else "unused"
@@ -111,13 +152,13 @@ def _sources(proof: Proof, ids: dict[Site, str]) -> dict[str, Source]:
             name=name,
             kind="parameter" if name in proof.first.parameters else "input",
             status=status,
-            frozen=name in proof.first.frozen,
+            frozen=name in proof.first.parameters and _is_frozen(name, proof.first, subject),
             findings=found,
         )
     return sources
 
 
-def _finding(cut: Cut, ids: dict[Site, str], proof: Proof) -> Finding:
+def _finding(cut: Cut, ids: dict[Site, str], proof: Proof, asked: frozenset[str]) -> Finding:
     site = cut.site
     hidden = proof.hidden_by.get(site)
     crashed = proof.first.recording.error is not None
@@ -125,8 +166,8 @@ def _finding(cut: Cut, ids: dict[Site, str], proof: Proof) -> Finding:
         id=ids[site],
         rule=cut.rule,
         name=rule_name(cut.rule),
-        severity="error",
-        confidence="certain",
+        severity=_severity(cut, asked, crashed),
+        confidence="possible" if cut.escape else "likely" if not cut.sources and cut.partial else "certain",
         message=_message(cut, crashed),
         path=short_path(site.path),
         line=site.line,
@@ -135,7 +176,7 @@ def _finding(cut: Cut, ids: dict[Site, str], proof: Proof) -> Finding:
         module=cut.module,
         mechanism=site.mechanism,
         how=site.how,
-        cuts=tuple(sorted(cut.sources)),
+        cuts=tuple(sorted(cut.sources | cut.partial)),
         behind=ids.get(hidden) if hidden else None,
         verified=proof.verified and site in proof.fix,
         fix=_advice(cut),
@@ -146,12 +187,17 @@ def _finding(cut: Cut, ids: dict[Site, str], proof: Proof) -> Finding:
 
 def _message(cut: Cut, crashed: bool) -> str:
     site = cut.site
+    also = "" if cut.sources or not cut.partial else " Another path carries a gradient, so it is there and incomplete."
     if cut.rule.startswith("GS1"):
         place = f"{site.function} runs under {site.mechanism}"
         if crashed:
             return f"{place}: it returns inference tensors, which autograd refuses to save for backward."
-        return f"{place}: autograd records nothing of what it computes."
-    return f"{site.mechanism} in {site.function} gives out a tensor that autograd does not connect to its input."
+        return f"{place}: autograd records nothing of what it computes.{also}"
+    if cut.flat:
+        return f"{site.mechanism} in {site.function} has no useful derivative: nothing that is unblocked can help."
+    if cut.escape:
+        return f"{site.mechanism} in {site.function} takes the numbers into Python, where no gradient follows."
+    return f"{site.mechanism} in {site.function} gives out a tensor that autograd does not connect to its input.{also}"
 
 
 def _advice(cut: Cut) -> str:
@@ -160,6 +206,12 @@ def _advice(cut: Cut) -> str:
         return f"Call the undecorated function: {site.function}.__wrapped__(self, ...), or the modules inside it."
     if cut.rule.startswith("GS1"):
         return f"Do not enter {site.mechanism} here when a gradient is wanted."
+    if cut.flat:
+        return f"Put a differentiable surrogate in the place of {site.mechanism} (straight-through, softmax, Gumbel)."
+    if cut.rule.startswith("GS3"):
+        return "Keep the value a tensor on this path."
+    if cut.rule.startswith("GS5"):
+        return "Give the function a backward, or register one for the operator."
     return f"Keep the graph: leave out {site.mechanism} on the path that is trained."
 
 

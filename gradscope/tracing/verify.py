@@ -7,9 +7,11 @@ arrives, and without this one it does not (shown by a further run, or by the fir
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gradscope.tracing.diagnose import Cut, Diagnosis, crash_cuts, diagnose
+from gradscope.tracing.recorder import REPLACEABLE
 from gradscope.tracing.recording import Site
 from gradscope.tracing.runner import Run, Runner
 
@@ -27,18 +29,22 @@ class Proof:
     fix: tuple[Site, ...] = ()
     verified: bool = False
     healed: Run | None = None
+    healed_diagnosis: Diagnosis | None = None
+    wanted: frozenset[str] = frozenset()
     runs: int = 1
 
 
-def prove(runner: Runner, *, verify: bool = True) -> Proof:
-    """Diagnose a subject and, where asked, find and verify the smallest fix."""
+def prove(runner: Runner, asked: Callable[[Run], frozenset[str]], *, verify: bool = True) -> Proof:
+    """Diagnose a subject and, where asked, find and verify the smallest fix for the sources asked about."""
     first = runner.run()
     diagnosis = diagnose(first.recording)
-    proof = Proof(first, diagnosis, cuts=_cuts_of(first, diagnosis))
+    names = asked(first)
+    wanted = frozenset(diagnosis.blocked & names) or (names if first.recording.error is not None else frozenset())
+    proof = Proof(first, diagnosis, cuts=_cuts_of(first, diagnosis), wanted=wanted)
     for cut in proof.cuts.values():
         if cut.outer is not None:
             proof.hidden_by[cut.site] = cut.outer
-    if verify and proof.cuts:
+    if verify and proof.cuts and wanted:
         _peel(runner, proof)
         if proof.verified:
             _minimise(runner, proof)
@@ -51,7 +57,7 @@ def _cuts_of(run: Run, diagnosis: Diagnosis) -> dict[Site, Cut]:
 
 def _peel(runner: Runner, proof: Proof) -> None:
     """Neutralise what was found, run, and add what that uncovers."""
-    wanted = proof.diagnosis.blocked or set(proof.first.recording.leaves)
+    wanted = proof.wanted
     removed = _removable(proof.cuts)
     newest = removed
     while newest and proof.runs < MOST_ROUNDS:
@@ -60,6 +66,7 @@ def _peel(runner: Runner, proof: Proof) -> None:
         diagnosis = diagnose(run.recording)
         if _arrives(run, diagnosis, wanted):
             proof.healed, proof.verified, proof.fix = run, True, tuple(removed)
+            proof.healed_diagnosis = diagnosis
             return
         found = {site: cut for site, cut in _cuts_of(run, diagnosis).items() if site not in proof.cuts}
         for site, cut in found.items():
@@ -71,7 +78,8 @@ def _peel(runner: Runner, proof: Proof) -> None:
 
 def _minimise(runner: Runner, proof: Proof) -> None:
     """Drop from the fix whatever the gradient does not need."""
-    wanted = proof.diagnosis.blocked or set(proof.first.recording.leaves)
+    wanted = proof.wanted
+    healed = _statuses(proof.healed_diagnosis, wanted)
     kept = list(proof.fix)
     for site in proof.fix:
         if len(kept) == 1:
@@ -81,16 +89,27 @@ def _minimise(runner: Runner, proof: Proof) -> None:
         without = frozenset(kept) - {site}
         run = runner.run(without)
         proof.runs += 1
-        if _arrives(run, diagnose(run.recording), wanted):
+        diagnosis = diagnose(run.recording)
+        # As good as with everything removed: a gradient that misses one of its paths is not.
+        if _arrives(run, diagnosis, wanted) and _statuses(diagnosis, wanted) == healed:
             kept.remove(site)
     proof.fix = tuple(kept)
 
 
-def _arrives(run: Run, diagnosis: Diagnosis, wanted: set[str]) -> bool:
+def _statuses(diagnosis: Diagnosis | None, wanted: frozenset[str]) -> dict[str, str]:
+    return {name: diagnosis.statuses.get(name, "") for name in wanted} if diagnosis is not None else {}
+
+
+def _arrives(run: Run, diagnosis: Diagnosis, wanted: frozenset[str]) -> bool:
     reachable = {name for name in wanted if diagnosis.statuses.get(name) != "unused"}
     return run.recording.error is None and bool(reachable) and reachable <= run.recording.reached
 
 
 def _removable(cuts: dict[Site, Cut]) -> list[Site]:
-    """Return the sites that a run can do without: switches, and not single operations."""
-    return [site for site, cut in cuts.items() if cut.rule.startswith("GS1")]
+    """Return the sites that a run can do without: switches, and calls that can give back their input instead."""
+    return [
+        site
+        for site, cut in cuts.items()
+        if (cut.sources or not cut.partial)
+        and (cut.rule.startswith("GS1") or (site.mechanism in REPLACEABLE and not cut.flat and not cut.escape))
+    ]

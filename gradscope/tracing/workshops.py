@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from gradscope.errors import UsageError
+from gradscope.tracing.restoring import kept, swapped
 from gradscope.tracing.structural import PretendedDevice
 from gradscope.tracing.subject import Workshop
 
@@ -48,6 +50,14 @@ class RealWorkshop:
         """Move an input to the device and dtype of the run."""
         return real.to(device=self.device, dtype=self.dtype)
 
+    def like(self, real: torch.Tensor) -> torch.Tensor:
+        """Return the tensor on the device of the run, without its history."""
+        return real.detach().to(self.device)
+
+    def lent(self, model: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
+        """Keep the model as it is: what is written in place is copied before."""
+        return kept(model)
+
 
 class StructuralWorkshop:
     """Builds models without values; nothing is computed, shapes and autograd are true."""
@@ -67,6 +77,23 @@ class StructuralWorkshop:
     def tensor(self, real: torch.Tensor) -> torch.Tensor:
         """Return a fake tensor of the same shape on the pretended device."""
         return self._pretended.pretend(real, self.dtype)
+
+    def like(self, real: torch.Tensor) -> torch.Tensor:
+        """Return a fake of a floating tensor; integers and masks stay, so that branches on them run as they would."""
+        if self.device.type == "cpu" and not real.is_floating_point():
+            return real
+        return self._pretended.pretend(real, real.dtype)
+
+    @contextmanager
+    def lent(self, model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Put fake tensors in the place of the model's own."""
+        with swapped(model, self._fake) as before_write:
+            yield before_write
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu" and not tensor.is_floating_point():
+            return tensor
+        return self._pretended.pretend(tensor, tensor.dtype)
 
 
 def open_workshop(mode: str, device: str, dtype: str | None = None) -> Workshop:

@@ -42,7 +42,7 @@ def session() -> Session:
 
 EXPECTED = """\
 ✗ blocked  the gradient does not arrive
-  m.encode(image 8x8)   structural on cuda, bfloat16, 1 runs in 0 s
+  m.encode(image 8x8)   structural on cuda, bfloat16, 1 run in 0 s
   1 parameter: 1 blocked (1 frozen, which blocks nothing)
 
 F1 error GS101 inference-mode-decorator
@@ -58,7 +58,7 @@ Forward pass
     │   └── ✗ blocks.0-11  x12  Block
     └── ✗ tokens + x_tok  1x256x1024 bfloat16
 
-Smallest fix: F1 together, verified by running it ✓
+Smallest fix: F1, verified by running it ✓
   before  was
   after   is
 

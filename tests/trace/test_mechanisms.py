@@ -153,7 +153,7 @@ def test_a_cut_is_named_at_its_line(
     assert not all(truth.values())
     code = inspect.unwrap(between).__code__
     assert [(f.rule, f.line) for f in session.findings] == [(rule, code.co_firstlineno + offset)]
-    assert session.fix_verified == rule.startswith("GS1")
+    assert session.fix_verified
 
 
 def nested(x: torch.Tensor) -> torch.Tensor:
@@ -177,10 +177,10 @@ def test_three_nested_cuts_are_all_needed() -> None:
     assert session.fix_verified
 
 
-def test_of_two_parallel_cuts_one_is_enough_for_the_gradient_to_arrive() -> None:
+def test_two_parallel_cuts_both_have_to_go_or_the_gradient_is_incomplete() -> None:
     session = run(parallel, "real")
     assert {f.rule for f in session.findings} == {"GS104", "GS103"}
-    assert len(session.fix_set) == 1
+    assert session.fix_set == ["F1", "F2"]
     assert session.fix_verified
 
 

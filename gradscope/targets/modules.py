@@ -1,0 +1,175 @@
+"""Targets of the user's own: ``pkg.mod:attr`` and ``path/file.py:attr``, imported and built."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradscope.errors import NotAnalysedError, UsageError
+from gradscope.targets.guesses import guess_inputs, sentence_about
+from gradscope.targets.inputs import make_input, parse_input
+from gradscope.targets.spec import Request
+from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.subject import Subject
+
+
+def module_subject(target: str, request: Request) -> Subject:
+    """Return the subject of a target.
+
+    The attribute is a module, a class of modules, or a factory that gives a module or ``(module, inputs)``.
+
+    Raises:
+        UsageError: no such file, module or attribute, or it is none of these.
+        NotAnalysedError: importing or building it failed.
+    """
+    made = _built(target, load_attribute(target))
+    inputs: Any = ()
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        made, inputs = made
+    if not isinstance(made, nn.Module):
+        raise UsageError(
+            f"{target} gives a {type(made).__name__}, not an nn.Module.",
+            hint="Name a module, its class, or a function that returns one (or a module and its inputs).",
+        )
+    args, kwargs, said = _arguments(made, inputs, request)
+    question = question_of(request, said)
+    return subject_of(made, args, kwargs, question, name=target)
+
+
+def question_of(request: Request, said: tuple[str, ...]) -> Question:
+    """Return what is asked, with the loss loaded."""
+    loss = load_attribute(request.loss) if request.loss else None
+    return Question(request.entry, request.wrt, request.trainable, loss, said)
+
+
+def load_attribute(target: str) -> Any:
+    """Import what ``pkg.mod:attr`` or ``file.py:attr`` names."""
+    where, _, attribute = target.rpartition(":")
+    if not where or not attribute:
+        raise UsageError(
+            f"{target!r} names no attribute.",
+            hint="Write package.module:name or path/to/file.py:name, such as model.py:build.",
+        )
+    module = _import_file(Path(where)) if where.endswith(".py") else _import_name(where)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            known = [name for name in vars(module) if not name.startswith("_")][:12]
+            raise UsageError(f"{where} has no {attribute!r}.", hint=f"It has: {', '.join(known)}.")
+        found = getattr(found, part)
+    return found
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}.", hint="Give the path of a Python file, then : and a name in it.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise NotAnalysedError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}.", hint="Run it with Python to see why."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _import_name(name: str) -> Any:
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UsageError(
+                f"There is no module {name!r} here.", hint="Check the name, or install the package."
+            ) from error
+        raise NotAnalysedError(f"{name} cannot be imported: {error}.", hint="Install what it needs.") from error
+    except Exception as error:
+        raise NotAnalysedError(f"{name} cannot be imported: {type(error).__name__}: {error}.") from error
+    finally:
+        sys.path.pop(0)
+
+
+def _built(target: str, found: Any) -> Any:
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    try:
+        needed = [
+            name
+            for name, parameter in inspect.signature(found).parameters.items()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+    except (TypeError, ValueError):
+        needed = []
+    if needed:
+        raise UsageError(
+            f"{target} needs arguments to be built: {', '.join(needed)}.",
+            hint="Write a function without arguments that returns the model, and name that.",
+        )
+    try:
+        return found()
+    except Exception as error:
+        raise NotAnalysedError(f"{target} cannot be built: {type(error).__name__}: {error}.") from error
+
+
+def _arguments(
+    model: nn.Module, inputs: Any, request: Request
+) -> tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]:
+    """Return what the model is called with: ``--input``, what the factory gave, or a guess from its own metadata."""
+    if request.inputs:
+        args, kwargs = asked_inputs(request)
+        return args, kwargs, ()
+    if isinstance(inputs, dict):
+        return (), inputs, ()
+    if inputs is not None and not (isinstance(inputs, tuple) and not inputs):
+        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}, ()
+    guessed = guess_inputs(model)
+    if guessed is None:
+        raise UsageError(
+            f"What {type(model).__name__} takes is not known. {sentence_about(model, request.entry)}",
+            hint="Say it: --input 1x3x224x224, --input 1x128:int64, --input pixels=1x3x64x64; "
+            "or let the factory return (model, inputs).",
+        )
+    return guessed.args, guessed.kwargs, (guessed.said,)
+
+
+def asked_inputs(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the named inputs of a request (``file.py:function`` gives both)."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for text in request.inputs:
+        if ".py:" in text:
+            made = load_attribute(text)()
+            if isinstance(made, dict):
+                kwargs.update(made)
+            else:
+                args += made if isinstance(made, tuple) else [made]
+            continue
+        spec = parse_input(text)
+        value = make_input(spec, seed=request.seed)
+        if spec.name:
+            kwargs[spec.name] = value
+        else:
+            args.append(_as_tensor(value))
+    return tuple(args), kwargs
+
+
+def _as_tensor(value: Any) -> Any:
+    """An image file becomes ``[1, 3, H, W]`` in 0..1: models take tensors; presets take images themselves."""
+    if isinstance(value, torch.Tensor):
+        return value
+    flat = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+    return flat.view(1, value.height, value.width, 3).permute(0, 3, 1, 2).float() / 255

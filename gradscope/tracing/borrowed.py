@@ -1,0 +1,111 @@
+"""A caller's own model as the subject of a trace: which method to enter, which tensors go in, given back as it was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradscope.errors import UsageError
+from gradscope.tracing.provenance import describe
+from gradscope.tracing.subject import Built, Subject, Workshop
+
+# Where a class has no forward: what its users call, most likely first.
+USUAL_ENTRIES = ("encode", "encode_image", "predict", "generate", "transform", "extract_features")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a model: where to enter, which sources, which of them train, what the loss is."""
+
+    entry: str | None = None
+    wrt: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    loss: Callable[[Any], Any] | None = None
+    remarks: tuple[str, ...] = field(default=())
+
+
+def subject_of(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], question: Question, *, name: str = ""
+) -> Subject:
+    """Return the subject for a model that exists; the run leaves it as it is."""
+    return made_subject(name or type(model).__name__, lambda workshop: model, args, kwargs, question, type(model))
+
+
+def made_subject(
+    name: str,
+    prepare: Callable[[Workshop], nn.Module],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    question: Question,
+    kind: type[nn.Module],
+) -> Subject:
+    """Return the subject for a model that ``prepare`` makes, of class ``kind``."""
+    entry, said = _entry(kind, question.entry)
+
+    def build(workshop: Workshop, prepared: nn.Module) -> Built:
+        inputs: dict[str, torch.Tensor] = {}
+        wanted: set[str] = set()
+        given = [_taken(f"input.{index}", value, workshop, inputs, wanted) for index, value in enumerate(args)]
+        named = {key: _taken(f"input.{key}", value, workshop, inputs, wanted) for key, value in kwargs.items()}
+        call = prepared if entry == "forward" else getattr(prepared, entry)
+        return Built(prepared, lambda: call(*given, **named), inputs, frozenset(wanted))
+
+    return Subject(
+        name=name,
+        entry=entry,
+        prepare=prepare,
+        build=build,
+        inputs=tuple(_described(args, kwargs)),
+        remarks=(*question.remarks, *said),
+        borrowed=True,
+        wrt=question.wrt,
+        trainable=question.trainable,
+        loss=question.loss,
+    )
+
+
+def _entry(kind: type[nn.Module], asked: str | None) -> tuple[str, tuple[str, ...]]:
+    """Return the method to enter, and what to say where it was guessed."""
+    if asked is not None:
+        if not callable(getattr(kind, asked, None)):
+            public = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")]
+            own = [name for name in public if name not in vars(nn.Module)]
+            raise UsageError(f"{kind.__name__} has no method {asked!r}.", hint=f"It has: {', '.join(own[:12])}.")
+        return asked, ()
+    if kind.forward is not nn.Module.forward or kind.__call__ is not nn.Module.__call__:
+        return "forward", ()
+    for name in USUAL_ENTRIES:
+        if callable(getattr(kind, name, None)):
+            return name, (f"{kind.__name__} has no forward; entered at {name}. Another one: --entry NAME.",)
+    raise UsageError(f"{kind.__name__} has no forward.", hint="Say which method to call: --entry NAME.")
+
+
+def _taken(name: str, value: Any, workshop: Workshop, inputs: dict[str, torch.Tensor], wanted: set[str]) -> Any:
+    """Return an argument as the run takes it; floating tensors in it become sources."""
+    if isinstance(value, torch.Tensor):
+        taken = workshop.like(value)
+        if taken.is_floating_point() or taken.is_complex():
+            inputs[name] = taken
+            if value.requires_grad:
+                wanted.add(name)
+        return taken
+    if isinstance(value, dict):
+        return type(value)(
+            {key: _taken(f"{name}.{key}", item, workshop, inputs, wanted) for key, item in value.items()}
+        )
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_taken(f"{name}.{i}", item, workshop, inputs, wanted) for i, item in enumerate(value))
+    return value
+
+
+def _described(args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
+    named = [*((f"{index}", value) for index, value in enumerate(args)), *kwargs.items()]
+    return [
+        describe(value) if isinstance(value, torch.Tensor) else f"{name}: {type(value).__name__}"
+        for name, value in named
+    ]

@@ -1,0 +1,128 @@
+"""The calls of the library: ``gradscope.trace`` and ``gradscope.assert_gradients_flow``."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gradscope.errors import NotAnalysedError, UsageError
+from gradscope.session import Session
+from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.subject import Subject
+from gradscope.tracing.tracer import trace_subject
+from gradscope.tracing.workshops import open_workshop
+
+Mode = Literal["auto", "structural", "real"]
+
+
+def trace(
+    model: nn.Module,
+    *inputs: Any,
+    entry: str | None = None,
+    wrt: str | Iterable[str] = (),
+    trainable: str | Iterable[str] = (),
+    mode: Mode = "auto",
+    device: str = "auto",
+    numeric: bool = False,
+    verify: bool = True,
+    loss: Callable[[Any], Any] | None = None,
+    **kwargs: Any,
+) -> Session:
+    """Run a model once and say for every parameter and input whether the gradient arrives.
+
+    Args:
+        model: the module; it, torch and the random state are left as they were.
+        *inputs: what it is called with (tensors of any shape, images, nested lists and dicts).
+        entry: the method to call instead of the module itself.
+        wrt: patterns of source names to ask about (``input.0``, ``encoder.*``); all that train by default.
+        trainable: patterns of the parameters that count as trained; by default those that require a gradient.
+        mode: ``structural`` computes nothing (fake tensors), ``real`` computes, ``auto`` tries them in this order.
+        device: ``auto`` is the model's own; in structural mode any other one is pretended.
+        numeric: also compare autograd with finite differences, in float64 on a copy.
+        verify: prove the smallest fix by running it.
+        loss: turns the result into what is differentiated; by default every floating output is.
+        **kwargs: keyword arguments of the call.
+
+    Raises:
+        UsageError: the request cannot be carried out.
+        NotAnalysedError: the forward pass failed for a reason that is not autograd's.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"A trace needs an nn.Module, and this is a {type(model).__name__}.")
+    question = Question(entry, _patterns(wrt), _patterns(trainable), loss)
+    subject = subject_of(model, inputs, kwargs, question)
+    first = next(model.parameters(), None)
+    home = first.device.type if first is not None else "cpu"
+    session = trace_in_mode(subject, mode, home if device == "auto" else device, verify=verify)
+    if numeric:
+        raise UsageError("Finite differences are not there yet.", hint="Leave out numeric=True.")
+    return session
+
+
+def trace_in_mode(
+    subject: Subject, mode: str, device: str, dtype: str | None = None, *, verify: bool = True
+) -> Session:
+    """Trace in one mode; ``auto`` is structural, and real where a model cannot be followed without numbers."""
+    with warnings.catch_warnings():
+        # The traced libraries' own warnings are not about the gradient and would bury the report.
+        warnings.simplefilter("ignore")
+        if mode != "auto":
+            return trace_subject(subject, open_workshop(mode, device, dtype), verify=verify)
+        try:
+            return trace_subject(subject, open_workshop("structural", device, dtype), verify=verify)
+        except NotAnalysedError as error:
+            why = f"{type(error.__cause__).__name__}" if error.__cause__ else error.message
+        real = device if device != "cuda" or torch.cuda.is_available() else "cpu"
+        remark = f"Structural mode could not follow this model ({why}), so it was computed."
+        subject = dataclasses.replace(subject, remarks=(*subject.remarks, remark))
+        return trace_subject(subject, open_workshop("real", real, dtype), verify=verify)
+
+
+def assert_gradients_flow(
+    model: nn.Module, *inputs: Any, wrt: str | Iterable[str] = (), allow: str | Iterable[str] = (), **options: Any
+) -> Session:
+    """Raise ``AssertionError`` with the first cut's file and line unless the gradient arrives.
+
+    Args:
+        model, *inputs, wrt, **options: as for :func:`trace`.
+        allow: patterns of sources that may be cut (a teacher, a frozen tower under no_grad).
+    """
+    session = trace(model, *inputs, wrt=wrt, **options)
+    allowed = _patterns(allow)
+    bad = [
+        finding
+        for finding in session.findings
+        if finding.severity != "note"
+        and (not finding.cuts or any(not _matches(name, allowed) for name in finding.cuts))
+    ]
+    if bad or session.verdict == "crashes":
+        raise AssertionError(_sentence(session, bad[0] if bad else None))
+    return session
+
+
+def _sentence(session: Session, finding: Any) -> str:
+    if finding is None:
+        return f"{session.target.get('name')}: the run crashes in autograd: {(session.crash or {}).get('message')}"
+    names = ", ".join(finding.cuts[:4]) + (f" and {len(finding.cuts) - 4} more" if len(finding.cuts) > 4 else "")
+    lines = [
+        f"the gradient does not arrive at {names or 'anything'}",
+        f"  {finding.path}:{finding.line}: {finding.rule} {finding.name}",
+        f"  > {finding.source}",
+        f"  {finding.message}",
+        f"  {finding.fix}",
+    ]
+    return "\n".join(line for line in lines if line.strip(" >"))
+
+
+def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

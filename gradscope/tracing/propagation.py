@@ -1,0 +1,97 @@
+"""Three walks over a recording: where the numbers of each source go, where its derivative could, where autograd's does.
+
+- *data*: the source's numbers are part of the value
+- *smooth*: and on the way there is a useful derivative (no argmax, no rounding, no integer)
+- *linked*: and autograd connects them
+
+Sets of sources are integers, one bit a source: a model has hundreds of them and thousands of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gradscope.tracing.recording import Operation, Recording
+
+# The derivative exists and is zero: piecewise constant (torch's derivatives.yaml gives zeros, or none).
+PIECEWISE_CONSTANT = frozenset(
+    "round round_ floor floor_ ceil ceil_ trunc trunc_ fix fix_ sign sign_ sgn sgn_ bernoulli bernoulli_ heaviside "
+    "floor_divide __floordiv__ __rfloordiv__ __round__".split()
+)
+# Values leave torch, or come back as a leaf: the numbers go on, what they were made by does not.
+REPLACES_DATA = frozenset({"__set__"})
+IN_PLACE = frozenset(
+    "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
+    "__ior__ __ixor__ __ilshift__ __irshift__".split()
+)
+
+
+@dataclass(slots=True)
+class Walks:
+    """Per value: the sources whose data, derivative and gradient link reach it; and what reaches an output."""
+
+    data: list[int]
+    smooth: list[int]
+    linked: list[int]
+    live: set[int]
+    live_smooth: set[int]
+
+
+def walk(recording: Recording, start: dict[str, int], bits: dict[str, int]) -> Walks:
+    """Return the three walks forward from the sources, and the two backward from the outputs."""
+    size = len(recording.values)
+    walks = Walks([0] * size, [0] * size, [0] * size, set(), set())
+    for name, value in start.items():
+        for sets in (walks.data, walks.smooth, walks.linked):
+            sets[value] |= bits[name]
+    for operation in recording.operations:
+        _step(recording, operation, walks)
+    walks.live = _live(recording, smooth=False)
+    walks.live_smooth = _live(recording, smooth=True)
+    return walks
+
+
+def union(sets: list[int], values: Iterable[int]) -> int:
+    """Return the sources of several values."""
+    result = 0
+    for value in values:
+        result |= sets[value]
+    return result
+
+
+def is_flat(operation: Operation) -> bool:
+    """Tell whether an operation has no useful derivative whatever goes in."""
+    return operation.name in PIECEWISE_CONSTANT
+
+
+def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
+    data = union(walks.data, operation.inputs)
+    smooth = 0 if is_flat(operation) else union(walks.smooth, operation.inputs)
+    linked = union(walks.linked, operation.inputs)
+    for output in operation.outputs:
+        value = recording.values[output]
+        walks.data[output] |= data
+        if value.differentiable:
+            walks.smooth[output] |= smooth
+        if value.connected:
+            # Written in place where autograd does not look: only what was there before stays linked.
+            kept = operation.inputs[:1] if value.leaf or _writes_unseen(operation) else operation.inputs
+            walks.linked[output] |= linked if kept is operation.inputs else union(walks.linked, kept)
+
+
+def _writes_unseen(operation: Operation) -> bool:
+    return operation.name in REPLACES_DATA or (bool(operation.regions) and is_in_place(operation.name))
+
+
+def is_in_place(name: str) -> bool:
+    """Tell by a call's name whether it changes its first argument."""
+    return (name[-1] == "_" and name[-2:] != "__") or name in IN_PLACE
+
+
+def _live(recording: Recording, *, smooth: bool) -> set[int]:
+    live = {value for value in recording.sinks if not smooth or recording.values[value].differentiable}
+    for operation in reversed(recording.operations):
+        if live.intersection(operation.outputs) and not (smooth and is_flat(operation)):
+            live.update(value for value in operation.inputs if not smooth or recording.values[value].differentiable)
+    return live

@@ -1,0 +1,234 @@
+"""Which recorded value a tensor is: by identity, by version, by shared memory, or by its way through Python.
+
+Most tensors are known by identity from the call that made them. What arrives unknown came from where no
+torch function looks: numpy, a kernel, a scripted function, ``nn.Parameter(t)``. It is linked to where its
+numbers came from, as far as that can be told; what cannot be told is counted and said.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradscope.tracing.autograd import reached_leaves
+from gradscope.tracing.recording import Operation, Recording, Value
+
+# Calls that leave the tensor world with numbers in hand.
+ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
+# Calls that make a tensor of numbers that Python holds.
+ENTRANCES = frozenset({"tensor", "as_tensor", "asarray", "full", "linspace", "logspace", "scalar_tensor", "full_like"})
+# Results nest rarely deeper; a cycle of objects ends here too.
+DEEPEST = 6
+
+
+class Provenance:
+    """Knows the tensors of one run. Values are plain data in the recording; tensors are held weakly."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self._leaves: dict[int, int] = {}
+        self._written: dict[int, tuple[int, Operation]] = {}
+        self._written_unseen: set[int] = set()
+        self._escapes: list[Operation] = []
+        self._scalars: dict[int, tuple[float, int]] = {}
+        self.place: Any = None
+        self.strangers = 0
+
+    # --- known tensors --------------------------------------------------------------------------
+
+    def add_leaf(self, tensor: torch.Tensor) -> Value:
+        """Make a tensor one that a gradient may be wanted for."""
+        if id(tensor) in self._leaves and self.is_known(tensor):
+            return self._recording.values[self._leaves[id(tensor)]]
+        value = self.remember(tensor)
+        value.connected = value.leaf = True
+        self._leaves[id(tensor)] = value.id
+        return value
+
+    def remember(self, tensor: torch.Tensor) -> Value:
+        """Make a new value of what a tensor holds now."""
+        value = Value(
+            id=len(self._recording.values),
+            detail=describe(tensor),
+            differentiable=tensor.is_floating_point() or tensor.is_complex(),
+            connected=self._is_connected(tensor),
+            leaf=id(tensor) in self._leaves and tensor.grad_fn is None,
+            inference=tensor.is_inference(),
+        )
+        self._recording.values.append(value)
+        self._known[id(tensor)] = (weakref.ref(tensor), value.id, _version(tensor))
+        return value
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor was seen before."""
+        known = self._known.get(id(tensor))
+        return known is not None and known[0]() is tensor
+
+    def value_of(self, tensor: torch.Tensor) -> int:
+        """Return the value that a tensor holds now, linking it to its origin where it was not seen being made."""
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            return self._adopt(tensor)
+        _, number, version = known
+        if version != _version(tensor) or (self._written_unseen and _storage(tensor) in self._written_unseen):
+            number = self._rewritten(tensor, number)
+        value = self._recording.values[number]
+        # Judged again on use: ``Function.apply`` sets the grad_fn after the tensor was first seen.
+        if not value.connected:
+            value.connected = self._is_connected(tensor)
+        return number
+
+    def _is_connected(self, tensor: torch.Tensor) -> bool:
+        """Tell whether autograd links the tensor to anything.
+
+        ``requires_grad`` alone lies: a view taken under no_grad borrows it from its base and has
+        no grad_fn, and a copy may be a leaf of its own.
+        """
+        return tensor.requires_grad and (tensor.grad_fn is not None or id(tensor) in self._leaves)
+
+    # --- writing in place -----------------------------------------------------------------------
+
+    def wrote(self, tensor: torch.Tensor, operation: Operation, *, unseen: bool) -> None:
+        """Note that a tensor was changed in place: what shares its memory holds something else now.
+
+        ``unseen``: through ``.data``, so that the version counter of the original did not move.
+        """
+        storage = _storage(tensor)
+        if storage:
+            self._written[storage] = (self.value_of(tensor), operation)
+            if unseen:
+                self._written_unseen.add(storage)
+
+    def _rewritten(self, tensor: torch.Tensor, number: int) -> int:
+        written, operation = self._written.get(_storage(tensor), (number, None))
+        if operation is None or written == number:
+            self._known[id(tensor)] = (weakref.ref(tensor), number, _version(tensor))
+            return number
+        self._written_unseen.discard(_storage(tensor))
+        return self._link(operation.name, (number, written), tensor, operation)
+
+    # --- strangers ------------------------------------------------------------------------------
+
+    def _adopt(self, tensor: torch.Tensor) -> int:
+        """Return a value for a tensor that no recorded call gave out."""
+        base = tensor._base if not tensor.is_inference() else None
+        if base is not None and self.is_known(base):
+            return self._link("view", (self.value_of(base),), tensor)
+        mate = self._shares_memory(tensor)
+        if mate is not None and not self._escapes:
+            return self._link("Parameter" if isinstance(tensor, nn.Parameter) else "shared memory", (mate,), tensor)
+        if tensor.grad_fn is not None:
+            leaves = tuple(self._leaves[id(leaf)] for leaf in reached_leaves([tensor]) if id(leaf) in self._leaves)
+            return self._link("opaque call", leaves, tensor) if leaves else self.remember(tensor).id
+        if tensor.is_floating_point():
+            if self._escapes:
+                return self.entered(tensor)
+            self.strangers += 1
+        return self.remember(tensor).id
+
+    def entered(self, tensor: torch.Tensor) -> int:
+        """Link a tensor made of Python's numbers to the calls that took numbers out of tensors before."""
+        number = self.remember(tensor).id
+        for escape in self._escapes:
+            self._record(Operation(0, escape.name, escape.inputs, (number,), escape.place, escape.scope))
+        return number
+
+    def escaped(self, operation: Operation, result: Any) -> None:
+        """Note that an operation took floating-point numbers out of a tensor."""
+        if any(self._recording.values[number].differentiable for number in operation.inputs):
+            self._escapes.append(operation)
+            self._recording.escapes.append(operation)
+            if isinstance(result, float):
+                out = Value(len(self._recording.values), "number", differentiable=True)
+                self._recording.values.append(out)
+                self._record(
+                    Operation(0, operation.name, operation.inputs, (out.id,), operation.place, operation.scope)
+                )
+                self._scalars[id(result)] = (result, out.id)
+
+    @property
+    def has_escapes(self) -> bool:
+        """Whether numbers were taken out of tensors so far."""
+        return bool(self._escapes)
+
+    def scalars_in(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
+        """Return the values of the Python numbers among the arguments that came straight out of a tensor."""
+        if not self._scalars:
+            return ()
+        return tuple(self._scalars[id(item)][1] for item in arguments if id(item) in self._scalars)
+
+    def _shares_memory(self, tensor: torch.Tensor) -> int | None:
+        storage = _storage(tensor)
+        if not storage:
+            return None
+        for reference, number, _ in list(self._known.values()):
+            other = reference()
+            if other is not None and other is not tensor and _storage(other) == storage:
+                return number
+        return None
+
+    def _link(self, name: str, inputs: tuple[int, ...], tensor: torch.Tensor, cause: Operation | None = None) -> int:
+        number = self.remember(tensor).id
+        place, scope = (cause.place, cause.scope) if cause is not None else (self.place, None)
+        self._record(Operation(0, name, inputs, (number,), place, scope))
+        return number
+
+    def _record(self, operation: Operation) -> None:
+        operation.index = len(self._recording.operations)
+        self._recording.operations.append(operation)
+
+
+# --- pure functions ------------------------------------------------------------------------------------
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Return what tells one piece of memory from another; 0 where there is none."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse tensors, wrappers of torch.func, fake tensors
+        return 0
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested tuples, lists, dicts, dataclasses and plain objects such as model outputs."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif value is None or isinstance(value, (str, bytes, int, float, torch.dtype, torch.device, nn.Module, type)):
+        return
+    elif depth < DEEPEST:
+        for item in _parts(value):
+            yield from tensors_in(item, depth + 1)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list, set, frozenset)):
+        yield from value
+    elif isinstance(value, Mapping):
+        yield from value.values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from (getattr(value, field.name, None) for field in fields(value))
+
+
+def results_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a forward's result, also those kept as attributes of an object of any class."""
+    found = list(tensors_in(value))
+    if not found and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+        found = list(tensors_in(vars(value)))
+    yield from found
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Return shape and dtype in words, such as ``1x256x1024 bfloat16``."""
+    shape = "x".join(str(int(size)) for size in tensor.shape) or "scalar"
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"

@@ -26,7 +26,7 @@ def guess_inputs(model: nn.Module) -> Guess | None:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
     if size:
-        return Guess((torch.randn(1, *size),), f"Input 1x{'x'.join(map(str, size))}, from its default_cfg.")
+        return Guess((torch.randn(2, *size),), f"Input 2x{'x'.join(map(str, size))}, from its default_cfg.")
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         return _for_transformers(model)
     return None

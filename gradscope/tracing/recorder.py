@@ -23,8 +23,10 @@ from gradscope.tracing.subject import Caller
 
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
-SHAPE_ONLY = frozenset(
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like rand_like randn_like randint_like "
+MAKES_ROOM = frozenset(
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like rand_like randn_like randint_like".split()
+)
+SHAPE_ONLY = MAKES_ROOM | frozenset(
     "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ storage_offset "
     "untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled __len__ ndimension "
     "element_size nelement is_nonzero data_ptr __hash__ __format__ __repr__ __dir__".split()
@@ -89,8 +91,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = _operation_name(func)
         if name is None:  # shape, dtype, device: nine calls of ten
-            is_property = func.__name__ in ("__get__", "__set__")
-            return func(*args, **kwargs) if is_property else self._run(func, args, kwargs)
+            return self._pass(func, args, kwargs)
         if name in ROUNDING and kwargs.get("rounding_mode"):
             name = "floor_divide"
         place = user_place(sys._getframe(1))
@@ -103,6 +104,16 @@ class Recorder(TorchFunctionMode):
         result = self._run(func, args, kwargs)
         self._finish(pending, args[0] if name in ("__setitem__", "__set__") else result)
         self._note_crossing(pending, name, result, in_place)
+        return result
+
+    def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that moves no numbers; a tensor that it makes is new and known."""
+        name = func.__name__
+        if name in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
+        if isinstance(result, torch.Tensor) and name in MAKES_ROOM:
+            self.provenance.remember(result)
         return result
 
     def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:

@@ -1,0 +1,208 @@
+"""Trace every model of timm and torchvision, and many of transformers, and ask autograd itself beside it.
+
+For each model: how it was traced (structural, or why not), whether the verdict of every parameter is what a
+plain run without gradscope says (its own fake tensors, its own walk over ``grad_fn``), and whether a break
+was reported where the plain run shows none. One line a model, a table at the end.
+
+Run: ``python benchmarks/sweep.py timm|torchvision|transformers [-j N] [--only PATTERN] > sweep.txt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import inspect
+import json
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradscope.errors import GradscopeError
+from gradscope.targets.guesses import guess_inputs
+from gradscope.targets.libraries import LIBRARIES
+from gradscope.targets.spec import Request, load_target
+from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.library import trace_in_mode
+from gradscope.tracing.structural import hollow
+
+# Small sizes for every configuration of transformers, as its own tests use them.
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "vocab_size": 128, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "n_layer": 2, "n_head": 4, "n_embd": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64, "d_kv": 8,
+    "embed_dim": 32, "image_size": 64, "patch_size": 16, "max_position_embeddings": 128, "head_dim": 8,
+    "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32, "embedding_size": 32,
+}  # fmt: skip
+
+
+def names_of(library: str) -> list[str]:
+    """Return the names of a library's models."""
+    if library == "timm":
+        return sorted(importlib.import_module("timm").list_models())
+    if library == "torchvision":
+        return sorted(importlib.import_module("torchvision.models").list_models())
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    return sorted(auto.CONFIG_MAPPING_NAMES)
+
+
+def check(library: str, name: str) -> dict[str, Any]:
+    """Trace one model and compare it with a plain run."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    row: dict[str, Any] = {"name": name}
+    try:
+        session, plain = _transformers(name) if library == "transformers" else _named(library, name)
+        row.update(mode=session.target["mode"], verdict=session.verdict, parameters=len(session.sources))
+        row["why"] = next((text for text in session.remarks if "could not follow" in text), "")
+        row["findings"] = [[f.severity, f.rule, f"{f.path}:{f.line}", list(f.cuts[:2])] for f in session.findings]
+        row["unseen"] = session.unseen
+        reached = plain()
+        if reached is not None:
+            said = {each.name: each.status for each in session.sources.values() if each.kind == "parameter"}
+            arriving = ("flows", "partial", "nondifferentiable")
+            row["differs"] = [n for n, status in said.items() if status != "nondifferentiable"
+                              and (status in arriving) != (n in reached)][:5]  # fmt: skip
+            row["statuses"] = dict(Counter(said.values()))
+    except GradscopeError as error:
+        row["failed"] = f"{error.message}"[:200]
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
+        row["ours"] = not isinstance(error, (ImportError, NotImplementedError))
+    row["seconds"] = round(time.perf_counter() - started, 2)
+    return row
+
+
+def _named(library: str, name: str) -> tuple[Any, Callable[[], set[str] | None]]:
+    subject = load_target(f"{library}:{name}", Request())
+    session = trace_in_mode(subject, "auto", "cpu", verify=False)
+
+    def plain() -> set[str] | None:
+        factory, guess = LIBRARIES[library](name)
+        found = guess(hollow(factory))
+        assert found is not None
+        return reached_plainly(hollow(factory), found.args, found.kwargs)
+
+    return session, plain
+
+
+def _transformers(name: str) -> tuple[Any, Callable[[], set[str] | None]]:
+    transformers = importlib.import_module("transformers")
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    kind = getattr(transformers, auto.CONFIG_MAPPING_NAMES[name])
+    config = kind(**{key: value for key, value in SMALL.items() if key in inspect.signature(kind).parameters})
+    config._attn_implementation = "eager"
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        made: nn.Module = transformers.AutoModel.from_config(config)
+        return made
+
+    pattern = model()
+    found = guess_inputs(pattern)
+    if found is None:
+        raise NotImplementedError("what it takes is not known")
+    subject = subject_of(pattern, found.args, found.kwargs, Question(), name=name)
+    session = trace_in_mode(subject, "auto", "cpu", verify=False)
+    return session, lambda: reached_really(model(), found.args, found.kwargs)
+
+
+# --- the oracle --------------------------------------------------------------------------------------
+
+
+def reached_plainly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str] | None:
+    """Return the parameters that autograd reaches in a run on fake tensors of this script's own; None if it fails."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                with mode:
+                    fake = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype)
+                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(fake, parameter.requires_grad))
+    try:
+        with mode:
+            output = model(*_faked(mode, args), **{key: _faked(mode, value) for key, value in kwargs.items()})
+    except Exception:
+        return None
+    return walked(model, output)
+
+
+def reached_really(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str] | None:
+    """Return the parameters that autograd reaches in a plain run that computes."""
+    try:
+        return walked(model, model(*args, **kwargs))
+    except Exception:
+        return None
+
+
+def walked(model: nn.Module, output: Any) -> set[str]:
+    """Walk ``grad_fn`` from every floating output to the parameters."""
+    pending = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    seen, leaves = set(pending), set()
+    while pending:
+        node = pending.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in leaves}
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "values"):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _faked(mode: FakeTensorMode, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_faked(mode, item) for item in value)
+    return {key: _faked(mode, item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def main() -> None:
+    """Sweep and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("library", choices=["timm", "torchvision", "transformers"])
+    parser.add_argument("-j", type=int, default=1)
+    parser.add_argument("--only", default="*")
+    options = parser.parse_args()
+    names = [name for name in names_of(options.library) if fnmatch.fnmatch(name, options.only)]
+    started = time.perf_counter()
+    rows = []
+    with ProcessPoolExecutor(options.j, max_tasks_per_child=60) as pool:
+        for row in pool.map(check, [options.library] * len(names), names):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    traced = [row for row in rows if "failed" not in row]
+    print(f"\n{len(names)} models in {time.perf_counter() - started:.0f} s: {len(traced)} traced", file=sys.stderr)
+    print("by mode", dict(Counter(row["mode"] for row in traced)), file=sys.stderr)
+    print("verdicts", dict(Counter(row["verdict"] for row in traced)), file=sys.stderr)
+    compared = [row for row in traced if "differs" in row]
+    wrong = [row["name"] for row in compared if row["differs"]]
+    print(f"compared with a plain run {len(compared)}, differing {len(wrong)} {wrong[:20]}", file=sys.stderr)
+    print("failed", Counter(row["failed"][:60] for row in rows if "failed" in row).most_common(12), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

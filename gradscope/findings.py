@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -77,12 +78,28 @@ class Finding:
         return cls(**known)
 
 
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """What one true backward pass gave a source: its L2 norm, and how many entries are NaN or inf.
+
+    The outputs had random gradients of unit variance, or the loss the gradient 1.
+    """
+
+    norm_l2: float
+    nonfinite: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the gradient as in ``gradscope.session/1``; a norm that is not finite is None in JSON."""
+        return {"norm_l2": self.norm_l2 if math.isfinite(self.norm_l2) else None, "nonfinite": self.nonfinite}
+
+
 @dataclass(slots=True)
 class Source:
     """A tensor that a gradient is wanted for, and what became of that gradient.
 
     ``status`` is one of ``flows``, ``partial``, ``blocked``, ``nondifferentiable``, ``zero``,
-    ``wrong`` and ``unused``; ``frozen`` is an attribute and never a break.
+    ``wrong`` and ``unused``; ``frozen`` is an attribute and never a break. ``gradient`` is there where
+    it was computed (real mode, sources asked about).
     """
 
     name: str
@@ -90,13 +107,27 @@ class Source:
     status: str
     frozen: bool = False
     findings: list[str] = field(default_factory=list)
+    gradient: Gradient | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the source as in ``gradscope.session/1``."""
-        return {
+        """Return the source as in ``gradscope.session/1``; what was not computed is left out."""
+        data: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
             "frozen": self.frozen,
             "status": self.status,
             "findings": list(self.findings),
         }
+        if self.gradient is not None:
+            data["gradient"] = self.gradient.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Source:
+        """Read a source back from :meth:`to_dict`."""
+        known = dict(data)
+        gradient = known.pop("gradient", None)
+        if gradient is not None:
+            norm = gradient["norm_l2"]
+            known["gradient"] = Gradient(math.nan if norm is None else norm, gradient["nonfinite"])
+        return cls(**known)

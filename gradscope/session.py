@@ -101,7 +101,7 @@ class Session:
                 f"This is not a {SCHEMA} session: its schema is {data.get('schema')!r}.",
                 hint="Save one with `gradscope trace ... -o session.json`.",
             )
-        sources = {entry["name"]: Source(**entry) for entry in data["sources"]}
+        sources = {entry["name"]: Source.from_dict(entry) for entry in data["sources"]}
         return cls(
             kind=data["kind"],
             verdict=data["verdict"],

@@ -1,34 +1,152 @@
-"""Walk the autograd graph from the outputs to the leaves: which ones does a gradient reach?"""
+"""Walk the autograd graph from the outputs to the leaves: which ones does a gradient reach, and what refuses?
+
+Nodes carry the index of the recorded operation that made them (``Node.metadata``, which lives as long as the
+node itself does), so that what is seen in the graph can be told as a line of the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gradscope.tracing.recording import Refusal, Write
 
-def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the tensors whose ``AccumulateGrad`` nodes lie behind the sinks.
+TAG = "gradscope.operation"
+# The names of torch's own stand-ins for a derivative that nobody wrote (torch/csrc/autograd/functions/basic_ops.h,
+# torch/csrc/autograd/autograd_not_implemented_fallback.cpp): the first raises in backward, the second only warns.
+RAISES = "torch::autograd::NotImplemented"
+WARNS = "torch::autograd::WarnNotImplemented"
+GENERATED = "GeneratedBackwardFor_"
 
-    Asks ``grad_fn.next_functions`` and never ``requires_grad``. The nodes are kept alive while
-    walking, since their Python wrappers are made anew on every access and ``id`` would repeat.
+
+def tag(tensor: torch.Tensor, operation: int, since: int) -> None:
+    """Write on the tensor's node which operation made it.
+
+    A call that recorded others from ``since`` on contains them and takes over what they made; one that hands its
+    argument through does not.
     """
+    if tensor.grad_fn is not None and tensor.grad_fn.metadata.get(TAG, since) >= since:
+        tensor.grad_fn.metadata[TAG] = operation
+
+
+@dataclass(slots=True)
+class AutogradGraph:
+    """The graph behind some tensors, walked once. The nodes are kept, since ``id`` of a dropped wrapper repeats.
+
+    ``operations`` tells the recorded operation of each node; one call may make several nodes, of which the last
+    carries its number, so that the others have it from the node above them. ``refusals`` are the operations at
+    which a backward pass raises or comes to nothing, and ``leaves`` the tensors it arrives at all the same.
+    """
+
+    nodes: list[Any] = field(default_factory=list)
+    operations: dict[Any, int | None] = field(default_factory=dict)
+    refusals: dict[int, Refusal] = field(default_factory=dict)
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    custom: bool = False
+
+
+def walk_graph(sinks: Iterable[torch.Tensor], written: Mapping[int, list[Write]] | None = None) -> AutogradGraph:
+    """Return the autograd graph behind the sinks.
+
+    Asks ``grad_fn.next_functions`` and never ``requires_grad``. What lies behind a node that gives no gradient is
+    reached only where another way leads to it. ``written`` holds the later writes into what an operation took in
+    or gave out.
+    """
+    graph = AutogradGraph()
     leaves: dict[int, torch.Tensor] = {}
-    pending: list[Any] = []
+    written = written or {}
+    pending: list[tuple[Any, int | None]] = []
     for sink in sinks:
         if sink.grad_fn is not None:
-            pending.append(sink.grad_fn)
+            pending.append((sink.grad_fn, None))
         elif sink.requires_grad and sink.is_leaf:
             leaves[id(sink)] = sink
-    seen: set[Any] = set(pending)
     while pending:
-        node = pending.pop()
+        node, above = pending.pop()
+        if node in graph.operations:
+            continue
+        operation = node.metadata.get(TAG, above)
+        graph.operations[node] = operation
+        graph.nodes.append(node)
+        graph.custom = graph.custom or isinstance(node, torch.autograd.function.BackwardCFunction)
+        refusal = _refusal(node, operation, written)
+        if refusal is not None and operation is not None:
+            graph.refusals.setdefault(operation, refusal)
+        if refusal is not None and not refusal.silent:
+            continue
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves[id(variable)] = variable
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return list(leaves.values())
+        pending += [(following, operation) for following, _ in node.next_functions if following is not None]
+    graph.leaves = list(leaves.values())
+    return graph
+
+
+def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors whose ``AccumulateGrad`` nodes lie behind the sinks."""
+    return walk_graph(sinks).leaves
+
+
+# --- nodes that give no gradient -----------------------------------------------------------------------
+
+
+def _refusal(node: Any, operation: int | None, written: Mapping[int, list[Write]]) -> Refusal | None:
+    name = node.name()
+    if name == RAISES:
+        return Refusal("GS402", "derivative is not implemented: backward raises.", raises=True)
+    if name == WARNS:
+        return Refusal("GS502", "The operator has no autograd formula: backward warns and gives no gradient.")
+    if name.startswith(GENERATED) and name in _operators_without_backward():
+        return Refusal("GS502", "The custom operator has no register_autograd: its backward raises.", raises=True)
+    if operation is None or operation not in written:
+        return None
+    return _spoiled(node, written[operation])
+
+
+def _operators_without_backward() -> set[str]:
+    """Return the names of the nodes of custom operators that nobody registered an autograd formula for.
+
+    ``torch._library.custom_ops.OPDEFS`` is private; where it is gone, only a backward pass tells.
+    """
+    registry = getattr(sys.modules.get("torch._library.custom_ops"), "OPDEFS", {})
+    return {
+        f"{GENERATED}{name.replace('::', '_')}_defaultBackward"
+        for name, definition in registry.items()
+        if getattr(definition, "_backward_fn", True) is None
+    }
+
+
+def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
+    """Tell whether what a node saved for backward was changed since."""
+    for name in dir(node):
+        if not name.startswith("_saved_") and name != "saved_tensors":
+            continue
+        try:
+            saved = getattr(node, name)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                return Refusal("GS603", _first_sentence(str(error)), raises=True, write=writes[-1].operation)
+            continue
+        for tensor in saved if isinstance(saved, tuple) else (saved,):
+            for write in writes:
+                if write.unseen and isinstance(tensor, torch.Tensor) and memory_of(tensor) == write.memory:
+                    words = "A value that backward needs was changed where autograd does not look."
+                    return Refusal("GS603", words, silent=True, write=write.operation)
+    return None
+
+
+def _first_sentence(text: str) -> str:
+    return text.strip().splitlines()[0].split(". Hint", maxsplit=1)[0]
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Return what tells one piece of memory from another; 0 where there is none."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse and nested tensors, wrappers of torch.func
+        return 0

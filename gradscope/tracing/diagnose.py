@@ -6,12 +6,13 @@ frontier: an operation that takes in a connected value and gives out an unconnec
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.propagation import Walks, is_flat, union, walk
-from gradscope.tracing.recording import Operation, Recording, Region, Site
+from gradscope.tracing.recording import Loss, Operation, Recording, Refusal, Region, Site
 
 _COMPARISONS = "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isclose bucketize searchsorted"
 _INDICES = "argmax argmin argsort multinomial one_hot nonzero topk sort max min histc bincount"
@@ -46,6 +47,8 @@ class Cut:
 
     ``partial`` are the sources that lose only one of their paths here, ``flat`` says that the operation
     has no useful derivative, ``escape`` that the numbers went through Python, where they are not followed.
+    ``zero``, ``nonfinite`` and ``wrong`` are the sources whose gradient arrives and is that; ``words`` says more,
+    and ``raises`` that the backward pass ends here with an exception.
     """
 
     site: Site
@@ -57,6 +60,16 @@ class Cut:
     module: str = ""
     flat: bool = False
     escape: bool = False
+    zero: set[str] = field(default_factory=set)
+    nonfinite: set[str] = field(default_factory=set)
+    wrong: set[str] = field(default_factory=set)
+    words: str = ""
+    raises: bool = False
+
+    @property
+    def touched(self) -> set[str]:
+        """Return every source that something happens to here."""
+        return self.sources | self.partial | self.zero | self.nonfinite | self.wrong
 
 
 @dataclass(slots=True)
@@ -101,6 +114,8 @@ def diagnose(recording: Recording) -> Diagnosis:
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
     _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
     _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
+    _add_spoiled(cuts, recording, walks, bits)
+    _add_losses(cuts, statuses, recording)
     outside = sum(bits[name] for name in recording.outside)
     return Diagnosis(
         statuses=statuses,
@@ -111,18 +126,61 @@ def diagnose(recording: Recording) -> Diagnosis:
     )
 
 
+# What autograd says when a forward pass offends it, the rule that this is, and where its cause lies: at the call
+# itself, where an inference tensor was made, or where the gradient was lost before.
+REFUSED_CALLS = (
+    ("inference tensor", "GS601", "inference"),
+    ("Can't call numpy() on Tensor that requires grad", "GS301", "here"),
+    ("Can't export tensors that require gradient", "GS301", "here"),
+    ("don't support automatic differentiation", "GS603", "here"),
+    ("support the deepcopy protocol", "GS203", "here"),
+    ("a leaf Variable that requires grad", "GS603", "here"),
+    ("is being modified inplace", "GS603", "here"),
+    ("modified by an inplace operation", "GS603", "here"),
+    ("Can't detach views in-place", "GS201", "here"),
+    ("only change requires_grad flags of leaf", "GS204", "here"),
+    ("refusing to serialize non-leaf", "GS303", "here"),
+    ("backward through the graph a second time", "GS603", "here"),
+    ("does not require grad", "GS201", "before"),
+    ("doesn't require gradient", "GS201", "before"),
+    ("can't retain_grad on Tensor that has requires_grad=False", "GS201", "before"),
+    ("not have been used in the graph", "GS201", "before"),
+)
+
+
+def is_autograds(error: BaseException) -> bool:
+    """Tell whether an exception of a forward pass is autograd's refusal."""
+    return any(words.lower() in str(error).lower() for words, _, _ in REFUSED_CALLS)
+
+
 def crash_cuts(recording: Recording) -> dict[Site, Cut]:
-    """Return the regions that made the inference tensors which a crashed call took in."""
+    """Return what made autograd refuse a call of the forward pass."""
+    pending, said = recording.pending, str(recording.error).lower()
+    found = next(((rule, where) for words, rule, where in REFUSED_CALLS if words.lower() in said), None)
+    if pending is None or found is None:
+        return {}
+    rule, where = found
     cuts: dict[Site, Cut] = {}
-    if recording.pending is None:
-        return cuts
-    makers = {value: op for op in recording.operations for value in op.outputs}
-    for value in recording.pending.inputs:
-        maker = makers.get(value)
-        if maker is not None and recording.values[value].inference:
-            for cut in _blamed(cuts, recording, maker):
-                cut.sources |= set()
+    if where == "inference":
+        makers = {value: op for op in recording.operations for value in op.outputs}
+        for value in pending.inputs:
+            maker = makers.get(value)
+            if maker is not None and recording.values[value].inference:
+                _blamed(cuts, recording, maker)
+    elif where == "before":
+        before = dataclasses.replace(recording, sinks=pending.inputs, error=None)
+        cuts = {site: cut for site, cut in diagnose(before).cuts.items() if cut.sources}
+    if not cuts and pending.place is not None:
+        if where == "inference" and any(recording.values[value].inference for value in pending.inputs):
+            rule = "GS601" if any(recording.values[value].leaf for value in pending.inputs
+                                  if recording.values[value].inference) else "GS602"  # fmt: skip
+        cut = _cut_at(cuts, recording, pending)
+        cut.rule, cut.words = rule, f"autograd refuses this call: {_first_line(recording.error)}"
     return cuts
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 # --- statuses ----------------------------------------------------------------------------------------
@@ -190,6 +248,8 @@ def _add_flat(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted:
             cut = _cut_at(cuts, recording, operation)
             cut.rule = "GS402" if is_flat(operation) else RULE_OF_OPERATION.get(operation.name, "GS401")
             cut.flat = True
+            if operation.refusal is not None:
+                cut.words, cut.raises = operation.refusal.message, operation.refusal.raises
             cut.sources |= _named(lost, bits)
 
 
@@ -232,6 +292,50 @@ def _add_partial(
             statuses[name] = "partial"
 
 
+def _add_spoiled(cuts: dict[Site, Cut], recording: Recording, walks: Walks, bits: dict[str, int]) -> None:
+    """Blame the writes that changed what backward needs where autograd does not look: the gradient errs."""
+    for operation in recording.operations:
+        if operation.refusal is not None and operation.refusal.silent and walks.live.intersection(operation.outputs):
+            for cut in _blamed(cuts, recording, operation):
+                cut.wrong |= _named(union(walks.linked, operation.inputs), bits)
+
+
+def _add_losses(cuts: dict[Site, Cut], statuses: dict[str, str], recording: Recording) -> None:
+    """Blame the operations at which the backward pass lost a gradient that the graph promises."""
+    for loss in recording.losses:
+        what = loss.what.rpartition(" ")[2]
+        names = {name for name in loss.sources if statuses.get(name) in ("flows", "partial", "zero")}
+        cut = _cut_of_loss(cuts, recording, loss) if names else None
+        if what == "zero":
+            statuses.update(dict.fromkeys(names, "zero"))
+        elif what in ("none", "raises"):
+            statuses.update(dict.fromkeys(names, "blocked"))
+        if cut is None:
+            continue
+        kept = {"zero": cut.zero, "nonfinite": cut.nonfinite}.get(what, cut.sources)
+        kept |= names
+        cut.raises = cut.raises or what == "raises"
+
+
+def _cut_of_loss(cuts: dict[Site, Cut], recording: Recording, loss: Loss) -> Cut | None:
+    operation = recording.operations[loss.operation] if loss.operation is not None else None
+    if loss.what.startswith("hook"):
+        place = next((recording.hooks[value] for value in operation.outputs if value in recording.hooks), None) \
+            if operation is not None else next(
+                (recording.hooks[recording.leaves[name]] for name in loss.sources
+                 if recording.leaves.get(name) in recording.hooks), None)  # fmt: skip
+        if place is not None:
+            site = source_site(place, "register_hook")
+            return cuts.setdefault(site, Cut(site, "GS606", chain=(code_name(place.code),)))
+    if operation is None or operation.place is None:
+        return None
+    cut = _cut_at(cuts, recording, operation)
+    rules = {"zero": "GS404", "nonfinite": "GS607", "hook zero": "GS606", "hook nonfinite": "GS606"}
+    hooked = operation.name == "BackwardHookFunction"
+    cut.rule = "GS606" if hooked else rules.get(loss.what, "GS501" if operation.custom else "GS502")
+    return cut
+
+
 def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], makers: dict[int, Operation]) -> bool:
     """Tell ``x + (q - x).detach()`` and ``hard - soft.detach() + soft``: the gradient is meant to go around.
 
@@ -256,6 +360,9 @@ def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], 
 
 def _blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> list[Cut]:
     """Attribute a lost gradient to the regions that were active, outermost first, or to the call."""
+    if operation.refusal is not None:
+        cut = _cut_of_refusal(cuts, recording, operation, operation.refusal)
+        return [cut] if cut is not None else []
     if not operation.regions:
         return [_cut_at(cuts, recording, operation)] if operation.place is not None else []
     found: list[Cut] = []
@@ -268,13 +375,33 @@ def _blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -
     return found
 
 
+def _cut_of_refusal(
+    cuts: dict[Site, Cut], recording: Recording, operation: Operation, refusal: Refusal
+) -> Cut | None:
+    """Blame the write that spoiled what was saved; else the operation that autograd has no derivative for."""
+    culprit = operation if refusal.write is None else recording.operations[refusal.write]
+    if culprit.place is None:
+        return None
+    cut = _cut_at(cuts, recording, culprit)
+    cut.rule, cut.words = refusal.rule, refusal.message
+    cut.raises = cut.raises or refusal.raises
+    return cut
+
+
 def _cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
     assert operation.place is not None
     site = source_site(operation.place, operation.name)
-    rule = "GS501" if operation.custom else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
+    rule = _rule_of_custom(recording, operation) if operation.custom else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
     cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
     cut.module = _module_path(recording, operation)
     return cut
+
+
+def _rule_of_custom(recording: Recording, operation: Operation) -> str:
+    if operation.name == "CheckpointFunction":
+        return "GS604"
+    inference = any(recording.values[value].inference for value in operation.outputs)
+    return "GS601" if inference else "GS501"
 
 
 def _rule_of(site: Site) -> str:

@@ -39,11 +39,16 @@ def is_user_file(filename: str) -> bool:
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """Return the nearest frame, from this one outward, that is user code.
 
-    None where the call was made by the tracer itself: the code that called gradscope is not meant.
+    Where there is none (a model made of torch's modules alone) it is torch's own nearest frame; None where the
+    call was made by the tracer itself: the code that called gradscope is not meant.
     """
+    inner = None
     while frame is not None and not is_user_file(frame.f_code.co_filename):
-        if frame.f_code.co_filename == RUNNER_FILE:
-            return None
+        filename = frame.f_code.co_filename
+        if filename == RUNNER_FILE:
+            return inner
+        if inner is None and filename.startswith(TORCH_FOLDER):
+            inner = frame
         frame = frame.f_back
     return frame
 
@@ -52,6 +57,12 @@ def user_place(frame: FrameType | None) -> Place | None:
     """Return where in user code ``frame`` was called from; see :func:`user_frame`."""
     found = user_frame(frame)
     return Place(found.f_code, found.f_lasti, found.f_lineno) if found else None
+
+
+def function_place(function: Any) -> Place | None:
+    """Return where a function is written; None where it has no source of its own."""
+    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+    return Place(code, 0, code.co_firstlineno) if code is not None else None
 
 
 def call_chain(frame: FrameType | None) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
         walks.data[output] |= data
         if value.differentiable:
             walks.smooth[output] |= smooth
-        if value.connected:
+        if value.connected and not (operation.refusal and not operation.refusal.silent):
             # Written in place where autograd does not look: only what was there before stays linked.
             kept = operation.inputs[:1] if value.leaf or _writes_unseen(operation) else operation.inputs
             walks.linked[output] |= linked if kept is operation.inputs else union(walks.linked, kept)

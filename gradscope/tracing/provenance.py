@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradscope.tracing.autograd import reached_leaves
-from gradscope.tracing.recording import Operation, Recording, Value
+from gradscope.tracing.autograd import memory_of, reached_leaves
+from gradscope.tracing.recording import Operation, Recording, Value, Write
 
 # Calls that leave the tensor world with numbers in hand.
 ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
@@ -60,6 +60,7 @@ class Provenance:
             connected=self._is_connected(tensor),
             leaf=id(tensor) in self._leaves and tensor.grad_fn is None,
             inference=tensor.is_inference(),
+            memory=memory_of(tensor),
         )
         self._recording.values.append(value)
         self._known[id(tensor)] = (weakref.ref(tensor), value.id, _version(tensor))
@@ -76,7 +77,7 @@ class Provenance:
         if known is None or known[0]() is not tensor:
             return self._adopt(tensor)
         _, number, version = known
-        if version != _version(tensor) or (self._written_unseen and _storage(tensor) in self._written_unseen):
+        if version != _version(tensor) or (self._written_unseen and memory_of(tensor) in self._written_unseen):
             number = self._rewritten(tensor, number)
         value = self._recording.values[number]
         # Judged again on use: ``Function.apply`` sets the grad_fn after the tensor was first seen.
@@ -90,7 +91,10 @@ class Provenance:
         ``requires_grad`` alone lies: a view taken under no_grad borrows it from its base and has
         no grad_fn, and a copy may be a leaf of its own.
         """
-        return tensor.requires_grad and (tensor.grad_fn is not None or id(tensor) in self._leaves)
+        if not tensor.requires_grad:
+            return False
+        # A function may give out an inference tensor with a grad_fn: what uses it records nothing (pytorch#77967).
+        return id(tensor) in self._leaves or (tensor.grad_fn is not None and not tensor.is_inference())
 
     # --- writing in place -----------------------------------------------------------------------
 
@@ -99,18 +103,19 @@ class Provenance:
 
         ``unseen``: through ``.data``, so that the version counter of the original did not move.
         """
-        storage = _storage(tensor)
+        storage = memory_of(tensor)
         if storage:
+            self._recording.writes.append(Write(storage, operation.index, unseen))
             self._written[storage] = (self.value_of(tensor), operation)
             if unseen:
                 self._written_unseen.add(storage)
 
     def _rewritten(self, tensor: torch.Tensor, number: int) -> int:
-        written, operation = self._written.get(_storage(tensor), (number, None))
+        written, operation = self._written.get(memory_of(tensor), (number, None))
         if operation is None or written == number:
             self._known[id(tensor)] = (weakref.ref(tensor), number, _version(tensor))
             return number
-        self._written_unseen.discard(_storage(tensor))
+        self._written_unseen.discard(memory_of(tensor))
         return self._link(operation.name, (number, written), tensor, operation)
 
     # --- strangers ------------------------------------------------------------------------------
@@ -164,12 +169,12 @@ class Provenance:
         return tuple(self._scalars[id(item)][1] for item in arguments if id(item) in self._scalars)
 
     def _shares_memory(self, tensor: torch.Tensor) -> int | None:
-        storage = _storage(tensor)
+        storage = memory_of(tensor)
         if not storage:
             return None
         for reference, number, _ in list(self._known.values()):
             other = reference()
-            if other is not None and other is not tensor and _storage(other) == storage:
+            if other is not None and other is not tensor and memory_of(other) == storage:
                 return number
         return None
 
@@ -189,15 +194,6 @@ class Provenance:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """Return what tells one piece of memory from another; 0 where there is none."""
-    try:
-        storage = tensor.untyped_storage()
-        return storage._cdata if storage.device.type == "meta" else storage.data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse tensors, wrappers of torch.func, fake tensors
-        return 0
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
@@ -230,5 +226,7 @@ def results_in(value: Any) -> Iterator[torch.Tensor]:
 
 def describe(tensor: torch.Tensor) -> str:
     """Return shape and dtype in words, such as ``1x256x1024 bfloat16``."""
+    if tensor.is_nested:
+        return f"nested {str(tensor.dtype).removeprefix('torch.')}"
     shape = "x".join(str(int(size)) for size in tensor.shape) or "scalar"
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"

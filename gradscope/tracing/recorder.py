@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.tracing.frames import source_site, user_place
+from gradscope.tracing.autograd import tag
+from gradscope.tracing.frames import function_place, source_site, user_place
 from gradscope.tracing.propagation import is_in_place
 from gradscope.tracing.provenance import ENTRANCES, ESCAPES, Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Site
@@ -31,10 +32,12 @@ SHAPE_ONLY = MAKES_ROOM | frozenset(
     "untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled __len__ ndimension "
     "element_size nelement is_nonzero data_ptr __hash__ __format__ __repr__ __dir__".split()
 )
+# Of those, the calls that autograd may refuse.
+MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad"})
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
 # What a further run can do without: the call gives back its input instead.
-REPLACEABLE = {"detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1}
+REPLACEABLE = {"detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0}
 
 
 def nothing_written(tensor: torch.Tensor) -> None:
@@ -65,6 +68,11 @@ class Recorder(TorchFunctionMode):
         self._regions: list[tuple[object, Region, int]] = []
         self._scopes: list[int] = []
         self._module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
+        self._over = False
+
+    def forward_is_over(self) -> None:
+        """Record nothing from now on; what is written in place is still told."""
+        self._over = True
 
     # --- leaves -----------------------------------------------------------------------------
 
@@ -72,12 +80,16 @@ class Recorder(TorchFunctionMode):
         """Name a tensor that a gradient may be wanted for (``outside``: not part of the model)."""
         value = self.provenance.add_leaf(tensor)
         value.name = name
+        for hook in (tensor._backward_hooks or {}).values():
+            place = function_place(hook)
+            if place is not None:
+                self.recording.hooks[value.id] = place
         (self.recording.outside if outside else self.recording.leaves)[name] = value.id
 
-    def add_constant(self, tensor: torch.Tensor) -> None:
-        """Know a tensor that was there before the run, such as a buffer."""
+    def add_constant(self, tensor: torch.Tensor, name: str = "") -> None:
+        """Know a tensor that was there before the run; named where it is no buffer, whose origin nobody says."""
         if not self.provenance.is_known(tensor):
-            self.provenance.remember(tensor)
+            self.provenance.remember(tensor).name = name
 
     def name_modules(self, model: nn.Module) -> None:
         """Learn the ``named_modules`` paths of the model under test."""
@@ -90,6 +102,10 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _operation_name(func)
+        if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
+            for tensor in _writes(name, args, kwargs) if name is not None else ():
+                self._before_write(tensor)
+            return self._pass(func, args, kwargs)
         if name is None:  # shape, dtype, device: nine calls of ten
             return self._pass(func, args, kwargs)
         if name in ROUNDING and kwargs.get("rounding_mode"):
@@ -109,12 +125,29 @@ class Recorder(TorchFunctionMode):
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that moves no numbers; a tensor that it makes is new and known."""
         name = func.__name__
-        if name in ("__get__", "__set__"):
+        if name == "__get__" or self._over and name == "__set__":
             return func(*args, **kwargs)
+        if name == "__set__":
+            self._begin(name, args[:1], {}, user_place(sys._getframe(2)))
+            func(*args, **kwargs)
+            self.recording.pending = None
+            return None
+        if name == "register_hook" and not self._over:
+            self._note_hook(args[0])
+        if name in MAY_BE_REFUSED and not self._over:
+            self._begin(name, args, kwargs, user_place(sys._getframe(2)))
+            result = self._run(func, args, kwargs)
+            self.recording.pending = None
+            return result
         result = self._run(func, args, kwargs)
         if isinstance(result, torch.Tensor) and name in MAKES_ROOM:
             self.provenance.remember(result)
         return result
+
+    def _note_hook(self, tensor: torch.Tensor) -> None:
+        place = user_place(sys._getframe(2))
+        if place is not None:
+            self.recording.hooks[self.provenance.value_of(tensor)] = place
 
     def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
         """Record one ``autograd.Function.apply`` as a single operation.
@@ -122,7 +155,16 @@ class Recorder(TorchFunctionMode):
         What ran inside is the function's own business: its gradient is its backward. What it took in
         from outside without being given it (the parameters under a reentrant checkpoint) is an input.
         """
-        pending = self._begin(name, args, {}, user_place(sys._getframe(2)))
+        if self._over:
+            return call()
+        place = user_place(sys._getframe(2))
+        if name == "CheckpointFunction":
+            self.recording.reentrant = True
+            if self._runs_through(args, place):
+                return args[0](*args[2:])  # (run_function, preserve_rng_state, *inputs)
+        if name == "BackwardHookFunction":  # torch's way of running a module's full backward hooks
+            place = self._place_of_module_hook() or place
+        pending = self._begin(name, args, {}, place)
         pending.custom = True
         before = len(self.recording.values)
         result = call()
@@ -134,22 +176,39 @@ class Recorder(TorchFunctionMode):
         self._finish(pending, result)
         return result
 
+    def _place_of_module_hook(self) -> Place | None:
+        module = self._module_calls[-1][0] if self._module_calls else None
+        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()] if module is not None else []
+        return next(filter(None, map(function_place, hooks)), None)
+
+    def _runs_through(self, args: tuple[Any, ...], place: Place | None) -> bool:
+        """Tell whether to run the body of a reentrant checkpoint as it is.
+
+        Its gradient is then the one that the checkpoint would give, since an input requires one; where none
+        does, the checkpoint gives none, unless its site is neutralised.
+        """
+        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in args):
+            return True
+        return place is not None and source_site(place, "CheckpointFunction") in self._neutralised
+
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter:
         """Record ``nn.Parameter(tensor)``, which cuts what the tensor was computed from."""
         made = make()
-        if isinstance(data, torch.Tensor) and self.provenance.is_known(data):
+        if not self._over and isinstance(data, torch.Tensor) and self.provenance.is_known(data):
             pending = Operation(0, "Parameter", (self.provenance.value_of(data),), (), place, self._scope, self._active)
             self._finish(pending, made)
         return made
 
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that a tensor was written to bytes, from which another one may be made."""
+        if self._over:
+            return
         number = self.provenance.value_of(tensor)
         self.provenance.escaped(Operation(0, "pickle", (number,), (), place, self._scope, self._active), None)
 
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
-        if self.provenance.has_escapes and tensor.is_floating_point():
+        if not self._over and self.provenance.has_escapes and tensor.is_floating_point():
             self.provenance.entered(tensor)
 
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
@@ -164,10 +223,14 @@ class Recorder(TorchFunctionMode):
 
     def _finish(self, pending: Operation, produced: Any) -> None:
         self.recording.pending = None
-        pending.outputs = tuple(self.provenance.remember(tensor).id for tensor in tensors_in(produced))
-        if pending.inputs and (pending.outputs or pending.name in ESCAPES):
-            pending.index = len(self.recording.operations)
+        made = list(tensors_in(produced))
+        pending.outputs = tuple(self.provenance.remember(tensor).id for tensor in made)
+        made_for_inference = bool(self._regions) and any(tensor.is_inference() for tensor in made)
+        if (pending.inputs and (pending.outputs or pending.name in ESCAPES)) or made_for_inference:
+            since, pending.index = pending.index, len(self.recording.operations)
             self.recording.operations.append(pending)
+            for tensor in made:
+                tag(tensor, pending.index, since)
 
     def _note_crossing(self, pending: Operation, name: str, result: Any, written: list[torch.Tensor]) -> None:
         """Note what the call means for other tensors: numbers that left for Python, came back, or were overwritten."""
@@ -223,6 +286,8 @@ class Recorder(TorchFunctionMode):
 
     def enter_module(self, module: nn.Module, args: Any) -> None:
         """Note the call of a module."""
+        if self._over:
+            return
         name = self.module_names.get(id(module), "")
         kind = type(module).__name__
         given = tuple(self.provenance.value_of(tensor) for tensor in tensors_in(args))
@@ -233,7 +298,7 @@ class Recorder(TorchFunctionMode):
 
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
-        while self._module_calls:
+        while self._module_calls and not self._over:
             entered, scope, given = self._module_calls.pop()
             if entered is module:
                 results = list(tensors_in(output))

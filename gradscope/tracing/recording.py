@@ -65,6 +65,7 @@ class Value:
     leaf: bool = False
     inference: bool = False
     name: str = ""
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,41 @@ class Place:
     code: CodeType
     offset: int
     line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One in-place change: by which operation, of which memory; ``unseen`` if no version counter moved."""
+
+    memory: int
+    operation: int
+    unseen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What becomes of a gradient at an operation that autograd did record: it raises, gives nothing, or errs.
+
+    ``silent``: the gradient goes on and is wrong. ``write`` is the operation that spoiled what was saved.
+    """
+
+    rule: str
+    message: str
+    raises: bool = False
+    silent: bool = False
+    write: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One operation (None: a leaf itself) at which a backward pass lost the gradient of some sources.
+
+    ``what`` is ``none``, ``zero``, ``nonfinite`` or ``raises``; ``hook zero`` and the like where a tensor's hook did it.
+    """
+
+    operation: int | None
+    what: str
+    sources: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -91,6 +127,7 @@ class Operation:
     scope: int | None
     regions: tuple[Region, ...] = ()
     custom: bool = False
+    refusal: Refusal | None = None
 
 
 @dataclass(slots=True)
@@ -103,11 +140,30 @@ class Recording:
     leaves: dict[str, int] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
     escapes: list[Operation] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    hooks: dict[int, Place] = field(default_factory=dict)
+    losses: list[Loss] = field(default_factory=list)
+    backward_error: str = ""
+    reentrant: bool = False
     sinks: tuple[int, ...] = ()
     reached: frozenset[str] = frozenset()
     error: BaseException | None = None
     pending: Operation | None = None
     unseen: list[str] = field(default_factory=list)
+
+    def later_writes(self) -> dict[int, list[Write]]:
+        """Return, by operation, the writes that came after it into memory that it took in or gave out."""
+        by_memory: dict[int, list[Write]] = {}
+        for write in self.writes:
+            by_memory.setdefault(write.memory, []).append(write)
+        found: dict[int, list[Write]] = {}
+        for operation in self.operations if by_memory else ():
+            touched = {self.values[value].memory for value in (*operation.inputs, *operation.outputs)}
+            later = [write for memory in touched for write in by_memory.get(memory, ())
+                     if write.operation > operation.index]  # fmt: skip
+            if later:
+                found[operation.index] = sorted(later, key=lambda write: write.operation)
+        return found
 
     def ancestors(self, scope: int | None) -> list[Scope]:
         """Return the chain of scopes from the outermost to this one."""

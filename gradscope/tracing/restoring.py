@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -39,6 +41,7 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     Scripted modules change theirs unseen: their buffers are copied beforehand.
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    containers = [pair for module in model.modules() for value in module.__dict__.values() for pair in _copied(value)]
     tables = [(table, dict(table)) for module in model.modules() for table in _tables(module)]
     tensors = [*model.parameters(), *model.buffers()]
     owners = {_memory(tensor): tensor for tensor in tensors}
@@ -58,8 +61,10 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     finally:
         for table, before in (*tables, *((module.__dict__, before) for module, before in attributes)):
             _restore(table, before)
-        for key, copy in copies.items():
-            owners[key].data.copy_(copy)  # .data: the version counter stays as it was
+        for container, before in containers:
+            _refill(container, before)
+        for key, values in copies.items():
+            owners[key].data.copy_(values)  # .data: the version counter stays as it was
 
 
 @contextmanager
@@ -92,6 +97,33 @@ def _restore(table: dict[str, Any], before: dict[str, Any]) -> None:
     if list(table) != list(before) or any(table[name] is not value for name, value in before.items()):
         table.clear()
         table.update(before)
+
+
+# A cache lies rarely deeper in what a module holds.
+DEEPEST = 4
+
+
+def _copied(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Yield the containers in a plain attribute (caches, lists of outputs) with copies of what they hold."""
+    if type(value) not in (dict, OrderedDict, defaultdict, list, set, deque) or depth == DEEPEST:
+        return
+    yield value, copy.copy(value)
+    for item in value.values() if isinstance(value, dict) else value:
+        yield from _copied(item, depth + 1)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Give a container back what it held; one that holds it still is not touched."""
+    if len(container) == len(before):
+        pairs = zip(_items(container), _items(before), strict=True)
+        if all(now is then for now, then in pairs):
+            return
+    container.clear()
+    container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
+
+
+def _items(container: Any) -> Iterator[Any]:
+    return iter([*container, *container.values()]) if isinstance(container, dict) else iter(container)
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from gradscope.tracing.autograd import reached_leaves
+from gradscope.findings import Gradient
+from gradscope.tracing.autograd import AutogradGraph, walk_graph
+from gradscope.tracing.backward import run_backward
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.provenance import results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.restoring import untouched_state
+from gradscope.tracing.restoring import TABLES, untouched_state
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
+
+
+Pass: TypeAlias = Literal["none", "plain", "watched"]
 
 
 @dataclass(slots=True)
 class Run:
-    """One recorded run and what stayed of its model: names of sources, which are frozen, which inputs are asked for."""
+    """One recorded run and what stayed of its model: names of sources, which are frozen, which are asked about.
+
+    ``gradients`` has the sources that a backward pass was made for and their graph reaches (None: nothing arrived);
+    ``troubled`` says that a watched pass has more to tell.
+    """
 
     recording: Recording
     frozen: set[str]
     parameters: set[str]
-    wanted: frozenset[str] = frozenset()
+    asked: frozenset[str] = frozenset()
+    gradients: dict[str, Gradient | None] = field(default_factory=dict)
+    measured: bool = False
+    troubled: bool = False
 
 
 class Runner:
@@ -37,12 +49,15 @@ class Runner:
         self.workshop = workshop
         self._prepared: nn.Module | None = None
 
-    def run(self, neutralised: frozenset[Site] = frozenset()) -> Run:
+    def run(
+        self, neutralised: frozenset[Site] = frozenset(), *, backward: Pass = "none", as_given: bool = False
+    ) -> Run:
         """Build the model, make the call, and return what was seen.
 
         Every run builds its model anew around the prepared parts, so that no run can leave an
         inference tensor in a cache for the next; a borrowed model is given back as it was.
-        Switches neutralised: see ``instrument``.
+        Switches neutralised: see ``instrument``. ``as_given``: what is not asked about requires no gradient, as in
+        the user's own run; else everything does, so that every source can be told about.
         """
         with untouched_state(), torch.compiler.set_stance("force_eager"):
             origin = self._prepare()
@@ -51,33 +66,38 @@ class Runner:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
                 with observe(recorder, neutralised), torch.enable_grad(), recorder:
-                    return self._record(recorder, origin)
+                    return self._record(recorder, origin, backward, as_given)
 
-    def _record(self, recorder: Recorder, origin: nn.Module) -> Run:
+    def _record(self, recorder: Recorder, origin: nn.Module, backward: Pass, as_given: bool) -> Run:
         for name, parameter in origin.named_parameters():
             recorder.add_leaf(name, parameter, outside=True)
         with recorder.constructing():
             built = self.subject.build(self.workshop, origin)
         recorder.provenance.strangers = 0
-        frozen, parameters = _name_leaves(recorder, built)
-        for constant in constants_of(built.model):
-            recorder.add_constant(constant)
+        named = dict(built.model.named_parameters())
+        frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+        asked = self.subject.asked_for([*named, *built.inputs], set(named), frozen, built.wanted)
+        sources = {name: tensor for name, tensor in {**named, **built.inputs}.items() if name in asked or not as_given}
+        _name_leaves(recorder, sources, built)
+        run = Run(recorder.recording, frozen, set(named), asked)
+        for constant, name in constants_of(built.model):
+            recorder.add_constant(constant, name)
         recorder.name_modules(built.model)
-        with _unfrozen(built.model):
-            self._call(recorder, built)
+        with _requiring_grad(built.model, sources):
+            self._call(recorder, built, run, backward)
         if recorder.provenance.strangers:
             recorder.recording.unseen.append(
                 f"{recorder.provenance.strangers} tensors came from where no torch function looks "
                 "(a kernel, another library): what they were made of is not known."
             )
-        return Run(recorder.recording, frozen, parameters, built.wanted)
+        return run
 
     def _prepare(self) -> nn.Module:
         if self._prepared is None:
             self._prepared = self.subject.prepare(self.workshop)
         return self._prepared
 
-    def _call(self, recorder: Recorder, built: Built) -> None:
+    def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
         recording = recorder.recording
         try:
             result = built.call()
@@ -86,54 +106,91 @@ class Runner:
         except Exception as error:  # the target's own: the tracer judges whether autograd is its cause
             recording.error = error
             return
+        finally:
+            recorder.forward_is_over()
         sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
         recording.sinks = recorder.value_ids(sinks)
-        leaves = {id(tensor) for tensor in reached_leaves(sinks)}
+        graph = walk_graph(sinks, recording.later_writes())
+        leaves = {id(tensor) for tensor in graph.leaves}
         named = {**dict(built.model.named_parameters(remove_duplicate=False)), **built.inputs}
-        recording.reached = frozenset(name for name, tensor in named.items() if id(tensor) in leaves)
+        recording.reached = frozenset(
+            name for name, tensor in named.items() if name in recording.leaves and id(tensor) in leaves
+        )
+        for operation, refusal in graph.refusals.items():
+            recording.operations[operation].refusal = refusal
+        if backward != "none":
+            asked = {name: tensor for name, tensor in named.items() if name in run.asked}
+            self._go_back(run, sinks, graph, asked, watched=backward == "watched")
+
+    def _go_back(
+        self,
+        run: Run,
+        sinks: list[torch.Tensor],
+        graph: AutogradGraph,
+        asked: dict[str, torch.Tensor],
+        *,
+        watched: bool,
+    ) -> None:
+        """Run the backward pass where it can be run: with numbers, or on a pretended CPU for custom functions."""
+        measured = self.workshop.mode == "real"
+        if not measured and not graph.custom:
+            return
+        if not measured and self.workshop.device.type != "cpu":
+            run.recording.unseen.append("What custom backward functions give is seen only by computing (--mode real).")
+            return
+        result = run_backward(sinks, graph, asked, watched=watched, measured=measured)
+        if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
+            run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")
+            return
+        run.gradients, run.measured, run.troubled = result.gradients, measured, result.troubled
+        run.recording.losses = result.losses
+        if result.error is not None:
+            run.recording.backward_error = f"{type(result.error).__name__}: {result.error}"
 
 
-def constants_of(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the tensors that a model holds besides its parameters: buffers, and plain attributes."""
-    yield from model.buffers()
-    for module in model.modules():
-        yield from tensors_in([value for name, value in vars(module).items() if not name.startswith("_")])
+def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
+    """Yield the tensors that a model holds besides its parameters: buffers (no name), and attributes by name."""
+    for buffer in model.buffers():
+        yield buffer, ""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            for tensor in tensors_in([value]) if name not in TABLES else ():
+                yield tensor, f"{path}.{name}".lstrip(".")
 
 
-def _name_leaves(recorder: Recorder, built: Built) -> tuple[set[str], set[str]]:
-    """Make the model's parameters and its wanted inputs the sources of the run."""
-    frozen: set[str] = set()
-    parameters: set[str] = set()
-    for name, parameter in built.model.named_parameters():
-        recorder.add_leaf(name, parameter)
-        parameters.add(name)
-        if not parameter.requires_grad:
-            frozen.add(name)
-    for name, tensor in built.inputs.items():
-        tensor.requires_grad_(True)
+def _name_leaves(recorder: Recorder, sources: dict[str, torch.Tensor], built: Built) -> None:
+    """Make the model's parameters and its inputs the sources of the run."""
+    for name, tensor in sources.items():
+        if name in built.inputs:
+            tensor.requires_grad_(True)
         recorder.add_leaf(name, tensor)
-    own = {value for value in recorder.recording.leaves.values()}
+    own = {recorder.provenance.value_of(parameter) for parameter in built.model.parameters()}
     outside = recorder.recording.outside
     for name in [name for name, value in outside.items() if value in own]:
         del outside[name]
-    return frozen, parameters
 
 
 @contextmanager
-def _unfrozen(model: nn.Module) -> Iterator[None]:
-    """Let every floating parameter require a gradient, and put the flags back afterwards.
+def _requiring_grad(model: nn.Module, sources: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let the floating parameters among the sources require a gradient, no others, and put the flags back afterwards.
 
     Frozen is not blocked: a frozen parameter's status is what it would be if it were trained.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    flags = [parameter.requires_grad for parameter in parameters]
+    parameters = [(name, each) for name, each in model.named_parameters() if each.is_floating_point()]
+    flags = [parameter.requires_grad for _, parameter in parameters]
     try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for name, parameter in parameters:
+            _set_flag(parameter, name in sources)
         yield
     finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
+        for (_, parameter), flag in zip(parameters, flags, strict=True):
+            _set_flag(parameter, flag)
+
+
+def _set_flag(parameter: torch.Tensor, flag: bool) -> None:
+    """Set ``requires_grad`` where it can be set: a parameter made under inference_mode stays as it was made."""
+    if parameter.requires_grad != flag and not parameter.is_inference():
+        parameter.requires_grad_(flag)
 
 
 def _absorbing(run: Caller, absorbed: frozenset[str]) -> Caller:

@@ -24,6 +24,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 ROOM = frozenset({"zeros", "ones", "empty", "full"})
+# What hands out the memory itself; a kernel that is given the null pointer of a fake tensor ends the process.
+MEMORY = frozenset({"data_ptr", "__cuda_array_interface__", "__dlpack__"})
 
 
 class CannotFollow(RuntimeError):
@@ -39,6 +41,8 @@ class PretendedDevice:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, under fake tensors where it takes one or asks for the device."""
+        if getattr(func, "__name__", "") in MEMORY and _has_fake(args, kwargs):
+            raise CannotFollow("the memory of a tensor that has none is asked for")
         if self._asks_for_device(args, kwargs) or _has_fake(args, kwargs) or self._makes_room(func, kwargs):
             if args and _is_real(args[0]) and is_in_place(getattr(func, "__name__", "")):
                 raise CannotFollow("numbers that do not exist are written into a tensor that does")
@@ -66,11 +70,12 @@ class PretendedDevice:
     def pretend(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a fake tensor of the same shape and strides on the device; integers keep their dtype."""
         dtype = dtype if tensor.is_floating_point() else tensor.dtype
-        with self._mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=self.device)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        return fake
+        with torch.inference_mode(tensor.is_inference()):  # one that was made for inference stays one
+            with self._mode:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=self.device)
+            if isinstance(tensor, nn.Parameter):
+                return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            return fake
 
     def _makes_room(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Tell ``torch.zeros(...)`` and the like on a pretended CPU: made to be written into, so it is made fake."""

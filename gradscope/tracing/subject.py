@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
@@ -83,3 +84,24 @@ class Subject:
     wrt: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     loss: Callable[[Any], Any] | None = None
+
+    def asked_for(
+        self, names: Iterable[str], parameters: set[str], frozen: set[str], wanted: frozenset[str]
+    ) -> frozenset[str]:
+        """Return the sources whose gradient is wanted: those that ``wrt`` names; else what trains.
+
+        An input counts where its ``requires_grad`` was on. Where nothing trains, everything is asked about.
+        """
+        if self.wrt:
+            return frozenset(name for name in names if matches(name, self.wrt))
+        trained = {name for name in parameters if not self.is_frozen(name, frozen)} | wanted
+        return frozenset(trained or names)
+
+    def is_frozen(self, name: str, frozen: set[str]) -> bool:
+        """Tell whether a parameter counts as frozen: ``trainable`` says so, else its ``requires_grad``."""
+        return not matches(name, self.trainable) if self.trainable else name in frozen
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Tell whether a source is named by one of the patterns, itself or with what it is part of."""
+    return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import platform
 import time
 
@@ -10,20 +9,16 @@ import torch
 
 from gradscope._version import version
 from gradscope.errors import NotAnalysedError
-from gradscope.findings import SEVERITIES, Finding, Severity, Source
+from gradscope.findings import SEVERITIES, Finding, Source
 from gradscope.paths import short_path
-from gradscope.rules import rule_name
 from gradscope.session import Session
-from gradscope.tracing.diagnose import Cut
+from gradscope.tracing.diagnose import Cut, is_autograds
 from gradscope.tracing.drawing import draw
-from gradscope.tracing.frames import source_line
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.runner import Run, Runner
-from gradscope.tracing.subject import Subject, Workshop
+from gradscope.tracing.runner import Runner
+from gradscope.tracing.subject import Subject, Workshop, matches
 from gradscope.tracing.verify import Proof, prove
-
-AUTOGRAD_ERRORS = ("inference tensor", "Inference tensor", "does not require grad", "modified by an inplace")
-
+from gradscope.tracing.wording import finding_of, outside_findings, severity_of
 
 def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) -> Session:
     """Return the session of one subject.
@@ -33,17 +28,16 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
             floating tensor to ask a gradient of.
     """
     started = time.perf_counter()
-    proof = prove(Runner(subject, workshop), lambda run: asked_for(subject, run), verify=verify)
+    proof = prove(Runner(subject, workshop), verify=verify)
     recording = proof.first.recording
     _refuse_unanalysed(subject, recording)
-    asked = asked_for(subject, proof.first)
-    ids = {site: f"F{index}" for index, site in enumerate(_by_severity(proof, asked), start=1)}
-    findings = [_finding(proof.cuts[site], ids, proof, asked) for site in ids]
-    findings += _outside_findings(proof, len(findings))
+    ids = {site: f"F{index}" for index, site in enumerate(_by_severity(proof), start=1)}
+    findings = [finding_of(proof.cuts[site], ids, proof) for site in ids]
+    findings += outside_findings(proof, len(findings))
     sources = _sources(proof, ids, subject)
     session = Session(
         kind="trace",
-        verdict=_verdict(recording, findings),
+        verdict=_verdict(proof, findings),
         tool={"name": "gradscope", "version": version()},
         environment={
             "python": platform.python_version(),
@@ -56,7 +50,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
         fix_set=[ids[site] for site in proof.fix],
         fix_verified=proof.verified,
         graph=draw(recording, proof.diagnosis, ids, proof.first.frozen, subject.inputs),
-        crash=_crash(recording),
+        crash=_crash(proof),
         remedy=subject.remedy,
         remarks=_remarks(subject, workshop, proof),
         unseen=list(dict.fromkeys(recording.unseen)),
@@ -66,39 +60,11 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
     return session
 
 
-def asked_for(subject: Subject, run: Run) -> frozenset[str]:
-    """Return the sources whose gradient is wanted: those that ``wrt`` names; else what trains.
-
-    An input counts where its ``requires_grad`` was on. Where nothing trains, everything is asked about.
-    """
-    names = list(run.recording.leaves)
-    if subject.wrt:
-        return frozenset(name for name in names if _matches(name, subject.wrt))
-    trained = {name for name in run.parameters if not _is_frozen(name, run, subject)} | run.wanted
-    return frozenset(trained or names)
-
-
-def _is_frozen(name: str, run: Run, subject: Subject) -> bool:
-    return not _matches(name, subject.trainable) if subject.trainable else name in run.frozen
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
-
-
-def _by_severity(proof: Proof, asked: frozenset[str]) -> list[Site]:
+def _by_severity(proof: Proof) -> list[Site]:
     """Return the cuts in the order met, the grave ones first: a note has no business in front of an error."""
     crashed = proof.first.recording.error is not None
-    sites = list(proof.cuts)
-    return sorted(sites, key=lambda site: SEVERITIES.index(_severity(proof.cuts[site], asked, crashed)))
-
-
-def _severity(cut: Cut, asked: frozenset[str], crashed: bool) -> Severity:
-    if crashed:
-        return "error"
-    if cut.sources & asked:
-        return "warning" if cut.escape else "error"
-    return "warning" if cut.partial & asked else "note"
+    sites = [site for site, cut in proof.cuts.items() if cut.touched or crashed]
+    return sorted(sites, key=lambda site: SEVERITIES.index(severity_of(proof.cuts[site], proof.asked, crashed)))
 
 
 # --- the parts of a session ------------------------------------------------------------------------
@@ -106,7 +72,7 @@ def _severity(cut: Cut, asked: frozenset[str], crashed: bool) -> Severity:
 
 def _refuse_unanalysed(subject: Subject, recording: Recording) -> None:
     error = recording.error
-    if error is not None and not any(text in str(error) for text in AUTOGRAD_ERRORS):
+    if error is not None and not is_autograds(error):
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotAnalysedError(
             f"{subject.name} could not be run: its forward pass raised {type(error).__name__}: {first_line}",
@@ -118,11 +84,18 @@ def _refuse_unanalysed(subject: Subject, recording: Recording) -> None:
         )
 
 
-def _verdict(recording: Recording, findings: list[Finding]) -> str:
-    if recording.error is not None:
+def _verdict(proof: Proof, findings: list[Finding]) -> str:
+    if proof.first.recording.error is not None or _raising(proof) is not None:
         return "crashes"
-    severities = {finding.severity for finding in findings}
-    return "blocked" if "error" in severities else "partial" if "warning" in severities else "flows"
+    if any(finding.severity == "error" for finding in findings):
+        return "blocked"
+    lost = {name for cut in proof.cuts.values() for name in cut.sources | cut.partial | cut.wrong}
+    return "partial" if lost & proof.asked else "flows"
+
+
+def _raising(proof: Proof) -> Cut | None:
+    """Return the cut at which the backward pass for what is asked about ends with an exception."""
+    return next((cut for cut in proof.cuts.values() if cut.raises and cut.touched & proof.asked), None)
 
 
 def _target(subject: Subject, workshop: Workshop) -> dict[str, object]:
@@ -140,10 +113,10 @@ def _sources(proof: Proof, ids: dict[Site, str], subject: Subject) -> dict[str, 
     crashed = proof.first.recording.error is not None
     sources: dict[str, Source] = {}
     for name, seen in proof.diagnosis.statuses.items():
-        if subject.wrt and not _matches(name, subject.wrt):
+        if subject.wrt and not matches(name, subject.wrt):
             continue
         status = seen
-        found = [ids[site] for site, cut in proof.cuts.items() if name in cut.sources or name in cut.partial]
+        found = [ids[site] for site, cut in proof.cuts.items() if name in cut.touched]
         if crashed:
             healed = proof.healed.recording.reached if proof.healed else frozenset()
             status = "blocked" if name in healed or not proof.verified else "unused"
@@ -152,104 +125,33 @@ def _sources(proof: Proof, ids: dict[Site, str], subject: Subject) -> dict[str, 
             name=name,
             kind="parameter" if name in proof.first.parameters else "input",
             status=status,
-            frozen=name in proof.first.parameters and _is_frozen(name, proof.first, subject),
+            frozen=name in proof.first.parameters and subject.is_frozen(name, proof.first.frozen),
             findings=found,
+            gradient=proof.first.gradients.get(name) if proof.first.measured else None,
         )
     return sources
 
 
-def _finding(cut: Cut, ids: dict[Site, str], proof: Proof, asked: frozenset[str]) -> Finding:
-    site = cut.site
-    hidden = proof.hidden_by.get(site)
-    crashed = proof.first.recording.error is not None
-    return Finding(
-        id=ids[site],
-        rule=cut.rule,
-        name=rule_name(cut.rule),
-        severity=_severity(cut, asked, crashed),
-        confidence="possible" if cut.escape else "likely" if not cut.sources and cut.partial else "certain",
-        message=_message(cut, crashed),
-        path=short_path(site.path),
-        line=site.line,
-        end_line=site.line,
-        function=site.function,
-        module=cut.module,
-        mechanism=site.mechanism,
-        how=site.how,
-        cuts=tuple(sorted(cut.sources | cut.partial)),
-        behind=ids.get(hidden) if hidden else None,
-        verified=proof.verified and site in proof.fix,
-        fix=_advice(cut),
-        chain=(*cut.chain, site.function) if site.how == "decorator" else cut.chain,
-        source=source_line(site.path, site.line),
-    )
-
-
-def _message(cut: Cut, crashed: bool) -> str:
-    site = cut.site
-    also = "" if cut.sources or not cut.partial else " Another path carries a gradient, so it is there and incomplete."
-    if cut.rule.startswith("GS1"):
-        place = f"{site.function} runs under {site.mechanism}"
-        if crashed:
-            return f"{place}: it returns inference tensors, which autograd refuses to save for backward."
-        return f"{place}: autograd records nothing of what it computes.{also}"
-    if cut.flat:
-        return f"{site.mechanism} in {site.function} has no useful derivative: nothing that is unblocked can help."
-    if cut.escape:
-        return f"{site.mechanism} in {site.function} takes the numbers into Python, where no gradient follows."
-    return f"{site.mechanism} in {site.function} gives out a tensor that autograd does not connect to its input.{also}"
-
-
-def _advice(cut: Cut) -> str:
-    site = cut.site
-    if site.how == "decorator":
-        return f"Call the undecorated function: {site.function}.__wrapped__(self, ...), or the modules inside it."
-    if cut.rule.startswith("GS1"):
-        return f"Do not enter {site.mechanism} here when a gradient is wanted."
-    if cut.flat:
-        return f"Put a differentiable surrogate in the place of {site.mechanism} (straight-through, softmax, Gumbel)."
-    if cut.rule.startswith("GS3"):
-        return "Keep the value a tensor on this path."
-    if cut.rule.startswith("GS5"):
-        return "Give the function a backward, or register one for the operator."
-    return f"Keep the graph: leave out {site.mechanism} on the path that is trained."
-
-
-def _outside_findings(proof: Proof, count: int) -> list[Finding]:
-    """Return notes on parameters that the model took a detached copy of when it was built."""
-    notes: list[Finding] = []
-    for cut in proof.diagnosis.outside_cuts.values():
-        if cut.site in proof.cuts or not cut.sources or cut.rule.startswith("GS1"):
-            continue
-        names = ", ".join(sorted(cut.sources))
-        notes.append(
-            Finding(
-                id=f"F{count + len(notes) + 1}",
-                rule=cut.rule,
-                name=rule_name(cut.rule),
-                severity="note",
-                message=f"{names} enters as a detached copy, made once in {cut.site.function}: it never trains, "
-                "whatever else is fixed.",
-                path=short_path(cut.site.path),
-                line=cut.site.line,
-                function=cut.site.function,
-                mechanism=cut.site.mechanism,
-                how="call",
-                cuts=tuple(sorted(cut.sources)),
-                chain=cut.chain,
-                source=source_line(cut.site.path, cut.site.line),
-            )
-        )
-    return notes
-
-
-def _crash(recording: Recording) -> dict[str, object] | None:
+def _crash(proof: Proof) -> dict[str, object] | None:
+    recording = proof.first.recording
     if recording.error is None:
-        return None
+        raising = _raising(proof)
+        if raising is None:
+            return None
+        kind, _, message = recording.backward_error.partition(": ")
+        return {
+            "phase": "backward",
+            "exception": kind or "RuntimeError",
+            "message": (message or raising.words).strip().splitlines()[0],
+            "path": short_path(raising.site.path),
+            "line": raising.site.line,
+            "module": raising.module,
+        }
     pending = recording.pending
     place = pending.place if pending else None
     modules = [scope.module for scope in recording.ancestors(pending.scope)] if pending else []
     return {
+        "phase": "forward",
         "exception": type(recording.error).__name__,
         "message": str(recording.error).strip().splitlines()[0],
         "path": short_path(place.code.co_filename) if place else "",
@@ -260,6 +162,8 @@ def _crash(recording: Recording) -> dict[str, object] | None:
 
 def _remarks(subject: Subject, workshop: Workshop, proof: Proof) -> list[str]:
     remarks = list(subject.remarks)
+    if proof.as_given:
+        remarks.append(proof.as_given)
     if workshop.mode == "structural":
         if workshop.device.type != "cpu":
             remarks.append(
@@ -268,7 +172,7 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof) -> list[str]:
             )
         else:
             remarks.append("Fake tensors: shapes and autograd are true, no number was computed.")
-    if proof.first.frozen:
+    if proof.first.frozen and not proof.as_given:
         remarks.append(
             f"{len(proof.first.frozen)} frozen parameters were unfrozen for the run and frozen again: "
             "frozen is not blocked."

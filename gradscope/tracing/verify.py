@@ -7,10 +7,9 @@ arrives, and without this one it does not (shown by a further run, or by the fir
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gradscope.tracing.diagnose import Cut, Diagnosis, crash_cuts, diagnose
+from gradscope.tracing.diagnose import Cut, Diagnosis, crash_cuts, diagnose, is_autograds
 from gradscope.tracing.recorder import REPLACEABLE
 from gradscope.tracing.recording import Site
 from gradscope.tracing.runner import Run, Runner
@@ -20,7 +19,10 @@ MOST_ROUNDS = 12
 
 @dataclass(slots=True)
 class Proof:
-    """The first run, every cut by layer, and the smallest set whose removal lets the gradient through."""
+    """The first run, every cut by layer, and the smallest set whose removal lets the gradient through.
+
+    ``as_given`` says why only what is asked about was made to require a gradient; empty where everything was.
+    """
 
     first: Run
     diagnosis: Diagnosis
@@ -32,15 +34,20 @@ class Proof:
     healed_diagnosis: Diagnosis | None = None
     wanted: frozenset[str] = frozenset()
     runs: int = 1
+    as_given: str = ""
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """Return the sources whose gradient is wanted."""
+        return self.first.asked
 
 
-def prove(runner: Runner, asked: Callable[[Run], frozenset[str]], *, verify: bool = True) -> Proof:
+def prove(runner: Runner, *, verify: bool = True) -> Proof:
     """Diagnose a subject and, where asked, find and verify the smallest fix for the sources asked about."""
-    first = runner.run()
-    diagnosis = diagnose(first.recording)
-    names = asked(first)
+    first, diagnosis, said, runs = _first(runner)
+    names = first.asked
     wanted = frozenset(diagnosis.blocked & names) or (names if first.recording.error is not None else frozenset())
-    proof = Proof(first, diagnosis, cuts=_cuts_of(first, diagnosis), wanted=wanted)
+    proof = Proof(first, diagnosis, cuts=_cuts_of(first, diagnosis), wanted=wanted, runs=runs, as_given=said)
     for cut in proof.cuts.values():
         if cut.outer is not None:
             proof.hidden_by[cut.site] = cut.outer
@@ -49,6 +56,43 @@ def prove(runner: Runner, asked: Callable[[Run], frozenset[str]], *, verify: boo
         if proof.verified:
             _minimise(runner, proof)
     return proof
+
+
+def _first(runner: Runner) -> tuple[Run, Diagnosis, str, int]:
+    """Return the run to judge by: with every source requiring a gradient, or as the user runs it where that differs.
+
+    A reentrant checkpoint gives no gradient unless one of its inputs requires one, and an input that is written in
+    place crashes only where it requires one: there, what nobody asked about may not be made to.
+    """
+    first, runs = _run_back(runner, as_given=False)
+    recording, diagnosis = first.recording, diagnose(first.recording)
+    everything = first.asked >= set(recording.leaves)
+    if recording.error is not None and is_autograds(recording.error) and not everything:
+        given, more = _run_back(runner, as_given=True)
+        said = f"Only what is asked about was made to require a gradient: with all of it, {_said(recording.error)}"
+        if given.recording.error is None or not is_autograds(given.recording.error):
+            return given, diagnose(given.recording), said, runs + more
+        runs += more
+    elif not everything and recording.reentrant:
+        given, more = _run_back(runner, as_given=True)
+        seen = diagnose(given.recording)
+        said = "Only what is asked about was made to require a gradient: reentrant checkpoints depend on it."
+        if seen.blocked - diagnosis.blocked:
+            return given, seen, said, runs + more
+        runs += more
+    return first, diagnosis, "", runs
+
+
+def _run_back(runner: Runner, *, as_given: bool) -> tuple[Run, int]:
+    """Run forward and backward; where a gradient came to nothing, again with a look at every node."""
+    run = runner.run(backward="plain", as_given=as_given)
+    if run.troubled:
+        return runner.run(backward="watched", as_given=as_given), 2
+    return run, 1
+
+
+def _said(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _cuts_of(run: Run, diagnosis: Diagnosis) -> dict[Site, Cut]:
@@ -61,7 +105,7 @@ def _peel(runner: Runner, proof: Proof) -> None:
     removed = _removable(proof.cuts)
     newest = removed
     while newest and proof.runs < MOST_ROUNDS:
-        run = runner.run(frozenset(removed))
+        run = runner.run(frozenset(removed), as_given=bool(proof.as_given))
         proof.runs += 1
         diagnosis = diagnose(run.recording)
         if _arrives(run, diagnosis, wanted):
@@ -87,7 +131,7 @@ def _minimise(runner: Runner, proof: Proof) -> None:
         if proof.diagnosis.needs(site):
             continue  # the first run itself shows it: no further run can say otherwise
         without = frozenset(kept) - {site}
-        run = runner.run(without)
+        run = runner.run(without, as_given=bool(proof.as_given))
         proof.runs += 1
         diagnosis = diagnose(run.recording)
         # As good as with everything removed: a gradient that misses one of its paths is not.

@@ -1,0 +1,200 @@
+"""Cut the gradient at random places of real architectures and see whether the very line is named, and nothing else.
+
+A random module of a random model gets its output cut in a random way; the expected answer is the line of
+the cut in this file. Judged beside it: a plain backward pass says which parameters still get a gradient.
+
+Run: ``python benchmarks/random_cuts.py [CUTS] [SEED]`` (default 200; needs timm, torchvision, transformers).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradscope
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+def no_grad_block(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():  # here
+        return x * 1
+
+
+def inference_block(x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():  # here
+        y = x * 1
+    return y.clone()
+
+
+def switched_off(x: torch.Tensor) -> torch.Tensor:
+    with torch.set_grad_enabled(False):  # here
+        return x * 1
+
+
+@torch.no_grad()  # here
+def no_grad_decorator(x: torch.Tensor) -> torch.Tensor:
+    return x * 1
+
+
+def detached(x: torch.Tensor) -> torch.Tensor:
+    return x.detach()  # here
+
+
+def data(x: torch.Tensor) -> torch.Tensor:
+    return x.data  # here
+
+
+def new_leaf(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().requires_grad_()  # here
+
+
+def rewrapped(x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(x)  # here
+
+
+def as_parameter(x: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(x)  # here
+
+
+def through_numpy(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(x.detach().numpy() * 1)  # here
+
+
+def through_a_list(x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(x.tolist())  # here
+
+
+def view_under_no_grad(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():  # here
+        return x.view(x.shape)
+
+
+CUTS: list[Cut] = [
+    no_grad_block, inference_block, switched_off, no_grad_decorator, detached, data, new_leaf, rewrapped, as_parameter,
+    through_numpy, through_a_list, view_under_no_grad,
+]  # fmt: skip
+
+
+def line_of(cut: Cut) -> int:
+    """Return the line marked ``# here`` in a cut."""
+    lines, start = inspect.getsourcelines(inspect.unwrap(cut))
+    return start + next(number for number, line in enumerate(lines) if "# here" in line)
+
+
+def models() -> dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]]:
+    """Return small real models with their inputs, each made anew on call."""
+    import timm
+    import torchvision
+    import transformers
+
+    def vision(make: Callable[..., nn.Module], size: int, **options: Any) -> Callable[[], Any]:
+        return lambda: (make(**options), {"x": torch.randn(2, 3, size, size)})
+
+    found: dict[str, Callable[[], Any]] = {}
+    for name, size in {
+        "resnet18": 64, "vit_tiny_patch16_224": 64, "convnext_atto": 64, "mobilenetv3_small_050": 64, "levit_128s": 224,
+        "mixer_s32_224": 224, "efficientnet_b0": 64, "regnetx_002": 64, "deit_tiny_patch16_224": 64,
+        "swin_tiny_patch4_window7_224": 224, "densenet121": 64, "ghostnet_050": 64, "poolformer_s12": 64,
+        "coat_tiny": 64, "gmlp_ti16_224": 224,
+    }.items():  # fmt: skip
+        options = {"img_size": size} if "vit_" in name or "deit" in name or "coat_" in name else {}
+        found[f"timm {name}"] = vision(timm.create_model, size, model_name=name, num_classes=10, **options)
+    for name in ("squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "alexnet"):
+        found[f"torchvision {name}"] = vision(torchvision.models.get_model, 96, name=name, num_classes=10)
+
+    def text(kind: str, **sizes: int) -> Callable[[], Any]:
+        config = getattr(transformers, f"{kind}Config")(vocab_size=99, **sizes)
+        make = getattr(transformers, f"{kind}Model")
+        return lambda: (make(config), {"input_ids": torch.randint(3, 90, (2, 12))})
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    for kind in ("Bert", "Roberta", "Llama", "Qwen2", "Mistral", "Electra"):
+        found[f"transformers {kind}"] = text(kind, **small)
+    found["transformers GPT2"] = text("GPT2", n_embd=32, n_layer=2, n_head=4)
+    found["transformers T5"] = lambda: (
+        transformers.T5EncoderModel(transformers.T5Config(vocab_size=99, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)),
+        {"input_ids": torch.randint(3, 90, (2, 12))},
+    )  # fmt: skip
+    return found
+
+
+def insert(model: nn.Module, cut: Cut, rng: random.Random) -> str:
+    """Cut the output of a random module that gives a floating tensor; return its name."""
+    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    name = rng.choice(names)
+    module = model.get_submodule(name)
+    forward = module.forward
+
+    def cut_forward(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return cut(output) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+    module.forward = cut_forward  # type: ignore[method-assign]
+    return name
+
+
+def reached(model: nn.Module, inputs: dict[str, torch.Tensor]) -> set[str]:
+    """Return the parameters that a plain backward pass gives a gradient."""
+    output = model(*inputs.values()) if "x" in inputs else model(**inputs)
+    tensors = [t for t in ([output] if isinstance(output, torch.Tensor) else list(output.values()))
+               if isinstance(t, torch.Tensor) and t.requires_grad]  # fmt: skip
+    if tensors:
+        torch.autograd.backward(tensors, [torch.randn_like(t) for t in tensors])
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def one(rng: random.Random, makers: dict[str, Any]) -> tuple[str, str]:
+    """Make one cut; return the outcome and the words that tell it."""
+    name, cut = rng.choice(sorted(makers)), rng.choice(CUTS)
+    seed = rng.randrange(10**6)
+    torch.manual_seed(seed)
+    model, inputs = makers[name]()
+    healthy = reached(model, inputs)
+    torch.manual_seed(seed)
+    model, inputs = makers[name]()
+    place = insert(model, cut, rng)
+    where = f"{name} {place} {cut.__name__}"
+    args, kwargs = ((*inputs.values(),), {}) if "x" in inputs else ((), inputs)
+    session = gradscope.trace(model, *args, verify=False, **kwargs)
+    arriving = reached(model, inputs)
+    said = {each.name for each in session.sources.values() if each.status in ("flows", "partial")} & healthy
+    if said != arriving & healthy:
+        return "wrong status", f"{where}: {sorted(said ^ (arriving & healthy))[:3]}"
+    named = {(finding.path, finding.line) for finding in session.findings if finding.severity != "note"}
+    expected = {(path, line) for path, line in named if path.endswith("random_cuts.py") and line == line_of(cut)}
+    if named - expected:
+        return "another place named", f"{where}: {sorted(named - expected)[:2]}"
+    if not expected:
+        return ("nothing to lose" if arriving == healthy else "missed"), where
+    return "named exactly", where
+
+
+def main() -> None:
+    """Run and print the outcomes."""
+    warnings.simplefilter("ignore")
+    wanted, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 200, int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    rng, makers = random.Random(seed), models()
+    outcomes: Counter[str] = Counter()
+    used: set[str] = set()
+    started = time.perf_counter()
+    while sum(outcomes.values()) - outcomes["nothing to lose"] < wanted:
+        outcome, words = one(rng, makers)
+        outcomes[outcome] += 1
+        used.add(words.split(" ")[1])
+        if outcome not in ("named exactly", "nothing to lose"):
+            print(f"{outcome}: {words}", flush=True)
+    print(f"{dict(outcomes)} in {len(makers)} architectures, {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""One true backward pass: how large each gradient is, and where one turns to zero, to NaN or to nothing.
+
+The outputs are given random gradients (unit normal, seeded by the run), so that no gradient vanishes by symmetry.
+Nothing of the model's stays changed: its ``.grad`` and the hooks that act on finished gradients (an optimizer
+in the backward pass) are put aside meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gradscope.findings import Gradient
+from gradscope.tracing.autograd import AutogradGraph
+from gradscope.tracing.recording import Loss
+
+
+@dataclass(slots=True)
+class Backward:
+    """What a backward pass gave: per source its gradient (None: none arrived), or the error that it raised.
+
+    Without numbers (fake tensors) a gradient that arrives is one of norm 0 that says nothing: ``measured`` is False.
+    """
+
+    gradients: dict[str, Gradient | None] = field(default_factory=dict)
+    error: Exception | None = None
+    losses: list[Loss] = field(default_factory=list)
+    measured: bool = True
+
+    @property
+    def troubled(self) -> bool:
+        """Whether a further pass, watched, has something to find."""
+        return self.error is not None or any(_trouble(each, self.measured) for each in self.gradients.values())
+
+
+def run_backward(
+    sinks: list[torch.Tensor],
+    graph: AutogradGraph,
+    sources: Mapping[str, torch.Tensor],
+    *,
+    watched: bool,
+    measured: bool,
+) -> Backward:
+    """Run backward from the sinks to the sources, and measure the gradient of each that the graph reaches.
+
+    Each gradient is dropped as soon as it is measured. Where ``watched``, every node is looked at too, which tells
+    where a gradient was lost. Only what leads to a source is run.
+    """
+    result = Backward(measured=measured)
+    leaves = {id(leaf) for leaf in graph.leaves}
+    reached = {name: tensor for name, tensor in sources.items() if id(tensor) in leaves}
+    starts = [sink for sink in sinks if sink.grad_fn is not None]
+    if not starts or not reached:
+        return result
+    watch = _Watch(graph, measured) if watched else None
+    wanted = list({id(tensor): tensor for tensor in reached.values()}.values())
+    with _put_aside(graph.leaves), _hooked(watch):
+        collected = _collect(graph.leaves, measured)
+        try:
+            torch.autograd.backward(starts, [torch.randn_like(sink) for sink in starts], inputs=wanted)
+        except Exception as error:  # the target's own (a custom backward), or autograd's refusal
+            result.error = error
+        result.gradients = {name: collected.get(id(tensor)) for name, tensor in reached.items()}
+    if watch is not None:
+        result.losses = watch.losses(reached, result)
+    return result
+
+
+def _collect(leaves: Iterable[torch.Tensor], measured: bool) -> dict[int, Gradient]:
+    """Measure each gradient when it is complete, and free it; reentrant checkpoints complete it several times."""
+    found: dict[int, Gradient] = {}
+
+    def measure(tensor: torch.Tensor) -> None:
+        if tensor.grad is not None:
+            before = found.get(id(tensor))
+            found[id(tensor)] = _measured(tensor.grad, before) if measured else Gradient(0.0)
+            tensor.grad = None
+
+    for tensor in leaves:
+        tensor.register_post_accumulate_grad_hook(measure)
+    return found
+
+
+def _measured(grad: torch.Tensor, before: Gradient | None) -> Gradient:
+    with torch.no_grad():
+        values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+        finite = values.isfinite()
+        bad = int(finite.numel() - finite.sum())
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64))
+    if before is not None:
+        return Gradient((norm**2 + before.norm_l2**2) ** 0.5, bad + before.nonfinite)
+    return Gradient(norm, bad)
+
+
+@contextmanager
+def _put_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Take ``.grad`` and the hooks on finished gradients off the leaves, and put them back."""
+    kept = [(tensor, tensor.grad, tensor._post_accumulate_grad_hooks) for tensor in tensors]
+    try:
+        for tensor, _, _ in kept:
+            tensor.grad = None
+            tensor._post_accumulate_grad_hooks = None
+        yield
+    finally:
+        for tensor, grad, hooks in kept:
+            tensor.grad = grad
+            tensor._post_accumulate_grad_hooks = hooks
+
+
+@contextmanager
+def _hooked(watch: _Watch | None) -> Iterator[None]:
+    handles = [handle for node in watch.graph.nodes for handle in watch.hooks(node)] if watch is not None else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch:
+    """Looks at what goes into and out of every node of the autograd graph."""
+
+    def __init__(self, graph: AutogradGraph, measured: bool) -> None:
+        self.graph = graph
+        self.measured = measured
+        self.arrived: dict[Any, str] = {}
+        self.given: dict[Any, list[str]] = {}
+        self.last: Any = None
+
+    def hooks(self, node: Any) -> list[Any]:
+        """Install both hooks on a node; ``AccumulateGrad`` gives nothing on."""
+
+        def before(grads: Any) -> None:
+            self.last = node
+            self.arrived[node] = _worst(_state(grad, self.measured) for grad in grads)
+
+        def after(grad_inputs: Any, grad_outputs: Any) -> None:
+            self.given[node] = [_state(grad, self.measured) for grad in grad_inputs]
+
+        installed = [node.register_prehook(before)]
+        if not hasattr(node, "variable"):
+            installed.append(node.register_hook(after))
+        return installed
+
+    def losses(self, reached: Mapping[str, torch.Tensor], result: Backward) -> list[Loss]:
+        """Return where the gradients were lost."""
+        if result.error is not None:
+            behind = self._behind(self.last)
+            names = frozenset(name for name, tensor in reached.items() if id(tensor) in behind)
+            return [Loss(self.graph.operations.get(self.last), "raises", names)]
+        found: dict[tuple[int | None, str], set[str]] = {}
+        above = self._above()
+        for name, tensor in reached.items():
+            what = _trouble(result.gradients.get(name), self.measured)
+            if what:
+                for operation in self._frontier(id(tensor), what, above):
+                    found.setdefault(operation, set()).add(name)
+        return [Loss(operation, what, frozenset(names)) for (operation, what), names in found.items()]
+
+    def _behind(self, node: Any) -> set[int]:
+        """Return the leaves behind a node, by ``id``."""
+        pending, seen = [node], {node}
+        while pending:
+            above = pending.pop()
+            for following, _ in above.next_functions if above is not None else ():
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    pending.append(following)
+        return {id(getattr(each, "variable", None)) for each in seen}
+
+    def _above(self) -> dict[Any, list[tuple[Any, int]]]:
+        """Return for every node the edges that lead to it, as (node above, index of its gradient)."""
+        above: dict[Any, list[tuple[Any, int]]] = {}
+        for node in self.graph.nodes:
+            for index, (following, _) in enumerate(node.next_functions):
+                if following is not None:
+                    above.setdefault(following, []).append((node, index))
+        return above
+
+    def _frontier(
+        self, leaf: int, what: str, above: dict[Any, list[tuple[Any, int]]]
+    ) -> Iterator[tuple[int | None, str]]:
+        """Walk from a leaf up to where the gradient was still sound."""
+        start = [node for node in self.graph.nodes if id(getattr(node, "variable", None)) == leaf]
+        pending, seen = list(start), set(start)
+        while pending:
+            node = pending.pop()
+            edges = above.get(node, [])
+            states = [self._gave(upper, index) for upper, index in edges]
+            if self.arrived.get(node, "none") == what and what not in states and (not edges or "sound" in states):
+                yield self.graph.operations[node], f"hook {what}"
+                continue
+            for (upper, _), state in zip(edges, states, strict=True):
+                if state != what:
+                    continue
+                if self.arrived.get(upper, "none") == "sound":
+                    yield self.graph.operations[upper], what
+                elif upper not in seen:
+                    seen.add(upper)
+                    pending.append(upper)
+
+    def _gave(self, node: Any, index: int) -> str:
+        given = self.given.get(node)
+        return given[index] if given is not None and index < len(given) else "none"
+
+
+def _state(grad: torch.Tensor | None, measured: bool) -> str:
+    if grad is None:
+        return "none"
+    if not measured:
+        return "sound"
+    with torch.no_grad():
+        values = grad._values() if grad.layout == torch.sparse_coo else grad
+        if not bool(values.isfinite().all()):
+            return "nonfinite"
+        return "sound" if bool(values.any()) else "zero"
+
+
+def _worst(states: Iterable[str]) -> str:
+    """Return one word for the gradients that arrive at a node with several outputs."""
+    found = set(states)
+    return next((state for state in ("nonfinite", "sound", "zero") if state in found), "none")
+
+
+def _trouble(gradient: Gradient | None, measured: bool) -> str:
+    """Return what is wrong with a gradient; empty where nothing is."""
+    if gradient is None:
+        return "none"
+    if gradient.nonfinite:
+        return "nonfinite"
+    return "zero" if measured and gradient.norm_l2 == 0 else ""

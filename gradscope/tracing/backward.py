@@ -192,7 +192,7 @@ class _Watch:
             edges = above.get(node, [])
             states = [self._gave(upper, index) for upper, index in edges]
             if self.arrived.get(node, "none") == what and what not in states and (not edges or "sound" in states):
-                yield self.graph.operations[node], f"hook {what}"
+                yield (None if hasattr(node, "variable") else self.graph.operations[node]), f"hook {what}"
                 continue
             for (upper, _), state in zip(edges, states, strict=True):
                 if state != what:

@@ -8,8 +8,10 @@ What is patched is what torch offers no hook for: ``TorchFunctionMode`` does not
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, ModuleType
 from typing import Any, Protocol
 from unittest import mock
@@ -25,7 +27,13 @@ from gradscope.tracing.recording import Place, Region, Site
 
 
 class Observer(Protocol):
-    """What a recorder must answer to."""
+    """What a recorder must answer to; it is told only of threads that it is watching."""
+
+    @property
+    def is_here(self) -> bool: ...
+    @property
+    def is_watching(self) -> bool: ...
+    def in_thread(self) -> AbstractContextManager[None]: ...
 
     def enter_region(self, key: object, region: Region) -> None: ...
     def leave_region(self, key: object) -> None: ...
@@ -57,6 +65,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_custom_functions(stack, observer)
         _patch_parameter(stack, observer)
         _patch_pickling(stack, observer)
+        _patch_threads(stack, observer)
         _hook_modules(stack, observer)
         yield
 
@@ -85,13 +94,16 @@ def _patch_switch(stack: ExitStack, cls: type, observer: Observer, neutralised: 
     skipped: set[int] = set()
 
     def __enter__(self: Any) -> Any:
+        if not observer.is_here:
+            return enter(self)
         frame = sys._getframe(1)
         site = region_site(frame, cls.__name__)
         if site in neutralised:
             skipped.add(id(self))
             return None
         result = enter(self)
-        observer.enter_region(self, Region(site, _disables(self), call_chain(frame)))
+        if observer.is_watching:
+            observer.enter_region(self, Region(site, _disables(self), call_chain(frame)))
         return result
 
     def __exit__(self: Any, *exc_info: Any) -> Any:
@@ -121,13 +133,14 @@ def _patch_set_grad_enabled(stack: ExitStack, observer: Observer, neutralised: f
             self.mode = self.prev
             torch._C._set_grad_enabled(self.prev)
             return
-        observer.enter_region(self, Region(site, not self.mode, call_chain(frame)))
+        if observer.is_watching:
+            observer.enter_region(self, Region(site, not self.mode, call_chain(frame)))
 
     def __init__(self: Any, mode: bool) -> None:
         frame = sys._getframe(1)
         # no_grad constructs a set_grad_enabled of its own on entering: that is no site.
         construct(self, mode)
-        if is_user_file(frame.f_code.co_filename):
+        if observer.is_here and is_user_file(frame.f_code.co_filename):
             begin(self, frame)
 
     def __call__(self: Any, func: Any) -> Any:
@@ -137,7 +150,7 @@ def _patch_set_grad_enabled(stack: ExitStack, observer: Observer, neutralised: f
     def __enter__(self: Any) -> Any:
         frame = sys._getframe(1)
         # Under a decorator the switch was cloned inside torch: only here its site is known.
-        if not is_user_file(frame.f_code.co_filename):
+        if observer.is_here and not is_user_file(frame.f_code.co_filename):
             begin(self, frame)
         return enter(self)
 
@@ -154,6 +167,8 @@ def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not observer.is_watching:
+            return original.__get__(None, cls)(*args, **kwargs)
         return observer.custom_function(cls.__name__, args, lambda: original.__get__(None, cls)(*args, **kwargs))
 
     _replace(stack, torch.autograd.Function, "apply", classmethod(apply))
@@ -164,6 +179,8 @@ def _patch_parameter(stack: ExitStack, observer: Observer) -> None:
     original = nn.Parameter.__new__
 
     def __new__(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+        if not observer.is_watching:
+            return original(cls, data, requires_grad)
         place = user_place(sys._getframe(1))
         return observer.parameter(data, place, lambda: original(cls, data, requires_grad))
 
@@ -175,26 +192,57 @@ def _patch_pickling(stack: ExitStack, observer: Observer) -> None:
     original: Callable[[torch.Tensor, Any], Any] = torch.Tensor.__reduce_ex__
 
     def __reduce_ex__(self: torch.Tensor, protocol: Any) -> Any:
-        observer.pickled(self, user_place(sys._getframe(1)))
+        if observer.is_watching:
+            observer.pickled(self, user_place(sys._getframe(1)))
         return original(self, protocol)
 
     rebuild: Callable[..., torch.Tensor] = torch._utils._rebuild_tensor
 
     def _rebuild_tensor(*args: Any) -> torch.Tensor:
         tensor = rebuild(*args)
-        observer.unpickled(tensor)
+        if observer.is_watching:
+            observer.unpickled(tensor)
         return tensor
 
     _replace(stack, torch.Tensor, "__reduce_ex__", __reduce_ex__)
     _replace(stack, torch._utils, "_rebuild_tensor", _rebuild_tensor)
 
 
+def _patch_threads(stack: ExitStack, observer: Observer) -> None:
+    """Patch what starts work in another thread: torch's modes are a thread's own, so it has to enter them itself.
+
+    The threads of a pool outlive the run, therefore each piece of their work is wrapped and not the thread.
+    """
+    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+    def observed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with observer.in_thread():
+                return work(*args, **kwargs)
+
+        return run
+
+    def start_observed(self: threading.Thread) -> None:
+        of_a_pool = getattr(getattr(self, "_target", None), "__module__", "") == "concurrent.futures.thread"
+        if observer.is_watching and not of_a_pool:
+            self.run = observed(self.run)  # type: ignore[method-assign]
+        start(self)
+
+    def submit_observed(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return submit(self, observed(fn) if observer.is_watching else fn, *args, **kwargs)
+
+    _replace(stack, threading.Thread, "start", start_observed)
+    _replace(stack, ThreadPoolExecutor, "submit", submit_observed)
+
+
 def _hook_modules(stack: ExitStack, observer: Observer) -> None:
     def before(module: nn.Module, args: Any) -> None:
-        observer.enter_module(module, args)
+        if observer.is_watching:
+            observer.enter_module(module, args)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        observer.leave_module(module, output)
+        if observer.is_watching:
+            observer.leave_module(module, output)
 
     for handle in (
         module_hooks.register_module_forward_pre_hook(before),

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import memory_of, reached_leaves
-from gradscope.tracing.recording import Operation, Recording, Value, Write
+from gradscope.tracing.recording import Operation, Place, Recording, Value, Write
 
 # Calls that leave the tensor world with numbers in hand.
 ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
@@ -37,6 +37,7 @@ class Provenance:
         self._written_unseen: set[int] = set()
         self._escapes: list[Operation] = []
         self._scalars: dict[int, tuple[float, int]] = {}
+        self._exposed: dict[int, Place | None] = {}
         self.place: Any = None
         self.strangers = 0
 
@@ -63,7 +64,8 @@ class Provenance:
             memory=memory_of(tensor),
         )
         self._recording.values.append(value)
-        self._known[id(tensor)] = (weakref.ref(tensor), value.id, _version(tensor))
+        for each in _layers(tensor):
+            self._known[id(each)] = (weakref.ref(each), value.id, _version(each))
         return value
 
     def is_known(self, tensor: torch.Tensor) -> bool:
@@ -80,6 +82,8 @@ class Provenance:
         if version != _version(tensor) or (self._written_unseen and memory_of(tensor) in self._written_unseen):
             number = self._rewritten(tensor, number)
         value = self._recording.values[number]
+        if value.room and self._exposed:
+            return self._filled(tensor, number)
         # Judged again on use: ``Function.apply`` sets the grad_fn after the tensor was first seen.
         if not value.connected:
             value.connected = self._is_connected(tensor)
@@ -91,6 +95,9 @@ class Provenance:
         ``requires_grad`` alone lies: a view taken under no_grad borrows it from its base and has
         no grad_fn, and a copy may be a leaf of its own.
         """
+        layers = _layers(tensor)
+        if len(layers) > 1:
+            return any(self._is_connected(each) for each in layers[1:])
         if not tensor.requires_grad:
             return False
         # A function may give out an inference tensor with a grad_fn: what uses it records nothing (pytorch#77967).
@@ -118,10 +125,25 @@ class Provenance:
         self._written_unseen.discard(memory_of(tensor))
         return self._link(operation.name, (number, written), tensor, operation)
 
+    def exposed(self, tensor: torch.Tensor, place: Place | None) -> None:
+        """Note that the memory itself was handed out: a kernel may read it, or write into it where it is room."""
+        if tensor.is_floating_point():
+            self._exposed[self.value_of(tensor)] = place
+
+    def _filled(self, tensor: torch.Tensor, number: int) -> int:
+        """Link room whose memory was handed out to the other memory that was: a kernel ran from these into that."""
+        place = self._exposed.pop(number, None)
+        given = tuple(value for value in self._exposed if not self._recording.values[value].room)
+        self._recording.values[number].room = False
+        return self._link("kernel", given, tensor, place=place) if place is not None and given else number
+
     # --- strangers ------------------------------------------------------------------------------
 
     def _adopt(self, tensor: torch.Tensor) -> int:
         """Return a value for a tensor that no recorded call gave out."""
+        inner = [each for each in _layers(tensor)[1:] if self.is_known(each)]
+        if inner:
+            return self._link("view", (self.value_of(inner[0]),), tensor)
         base = tensor._base if not tensor.is_inference() else None
         if base is not None and self.is_known(base):
             return self._link("view", (self.value_of(base),), tensor)
@@ -178,9 +200,16 @@ class Provenance:
                 return number
         return None
 
-    def _link(self, name: str, inputs: tuple[int, ...], tensor: torch.Tensor, cause: Operation | None = None) -> int:
+    def _link(
+        self,
+        name: str,
+        inputs: tuple[int, ...],
+        tensor: torch.Tensor,
+        cause: Operation | None = None,
+        place: Place | None = None,
+    ) -> int:
         number = self.remember(tensor).id
-        place, scope = (cause.place, cause.scope) if cause is not None else (self.place, None)
+        place, scope = (cause.place, cause.scope) if cause is not None else (place or self.place, None)
         self._record(Operation(0, name, inputs, (number,), place, scope))
         return number
 
@@ -190,6 +219,14 @@ class Provenance:
 
 
 # --- pure functions ------------------------------------------------------------------------------------
+
+
+def _layers(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return a tensor and what it wraps: ``torch.func`` wraps its arguments and unwraps its results unseen."""
+    layers = [tensor]
+    while torch._C._functorch.is_functorch_wrapped_tensor(layers[-1]):
+        layers.append(torch._C._functorch.get_unwrapped(layers[-1]))
+    return layers
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ into the graph under test.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,17 @@ DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
 REPLACEABLE = {"detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0}
 
 
+class _Here(threading.local):
+    """What is open in the present thread: regions, scopes, module calls. Grad mode is a thread's own too."""
+
+    def __init__(self) -> None:
+        self.watched = 0
+        self.calls = 0
+        self.regions: list[tuple[object, Region, int]] = []
+        self.scopes: list[int] = []
+        self.module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
+
+
 def nothing_written(tensor: torch.Tensor) -> None:
     """Take no notice of a tensor that is about to change in place."""
 
@@ -65,10 +77,28 @@ class Recorder(TorchFunctionMode):
         self._run = run
         self._before_write = before_write
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in REPLACEABLE)
-        self._regions: list[tuple[object, Region, int]] = []
-        self._scopes: list[int] = []
-        self._module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
+        self._here = _Here()
         self._over = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether what the present thread does belongs to the run."""
+        return self._here.watched > 0
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether it is to be recorded, too: the backward pass is not."""
+        return self._here.watched > 0 and not self._over
+
+    @contextmanager
+    def in_thread(self) -> Iterator[None]:
+        """Record what the present thread does in the block."""
+        self._here.watched += 1
+        try:
+            with self:
+                yield
+        finally:
+            self._here.watched -= 1
 
     def forward_is_over(self) -> None:
         """Record nothing from now on; what is written in place is still told."""
@@ -102,22 +132,24 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _operation_name(func)
-        if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
-            for tensor in _writes(name, args, kwargs) if name is not None else ():
-                self._before_write(tensor)
-            return self._pass(func, args, kwargs)
         if name is None:  # shape, dtype, device: nine calls of ten
             return self._pass(func, args, kwargs)
         if name in ROUNDING and kwargs.get("rounding_mode"):
             name = "floor_divide"
-        place = user_place(sys._getframe(1))
+        place = user_place(sys._getframe(1)) if self._neutralised or not self._over else None
         if self._neutralised and place is not None and source_site(place, name) in self._neutralised:
             return torch.ops.aten.alias.default(args[REPLACEABLE[name]])
         in_place = _writes(name, args, kwargs)
         for tensor in in_place:
             self._before_write(tensor)
+        if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
+            return self._run(func, args, kwargs)
         pending = self._begin(name, args, kwargs, place)
-        result = self._run(func, args, kwargs)
+        self._here.calls += 1
+        try:
+            result = self._run(func, args, kwargs)
+        finally:
+            self._here.calls -= 1
         self._finish(pending, args[0] if name in ("__setitem__", "__set__") else result)
         self._note_crossing(pending, name, result, in_place)
         return result
@@ -134,6 +166,8 @@ class Recorder(TorchFunctionMode):
             return None
         if name == "register_hook" and not self._over:
             self._note_hook(args[0])
+        if name == "data_ptr" and not self._over:
+            self.provenance.exposed(args[0], user_place(sys._getframe(2)))
         if name in MAY_BE_REFUSED and not self._over:
             self._begin(name, args, kwargs, user_place(sys._getframe(2)))
             result = self._run(func, args, kwargs)
@@ -141,7 +175,7 @@ class Recorder(TorchFunctionMode):
             return result
         result = self._run(func, args, kwargs)
         if isinstance(result, torch.Tensor) and name in MAKES_ROOM:
-            self.provenance.remember(result)
+            self.provenance.remember(result).room = True
         return result
 
     def _note_hook(self, tensor: torch.Tensor) -> None:
@@ -155,8 +189,6 @@ class Recorder(TorchFunctionMode):
         What ran inside is the function's own business: its gradient is its backward. What it took in
         from outside without being given it (the parameters under a reentrant checkpoint) is an input.
         """
-        if self._over:
-            return call()
         place = user_place(sys._getframe(2))
         if name == "CheckpointFunction":
             self.recording.reentrant = True
@@ -177,7 +209,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _place_of_module_hook(self) -> Place | None:
-        module = self._module_calls[-1][0] if self._module_calls else None
+        module = self._here.module_calls[-1][0] if self._here.module_calls else None
         hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()] if module is not None else []
         return next(filter(None, map(function_place, hooks)), None)
 
@@ -191,24 +223,32 @@ class Recorder(TorchFunctionMode):
             return True
         return place is not None and source_site(place, "CheckpointFunction") in self._neutralised
 
+    @property
+    def is_between_calls(self) -> bool:
+        """Whether no torch function that is being recorded runs in the present thread."""
+        return self.is_watching and self._here.calls == 0
+
+    def dispatched(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Record an operator that ran where no torch function looks (see ``dispatched.py``)."""
+        if name not in SHAPE_ONLY:
+            self._finish(self._begin(name, args, kwargs, user_place(sys._getframe(2))), result)
+
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter:
         """Record ``nn.Parameter(tensor)``, which cuts what the tensor was computed from."""
         made = make()
-        if not self._over and isinstance(data, torch.Tensor) and self.provenance.is_known(data):
+        if isinstance(data, torch.Tensor) and self.provenance.is_known(data):
             pending = Operation(0, "Parameter", (self.provenance.value_of(data),), (), place, self._scope, self._active)
             self._finish(pending, made)
         return made
 
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that a tensor was written to bytes, from which another one may be made."""
-        if self._over:
-            return
         number = self.provenance.value_of(tensor)
         self.provenance.escaped(Operation(0, "pickle", (number,), (), place, self._scope, self._active), None)
 
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
-        if not self._over and self.provenance.has_escapes and tensor.is_floating_point():
+        if self.provenance.has_escapes and tensor.is_floating_point():
             self.provenance.entered(tensor)
 
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
@@ -225,7 +265,9 @@ class Recorder(TorchFunctionMode):
         self.recording.pending = None
         made = list(tensors_in(produced))
         pending.outputs = tuple(self.provenance.remember(tensor).id for tensor in made)
-        made_for_inference = bool(self._regions) and any(tensor.is_inference() for tensor in made)
+        if pending.name == "empty":
+            self.recording.values[pending.outputs[0]].room = True
+        made_for_inference = bool(self._here.regions) and any(tensor.is_inference() for tensor in made)
         if (pending.inputs and (pending.outputs or pending.name in ESCAPES)) or made_for_inference:
             since, pending.index = pending.index, len(self.recording.operations)
             self.recording.operations.append(pending)
@@ -256,24 +298,24 @@ class Recorder(TorchFunctionMode):
 
     @property
     def _scope(self) -> int | None:
-        return self._scopes[-1] if self._scopes else None
+        return self._here.scopes[-1] if self._here.scopes else None
 
     @property
     def _active(self) -> tuple[Region, ...]:
-        return responsible_regions([region for _, region, _ in self._regions]) if self._regions else ()
+        return responsible_regions([region for _, region, _ in self._here.regions]) if self._here.regions else ()
 
     # --- regions and modules ----------------------------------------------------------------
 
     def enter_region(self, key: object, region: Region) -> None:
         """Note that a grad-mode switch took effect."""
         scope = self._push_scope("region", region.site.function, region=region) if region.disables else -1
-        self._regions.append((key, region, scope))
+        self._here.regions.append((key, region, scope))
 
     def leave_region(self, key: object) -> None:
         """Note that a grad-mode switch was undone."""
-        for index in range(len(self._regions) - 1, -1, -1):
-            if self._regions[index][0] is key:
-                scope = self._regions.pop(index)[2]
+        for index in range(len(self._here.regions) - 1, -1, -1):
+            if self._here.regions[index][0] is key:
+                scope = self._here.regions.pop(index)[2]
                 self._pop_scope(scope)
                 return
 
@@ -286,20 +328,18 @@ class Recorder(TorchFunctionMode):
 
     def enter_module(self, module: nn.Module, args: Any) -> None:
         """Note the call of a module."""
-        if self._over:
-            return
         name = self.module_names.get(id(module), "")
         kind = type(module).__name__
         given = tuple(self.provenance.value_of(tensor) for tensor in tensors_in(args))
         is_model = self.module_names.get(id(module)) == ""
         label = "" if is_model else name or kind
         scope = self._push_scope("module", label, module=name, type=kind)
-        self._module_calls.append((module, scope, given))
+        self._here.module_calls.append((module, scope, given))
 
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
-        while self._module_calls and not self._over:
-            entered, scope, given = self._module_calls.pop()
+        while self._here.module_calls:
+            entered, scope, given = self._here.module_calls.pop()
             if entered is module:
                 results = list(tensors_in(output))
                 if any(not self.provenance.is_known(tensor) for tensor in results):
@@ -318,15 +358,15 @@ class Recorder(TorchFunctionMode):
         self.recording.unseen.append(f"What happens inside {name} is taken as one operation.")
 
     def _push_scope(self, kind: Any, label: str, **fields: Any) -> int:
-        parent = self._scopes[-1] if self._scopes else None
+        parent = self._here.scopes[-1] if self._here.scopes else None
         scope = Scope(len(self.recording.scopes), parent, kind, label, **fields)
         self.recording.scopes.append(scope)
-        self._scopes.append(scope.id)
+        self._here.scopes.append(scope.id)
         return scope.id
 
     def _pop_scope(self, scope: int) -> None:
-        if scope in self._scopes:
-            self._scopes.remove(scope)
+        if scope in self._here.scopes:
+            self._here.scopes.remove(scope)
 
     def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:
         """Return the values of the floating tensors of a result."""
@@ -377,6 +417,8 @@ def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[to
 
 def _operation_name(func: Any) -> str | None:
     """Return the name of a call that moves numbers, or None for one that does not."""
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func.overloadpacket.__name__)
     name = getattr(func, "__name__", None) or type(func).__name__
     if name in ("__get__", "__set__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")

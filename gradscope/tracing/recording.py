@@ -56,7 +56,10 @@ class Scope:
 
 @dataclass(slots=True)
 class Value:
-    """One tensor at one moment. ``connected`` says that autograd links it to some leaf that counts, or is it."""
+    """One tensor at one moment. ``connected`` says that autograd links it to some leaf that counts, or is it.
+
+    ``room`` marks memory that was made to be written into and holds nothing yet.
+    """
 
     id: int
     detail: str
@@ -66,6 +69,7 @@ class Value:
     inference: bool = False
     name: str = ""
     memory: int = 0
+    room: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import nn
 from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
+from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.provenance import results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
@@ -39,6 +40,7 @@ class Run:
     gradients: dict[str, Gradient | None] = field(default_factory=dict)
     measured: bool = False
     troubled: bool = False
+    strangers: int = 0
 
 
 class Runner:
@@ -50,14 +52,20 @@ class Runner:
         self._prepared: nn.Module | None = None
 
     def run(
-        self, neutralised: frozenset[Site] = frozenset(), *, backward: Pass = "none", as_given: bool = False
+        self,
+        neutralised: frozenset[Site] = frozenset(),
+        *,
+        backward: Pass = "none",
+        as_given: bool = False,
+        dispatched: bool = False,
     ) -> Run:
         """Build the model, make the call, and return what was seen.
 
         Every run builds its model anew around the prepared parts, so that no run can leave an
         inference tensor in a cache for the next; a borrowed model is given back as it was.
         Switches neutralised: see ``instrument``. ``as_given``: what is not asked about requires no gradient, as in
-        the user's own run; else everything does, so that every source can be told about.
+        the user's own run; else everything does, so that every source can be told about. ``dispatched``: see also
+        what no torch function shows.
         """
         with untouched_state(), torch.compiler.set_stance("force_eager"):
             origin = self._prepare()
@@ -65,7 +73,12 @@ class Runner:
             with lent as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
-                with observe(recorder, neutralised), torch.enable_grad(), recorder:
+                with ExitStack() as stack:
+                    stack.enter_context(observe(recorder, neutralised))
+                    stack.enter_context(torch.enable_grad())
+                    stack.enter_context(recorder.in_thread())
+                    if dispatched:
+                        stack.enter_context(DispatchedCalls(recorder))
                     return self._record(recorder, origin, backward, as_given)
 
     def _record(self, recorder: Recorder, origin: nn.Module, backward: Pass, as_given: bool) -> Run:
@@ -85,7 +98,8 @@ class Runner:
         recorder.name_modules(built.model)
         with _requiring_grad(built.model, sources):
             self._call(recorder, built, run, backward)
-        if recorder.provenance.strangers:
+        run.strangers = recorder.provenance.strangers
+        if run.strangers:
             recorder.recording.unseen.append(
                 f"{recorder.provenance.strangers} tensors came from where no torch function looks "
                 "(a kernel, another library): what they were made of is not known."
@@ -133,6 +147,8 @@ class Runner:
     ) -> None:
         """Run the backward pass where it can be run: with numbers, or on a pretended CPU for custom functions."""
         measured = self.workshop.mode == "real"
+        if run.recording.hooks and not measured:
+            run.recording.unseen.append("What hooks make of a gradient is seen only by computing (--mode real).")
         if not measured and not graph.custom:
             return
         if not measured and self.workshop.device.type != "cpu":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from gradscope.tracing.diagnose import Cut, Diagnosis, crash_cuts, diagnose, is_autograds
 from gradscope.tracing.recorder import REPLACEABLE
 from gradscope.tracing.recording import Site
-from gradscope.tracing.runner import Run, Runner
+from gradscope.tracing.runner import Pass, Run, Runner
 
 MOST_ROUNDS = 12
 
@@ -84,11 +84,14 @@ def _first(runner: Runner) -> tuple[Run, Diagnosis, str, int]:
 
 
 def _run_back(runner: Runner, *, as_given: bool) -> tuple[Run, int]:
-    """Run forward and backward; where a gradient came to nothing, again with a look at every node."""
+    """Run forward and backward; where something came from nowhere or came to nothing, again with a closer look."""
     run = runner.run(backward="plain", as_given=as_given)
-    if run.troubled:
-        return runner.run(backward="watched", as_given=as_given), 2
-    return run, 1
+    statuses = diagnose(run.recording).statuses if run.strangers else {}
+    lost_sight = runner.workshop.mode == "real" and any(statuses.get(name) == "unused" for name in run.asked)
+    if not (run.troubled or lost_sight):
+        return run, 1
+    look: Pass = "watched" if run.troubled else "plain"
+    return runner.run(backward=look, as_given=as_given, dispatched=lost_sight), 2
 
 
 def _said(error: BaseException) -> str:
@@ -105,7 +108,7 @@ def _peel(runner: Runner, proof: Proof) -> None:
     removed = _removable(proof.cuts)
     newest = removed
     while newest and proof.runs < MOST_ROUNDS:
-        run = runner.run(frozenset(removed), as_given=bool(proof.as_given))
+        run = runner.run(frozenset(removed), as_given=bool(proof.as_given), backward="plain")
         proof.runs += 1
         diagnosis = diagnose(run.recording)
         if _arrives(run, diagnosis, wanted):
@@ -146,7 +149,8 @@ def _statuses(diagnosis: Diagnosis | None, wanted: frozenset[str]) -> dict[str, 
 
 def _arrives(run: Run, diagnosis: Diagnosis, wanted: frozenset[str]) -> bool:
     reachable = {name for name in wanted if diagnosis.statuses.get(name) != "unused"}
-    return run.recording.error is None and bool(reachable) and reachable <= run.recording.reached
+    arrived = all(run.gradients.get(name, True) is not None for name in reachable)
+    return run.recording.error is None and bool(reachable) and reachable <= run.recording.reached and arrived
 
 
 def _removable(cuts: dict[Site, Cut]) -> list[Site]:

@@ -48,6 +48,7 @@ from gradscope.targets.spec import Request, load_preset, load_target
 @click.option("--head", is_flag=True, help="Put a trainable Linear(1024, 1280) behind the output.")
 @click.option("--fixed", is_flag=True, help="Trace the model through its reference fixer.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the fix by running it.")
+@click.option("--numeric", is_flag=True, help="Also compare autograd with finite differences, in float64 on a copy.")
 @click.option("--seed", default=0, show_default=True)
 @gate_options()
 @report_options(FORMATS)
@@ -55,7 +56,7 @@ from gradscope.targets.spec import Request, load_preset, load_target
 def command(
     target: str | None, model: str | None, entry: str | None, inputs: tuple[str, ...], mode: str, device: str,
     dtype: str | None, weights: str | None, wrt: tuple[str, ...], trainable: tuple[str, ...], loss: str | None,
-    head: bool, fixed: bool, verify: bool, seed: int, select: tuple[str, ...], ignore: tuple[str, ...],
+    head: bool, fixed: bool, verify: bool, numeric: bool, seed: int, select: tuple[str, ...], ignore: tuple[str, ...],
     per_file: tuple[str, ...], fail_on: str, fmt: str, outputs: tuple[Path, ...], force: bool, color: str,
     quiet: bool, full: bool,
 ) -> int:  # fmt: skip
@@ -84,7 +85,7 @@ def command(
     )  # fmt: skip
     progress = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
     with progress.status(f"Tracing {target or model} ..."):
-        session = gate.filtered(_trace(target, model, request, mode, device, dtype, verify=verify))
+        session = gate.filtered(_trace(target, model, request, mode, device, dtype, verify=verify, numeric=numeric))
     write(session, fmt, outputs, color=color, full=full)
     return int(gate.exit_code(session))
 
@@ -98,6 +99,7 @@ def _trace(
     dtype: str | None,
     *,
     verify: bool,
+    numeric: bool,
 ) -> Session:
     try:
         from gradscope.tracing.library import trace_in_mode
@@ -114,7 +116,9 @@ def _trace(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             subject = load_target(target, request)
-            return trace_in_mode(subject, mode, "cpu" if device == "auto" else device, dtype, verify=verify)
+            return trace_in_mode(
+                subject, mode, "cpu" if device == "auto" else device, dtype, verify=verify, numeric=numeric
+            )
     preset = load_preset(model or "")
     with warnings.catch_warnings():
         # The traced libraries' own warnings are not about the gradient and would bury the report.
@@ -123,4 +127,4 @@ def _trace(
         if request.weights is not None and mode == "auto":
             mode = "real"
         workshop = open_workshop(mode, device, dtype)
-        return trace_subject(subject, workshop, verify=verify)
+        return trace_subject(subject, workshop, verify=verify, numeric=numeric)

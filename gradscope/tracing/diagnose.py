@@ -24,6 +24,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("detach", "detach_"), "GS201"),
     **dict.fromkeys(("data", "__set__"), "GS202"),
     **dict.fromkeys(("tensor", "new_tensor", "Parameter", "shared memory", "pickle", "__deepcopy__"), "GS203"),
+    **dict.fromkeys(("load_state_dict", "as_tensor", "asarray", "Tensor", "as_subclass"), "GS203"),
     **dict.fromkeys(("sample",), "GS205"),
     **dict.fromkeys(_COLLECTIVES.split(), "GS206"),
     **dict.fromkeys(("numpy", "__array__"), "GS301"),
@@ -32,6 +33,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(_COMPARISONS.split(), "GS402"),
     **dict.fromkeys(("long", "int", "short", "char", "byte", "bool", "to", "type"), "GS403"),
 }
+SWITCHES = frozenset({"no_grad", "inference_mode", "set_grad_enabled", "enable_grad"})
 RULE_OF_REGION = {
     ("inference_mode", "decorator"): "GS101",
     ("no_grad", "decorator"): "GS102",
@@ -48,7 +50,8 @@ class Cut:
     ``partial`` are the sources that lose only one of their paths here, ``flat`` says that the operation
     has no useful derivative, ``escape`` that the numbers went through Python, where they are not followed.
     ``zero``, ``nonfinite`` and ``wrong`` are the sources whose gradient arrives and is that; ``words`` says more,
-    and ``raises`` that the backward pass ends here with an exception.
+    and ``raises`` that the backward pass ends here with an exception. By finite differences: ``stepped`` sources
+    matter in steps only, ``benign`` ones miss nothing by this cut, and ``certain`` says that ``wrong`` was shown.
     """
 
     site: Site
@@ -65,11 +68,14 @@ class Cut:
     wrong: set[str] = field(default_factory=set)
     words: str = ""
     raises: bool = False
+    stepped: set[str] = field(default_factory=set)
+    benign: set[str] = field(default_factory=set)
+    certain: bool = False
 
     @property
     def touched(self) -> set[str]:
         """Return every source that something happens to here."""
-        return self.sources | self.partial | self.zero | self.nonfinite | self.wrong
+        return self.sources | self.partial | self.zero | self.nonfinite | self.wrong | self.benign
 
 
 @dataclass(slots=True)
@@ -81,6 +87,7 @@ class Diagnosis:
     outside_cuts: dict[Site, Cut]
     live: set[int]
     losses: list[tuple[Operation, int]] = field(default_factory=list)
+    surrogates: set[str] = field(default_factory=set)
 
     def needs(self, site: Site) -> bool:
         """Tell whether some source is lost only where this region is active.
@@ -113,7 +120,7 @@ def diagnose(recording: Recording) -> Diagnosis:
     cuts = _cuts(recording, losses, bits)
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
     _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
-    _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
+    surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
     _add_spoiled(cuts, recording, walks, bits)
     _add_losses(cuts, statuses, recording)
     outside = sum(bits[name] for name in recording.outside)
@@ -123,6 +130,7 @@ def diagnose(recording: Recording) -> Diagnosis:
         outside_cuts=_cuts(recording, list(_frontier(recording, walks, outside)), bits),
         live=walks.live,
         losses=losses,
+        surrogates=surrogates,
     )
 
 
@@ -271,8 +279,9 @@ def _add_partial(
     walks: Walks,
     wanted: int,
     bits: dict[str, int],
-) -> None:
-    """Note the sources whose gradient arrives on one path and is cut on another."""
+) -> set[str]:
+    """Note the sources whose gradient arrives on one path and is cut on another; return those with a surrogate."""
+    surrogates: set[str] = set()
     consumers: dict[int, list[Operation]] = {}
     makers: dict[int, Operation] = {}
     losses = list(_frontier(recording, walks, wanted))
@@ -284,12 +293,14 @@ def _add_partial(
                 makers[value] = operation
     for operation, lost in losses:
         if _is_straight_through(operation, consumers, makers):
+            surrogates |= _named(lost, bits)
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
         for cut in _blamed(cuts, recording, operation):
             cut.partial |= names
         for name in names:
             statuses[name] = "partial"
+    return surrogates
 
 
 def _add_spoiled(cuts: dict[Site, Cut], recording: Recording, walks: Walks, bits: dict[str, int]) -> None:
@@ -375,9 +386,7 @@ def _blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -
     return found
 
 
-def _cut_of_refusal(
-    cuts: dict[Site, Cut], recording: Recording, operation: Operation, refusal: Refusal
-) -> Cut | None:
+def _cut_of_refusal(cuts: dict[Site, Cut], recording: Recording, operation: Operation, refusal: Refusal) -> Cut | None:
     """Blame the write that spoiled what was saved; else the operation that autograd has no derivative for."""
     culprit = operation if refusal.write is None else recording.operations[refusal.write]
     if culprit.place is None:
@@ -391,7 +400,11 @@ def _cut_of_refusal(
 def _cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
     assert operation.place is not None
     site = source_site(operation.place, operation.name)
-    rule = _rule_of_custom(recording, operation) if operation.custom else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
+    rule = (
+        _rule_of_custom(recording, operation)
+        if operation.custom
+        else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
+    )
     cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
     cut.module = _module_path(recording, operation)
     return cut
@@ -405,6 +418,8 @@ def _rule_of_custom(recording: Recording, operation: Operation) -> str:
 
 
 def _rule_of(site: Site) -> str:
+    if site.mechanism not in SWITCHES:  # torch's own function switches recording off
+        return RULE_OF_OPERATION.get(site.mechanism, "GS104")
     how = "decorator" if site.how == "decorator" else "block"
     return RULE_OF_REGION.get((site.mechanism, how), "GS105")
 

@@ -23,7 +23,8 @@ OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.se
 STDLIB_FOLDER = sysconfig.get_path("stdlib") + os.sep
 # The fixers are code under test when they are traced, not part of the tracer.
 FIXER_FOLDER = os.path.join(OWN_FOLDER, "fix") + os.sep
-RUNNER_FILE = os.path.join(OWN_FOLDER, "tracing", "runner.py")
+# Where the tracer calls the model: what lies further out is the code that called gradscope.
+CALLERS = frozenset(os.path.join(OWN_FOLDER, "tracing", name) for name in ("runner.py", "numeric.py"))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,7 +46,7 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
     inner = None
     while frame is not None and not is_user_file(frame.f_code.co_filename):
         filename = frame.f_code.co_filename
-        if filename == RUNNER_FILE:
+        if filename in CALLERS:
             return inner
         if inner is None and filename.startswith(TORCH_FOLDER):
             inner = frame
@@ -71,7 +72,7 @@ def call_chain(frame: FrameType | None) -> tuple[str, ...]:
     Ends at the tracer's own frame, so that the code that called gradscope is not part of it.
     """
     names: list[str] = []
-    while frame is not None and frame.f_code.co_filename != RUNNER_FILE:
+    while frame is not None and frame.f_code.co_filename not in CALLERS:
         if is_user_file(frame.f_code.co_filename):
             names.append(function_name(frame))
         frame = frame.f_back
@@ -96,15 +97,29 @@ def region_site(frame: FrameType, mechanism: str) -> Site:
     """Return the place to blame for a grad-mode switch entered from ``frame``.
 
     Under a decorator that frame is torch's wrapper, which holds the decorated function as ``func``
-    (``torch/utils/_contextlib.py``); otherwise it is the ``with`` itself or the bare call.
+    (``torch/utils/_contextlib.py``); otherwise it is the ``with`` itself or the bare call. Where torch itself
+    switches (``Distribution.sample``, ``load_state_dict``), the mechanism is what the user called of it.
     """
     func = frame.f_locals.get("func")
     if frame.f_code.co_filename.endswith("_contextlib.py") and callable(func):
         return decorator_site(func, mechanism)
     found = user_frame(frame) or frame
+    called = _called(frame, found)
+    if called:
+        return Site(found.f_code.co_filename, found.f_lineno, function_name(found), called, "call")
     statement = linecache.getline(found.f_code.co_filename, found.f_lineno).strip()
     how = "block" if statement.startswith(("with", "async with")) else "call"
     return Site(found.f_code.co_filename, found.f_lineno, function_name(found), mechanism, how)
+
+
+def _called(frame: FrameType | None, user: FrameType) -> str:
+    """Return the name of torch's function that ``user`` called and ``frame`` runs in; empty where they are the same."""
+    name = ""
+    while frame is not None and frame is not user:
+        if frame.f_code.co_filename.startswith(TORCH_FOLDER) and "_contextlib" not in frame.f_code.co_filename:
+            name = frame.f_code.co_name
+        frame = frame.f_back
+    return name
 
 
 def decorator_site(func: Callable[..., Any], mechanism: str) -> Site:

@@ -7,6 +7,7 @@ What is patched is what torch offers no hook for: ``TorchFunctionMode`` does not
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ class Observer(Protocol):
     def leave_region(self, key: object) -> None: ...
     def enter_module(self, module: nn.Module, args: Any) -> None: ...
     def leave_module(self, module: nn.Module, output: Any) -> None: ...
-    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any: ...
+    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[..., Any]) -> Any: ...
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter: ...
 
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None: ...
@@ -167,9 +168,10 @@ def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        applied = original.__get__(None, cls)
         if not observer.is_watching:
-            return original.__get__(None, cls)(*args, **kwargs)
-        return observer.custom_function(cls.__name__, args, lambda: original.__get__(None, cls)(*args, **kwargs))
+            return applied(*args, **kwargs)
+        return observer.custom_function(cls.__name__, args, functools.partial(applied, **kwargs))
 
     _replace(stack, torch.autograd.Function, "apply", classmethod(apply))
 

@@ -59,29 +59,31 @@ def trace(
     subject = subject_of(model, inputs, kwargs, question)
     first = next(model.parameters(), None)
     home = first.device.type if first is not None else "cpu"
-    session = trace_in_mode(subject, mode, home if device == "auto" else device, verify=verify)
-    if numeric:
-        raise UsageError("Finite differences are not there yet.", hint="Leave out numeric=True.")
-    return session
+    return trace_in_mode(subject, mode, home if device == "auto" else device, verify=verify, numeric=numeric)
 
 
 def trace_in_mode(
-    subject: Subject, mode: str, device: str, dtype: str | None = None, *, verify: bool = True
+    subject: Subject, mode: str, device: str, dtype: str | None = None, *, verify: bool = True, numeric: bool = False
 ) -> Session:
-    """Trace in one mode; ``auto`` is structural, and real where a model cannot be followed without numbers."""
+    """Trace in one mode; ``auto`` is structural, and real where numbers are asked for or cannot be done without."""
     with warnings.catch_warnings():
         # The traced libraries' own warnings are not about the gradient and would bury the report.
         warnings.simplefilter("ignore")
+        if numeric and mode == "auto":
+            mode, device = "real", _computing(device)
         if mode != "auto":
-            return trace_subject(subject, open_workshop(mode, device, dtype), verify=verify)
+            return trace_subject(subject, open_workshop(mode, device, dtype), verify=verify, numeric=numeric)
         try:
-            return trace_subject(subject, open_workshop("structural", device, dtype), verify=verify)
+            return trace_subject(subject, open_workshop("structural", device, dtype), verify=verify, numeric=numeric)
         except NotAnalysedError as error:
             why = f"{type(error.__cause__).__name__}" if error.__cause__ else error.message
-        real = device if device != "cuda" or torch.cuda.is_available() else "cpu"
         remark = f"Structural mode could not follow this model ({why}), so it was computed."
         subject = dataclasses.replace(subject, remarks=(*subject.remarks, remark))
-        return trace_subject(subject, open_workshop("real", real, dtype), verify=verify)
+        return trace_subject(subject, open_workshop("real", _computing(device), dtype), verify=verify, numeric=numeric)
+
+
+def _computing(device: str) -> str:
+    return device if device != "cuda" or torch.cuda.is_available() else "cpu"
 
 
 def assert_gradients_flow(

@@ -157,7 +157,7 @@ class Recorder(TorchFunctionMode):
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that moves no numbers; a tensor that it makes is new and known."""
         name = func.__name__
-        if name == "__get__" or self._over and name == "__set__":
+        if name == "__get__" or (self._over and name == "__set__"):
             return func(*args, **kwargs)
         if name == "__set__":
             self._begin(name, args[:1], {}, user_place(sys._getframe(2)))
@@ -183,7 +183,7 @@ class Recorder(TorchFunctionMode):
         if place is not None:
             self.recording.hooks[self.provenance.value_of(tensor)] = place
 
-    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[..., Any]) -> Any:
         """Record one ``autograd.Function.apply`` as a single operation.
 
         What ran inside is the function's own business: its gradient is its backward. What it took in
@@ -199,7 +199,7 @@ class Recorder(TorchFunctionMode):
         pending = self._begin(name, args, {}, place)
         pending.custom = True
         before = len(self.recording.values)
-        result = call()
+        result = call(*args)
         inside = self.recording.operations[pending.index :]
         del self.recording.operations[pending.index :]
         taken = {value for operation in inside for value in operation.inputs if value < before}

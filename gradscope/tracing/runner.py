@@ -21,7 +21,6 @@ from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.restoring import TABLES, untouched_state
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
-
 Pass: TypeAlias = Literal["none", "plain", "watched"]
 
 

@@ -12,6 +12,7 @@ from gradscope.errors import NotAnalysedError
 from gradscope.findings import SEVERITIES, Finding, Source
 from gradscope.paths import short_path
 from gradscope.session import Session
+from gradscope.tracing.confirm import confirm
 from gradscope.tracing.diagnose import Cut, is_autograds
 from gradscope.tracing.drawing import draw
 from gradscope.tracing.recording import Recording, Site
@@ -20,8 +21,9 @@ from gradscope.tracing.subject import Subject, Workshop, matches
 from gradscope.tracing.verify import Proof, prove
 from gradscope.tracing.wording import finding_of, outside_findings, severity_of
 
-def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) -> Session:
-    """Return the session of one subject.
+
+def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, numeric: bool = False) -> Session:
+    """Return the session of one subject; ``numeric`` also takes finite differences.
 
     Raises:
         NotAnalysedError: the forward pass failed for a reason that is not autograd's, or gave no
@@ -31,6 +33,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
     proof = prove(Runner(subject, workshop), verify=verify)
     recording = proof.first.recording
     _refuse_unanalysed(subject, recording)
+    said = confirm(subject, proof) if numeric else []
     ids = {site: f"F{index}" for index, site in enumerate(_by_severity(proof), start=1)}
     findings = [finding_of(proof.cuts[site], ids, proof) for site in ids]
     findings += outside_findings(proof, len(findings))
@@ -52,7 +55,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
         graph=draw(recording, proof.diagnosis, ids, proof.first.frozen, subject.inputs),
         crash=_crash(proof),
         remedy=subject.remedy,
-        remarks=_remarks(subject, workshop, proof),
+        remarks=_remarks(subject, workshop, proof) + said,
         unseen=list(dict.fromkeys(recording.unseen)),
     )
     session.stats = {"seconds": round(time.perf_counter() - started, 2), "runs": proof.runs,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gradscope.tracing.diagnose import Cut, Diagnosis, crash_cuts, diagnose, is_autograds
+from gradscope.tracing.diagnose import SWITCHES, Cut, Diagnosis, crash_cuts, diagnose, is_autograds
 from gradscope.tracing.recorder import REPLACEABLE
 from gradscope.tracing.recording import Site
 from gradscope.tracing.runner import Pass, Run, Runner
@@ -159,5 +159,8 @@ def _removable(cuts: dict[Site, Cut]) -> list[Site]:
         site
         for site, cut in cuts.items()
         if (cut.sources or not cut.partial)
-        and (cut.rule.startswith("GS1") or (site.mechanism in REPLACEABLE and not cut.flat and not cut.escape))
+        and (
+            (cut.rule.startswith("GS1") and site.mechanism in SWITCHES)
+            or (site.mechanism in REPLACEABLE and not cut.flat and not cut.escape)
+        )
     ]

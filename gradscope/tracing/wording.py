@@ -5,7 +5,7 @@ from __future__ import annotations
 from gradscope.findings import Confidence, Finding, Severity
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
-from gradscope.tracing.diagnose import Cut
+from gradscope.tracing.diagnose import SWITCHES, Cut
 from gradscope.tracing.frames import source_line
 from gradscope.tracing.recording import Site
 from gradscope.tracing.verify import Proof
@@ -35,7 +35,9 @@ def severity_of(cut: Cut, asked: frozenset[str], crashed: bool) -> Severity:
         return "error"
     if cut.sources & asked:
         return "warning" if cut.escape else "error"
-    return "warning" if cut.touched & asked else "note"
+    if cut.certain and cut.wrong & asked:
+        return "error"
+    return "warning" if (cut.touched - cut.benign) & asked else "note"
 
 
 def finding_of(cut: Cut, ids: dict[Site, str], proof: Proof) -> Finding:
@@ -100,7 +102,7 @@ def outside_findings(proof: Proof, count: int) -> list[Finding]:
 def _confidence(cut: Cut) -> Confidence:
     if cut.escape:
         return "possible"
-    return "likely" if not cut.sources and (cut.partial or cut.wrong) else "certain"
+    return "likely" if not (cut.sources or cut.certain) and (cut.partial or cut.wrong) else "certain"
 
 
 def _message(cut: Cut, crashed: bool) -> str:
@@ -111,6 +113,8 @@ def _message(cut: Cut, crashed: bool) -> str:
         return f"{place}: {cut.words}"
     if crashed and not cut.rule.startswith("GS1"):
         return f"{place}: autograd refuses it."
+    if site.mechanism not in SWITCHES and (cut.rule == "GS205" or cut.rule.startswith("GS1")):
+        return f"{place} switches recording off inside torch: autograd records nothing of what it computes.{also}"
     if cut.rule.startswith("GS1"):
         region = f"{site.function} runs under {site.mechanism}"
         if crashed:
@@ -118,6 +122,10 @@ def _message(cut: Cut, crashed: bool) -> str:
         return f"{region}: autograd records nothing of what it computes.{also}"
     if cut.rule == "GS606":
         return f"A hook set by {place} changes the gradient on its way: what comes out is {_what(cut)}."
+    if cut.stepped and cut.stepped >= cut.sources:
+        return f"The output depends on what passes {place} in steps only: nothing that is unblocked can help."
+    if cut.benign and not cut.sources | cut.partial:
+        return f"{place} cuts off a part of the gradient that adds nothing to it, as finite differences show."
     if cut.zero or cut.nonfinite:
         return f"A sound gradient arrives at {place} and goes on as {_what(cut)}."
     if cut.flat:
@@ -139,5 +147,5 @@ def _advice(cut: Cut) -> str:
     site = cut.site
     if site.how == "decorator":
         return f"Call the undecorated function: {site.function}.__wrapped__(self, ...), or the modules inside it."
-    advice = ADVICE.get(cut.rule) or ADVICE.get("GS4" if cut.flat else cut.rule[:3], "")
+    advice = ADVICE.get(cut.rule) or ADVICE.get("GS4" if cut.flat or cut.stepped else cut.rule[:3], "")
     return advice.format(mechanism=site.mechanism)

@@ -1,0 +1,156 @@
+"""What finite differences change in a diagnosis: lost, in steps, without influence, or silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gradscope.tracing.diagnose import Cut
+from gradscope.tracing.frames import code_name, source_site
+from gradscope.tracing.numeric import CannotCheck, Checked, check
+from gradscope.tracing.propagation import union, walk
+from gradscope.tracing.recording import Operation, Recording, Site
+from gradscope.tracing.subject import Subject
+from gradscope.tracing.verify import Proof
+
+# What a blocked, unused or nondifferentiable source turns out to be.
+STATUS_OF = {"lost": "blocked", "differs": "blocked", "flat": "nondifferentiable", "none": "unused"}
+WRONG_BACKWARD = "its backward is not the derivative of its forward, as finite differences at its own operands show."
+SHARED_MEMORY = (
+    "the array shares its memory with the tensor; what is written into it changes values that backward still needs."
+)
+
+
+def confirm(subject: Subject, proof: Proof) -> list[str]:
+    """Correct the proof's diagnosis by finite differences; return what there is to say about it.
+
+    A source that steps are taken for on purpose (a straight-through estimator) keeps its status.
+    """
+    diagnosis = proof.diagnosis
+    if proof.first.recording.error is not None:
+        return ["Finite differences were not taken: the forward pass ends with an exception."]
+    try:
+        checked = check(subject, _groups(proof), requiring=frozenset(proof.first.recording.leaves))
+    except CannotCheck as error:
+        return [f"Finite differences could not be taken. {error.message}"]
+    remarks = [f"Finite differences in float64: {len(checked.answers)} sources, {checked.evaluations} forward passes."]
+    for name, answer in checked.answers.items():
+        status = diagnosis.statuses[name]
+        if status in ("blocked", "unused", "nondifferentiable") and answer in STATUS_OF:
+            _settle(proof, name, STATUS_OF[answer])
+        elif status == "partial" and answer in ("agrees", "none"):
+            _clear(proof, name)
+    spoiled = {name for cut in proof.cuts.values() for name in cut.wrong}
+    wrong = {name for name, answer in checked.answers.items() if answer == "differs"
+             and (diagnosis.statuses[name] in ("flows", "zero") or name in spoiled)}  # fmt: skip
+    remarks += _blame_wrong(proof, wrong, checked) if wrong else []
+    unclear = [name for name, answer in checked.answers.items() if answer == "unclear"]
+    if unclear:
+        remarks.append(f"Finite differences do not converge for {_listed(unclear)}: a kink, or lower precision inside.")
+    return remarks
+
+
+def _groups(proof: Proof) -> list[frozenset[str]]:
+    """Return the sources asked about, grouped by what is thought of them."""
+    groups: dict[tuple[str, frozenset[Site]], set[str]] = {}
+    for name, status in proof.diagnosis.statuses.items():
+        if name in proof.asked:
+            cuts = frozenset(site for site, cut in proof.cuts.items() if name in cut.touched)
+            groups.setdefault((status, cuts), set()).add(name)
+    return [frozenset(names) for names in groups.values()]
+
+
+def _settle(proof: Proof, name: str, status: str) -> None:
+    """Give a source without a gradient the status that the function itself shows."""
+    before = proof.diagnosis.statuses[name]
+    proof.diagnosis.statuses[name] = status
+    for cut in proof.cuts.values():
+        if name not in cut.sources:
+            continue
+        if status == "unused":
+            cut.sources.discard(name)
+        elif status == "blocked":
+            cut.escape = False
+        elif before == "blocked":
+            cut.stepped.add(name)
+    if before == "unused" and status != "unused":
+        proof.first.recording.unseen.append(
+            f"Finite differences say that the output depends on {name}; where its gradient is lost was not seen."
+        )
+
+
+def _clear(proof: Proof, name: str) -> None:
+    """Take back that a source misses a part of its gradient: nothing is missing."""
+    proof.diagnosis.statuses[name] = "flows"
+    for cut in proof.cuts.values():
+        if name in cut.partial:
+            cut.partial.discard(name)
+            cut.benign.add(name)
+
+
+# --- wrong gradients -----------------------------------------------------------------------------------
+
+
+def _blame_wrong(proof: Proof, wrong: set[str], checked: Checked) -> list[str]:
+    """Name what makes a gradient differ from the derivative: each suspect, where the source's data passes it."""
+    recording, diagnosis = proof.first.recording, proof.diagnosis
+    remarks: list[str] = []
+    passing = _passing(recording, wrong)
+    culprits = {each.site for each in checked.derivatives if not each.surrogate}
+    surrogates = {each.site for each in checked.derivatives if each.surrogate}
+    for name in sorted(wrong):
+        sites = [source_site(op.place, op.name) for op in passing[name] if op.place is not None]
+        found = [site for site in sites if site in culprits]
+        if not found and (name in diagnosis.surrogates or surrogates.intersection(sites)):
+            continue
+        diagnosis.statuses[name] = "wrong"
+        for cut in _suspects(proof, recording, name, passing[name], found):
+            if cut.site in culprits:
+                cut.rule, cut.words = "GS501", WRONG_BACKWARD
+            cut.zero.discard(name)
+            cut.wrong.add(name)
+            cut.certain = True
+        if not any(name in cut.wrong for cut in proof.cuts.values()):
+            remarks.append(f"Finite differences disagree with the gradient of {name}; the cause was not found.")
+    kept = wrong - {name for name, status in diagnosis.statuses.items() if status == "wrong"}
+    if kept:
+        where = sorted({f"{site.path}:{site.line}" for site in surrogates})
+        remarks.append(
+            f"{_listed(kept)}: the gradient is a surrogate (straight-through), not the derivative."
+            + (f" See {', '.join(where)}." if where else "")
+        )
+    return remarks
+
+
+def _passing(recording: Recording, names: Iterable[str]) -> dict[str, list[Operation]]:
+    bits = {name: 1 << index for index, name in enumerate(sorted(names))}
+    walks = walk(recording, {name: recording.leaves[name] for name in bits}, bits)
+    return {
+        name: [op for op in recording.operations if union(walks.data, op.inputs) & bit] for name, bit in bits.items()
+    }
+
+
+def _suspects(
+    proof: Proof, recording: Recording, name: str, passing: list[Operation], functions: list[Site]
+) -> list[Cut]:
+    """Return the cuts to blame: a custom function with a wrong backward, an unseen write, a hook, a numpy view."""
+    cuts = proof.cuts
+    if functions:
+        return [cuts.setdefault(site, Cut(site, "GS501")) for site in functions]
+    written = [cut for cut in cuts.values()
+               if name in cut.wrong | cut.nonfinite or (cut.rule == "GS606" and name in cut.zero)]  # fmt: skip
+    if written:
+        return written
+    values = {value for op in passing for value in op.outputs} | {recording.leaves[name]}
+    hooks = [place for value, place in recording.hooks.items() if value in values]
+    hooks += [op.place for op in passing if op.name == "BackwardHookFunction" and op.place is not None]
+    if hooks:
+        sites = {source_site(place, "register_hook"): code_name(place.code) for place in hooks}
+        return [cuts.setdefault(site, Cut(site, "GS606", chain=(code,))) for site, code in sites.items()]
+    escapes = [op for op in recording.escapes if op.name == "numpy" and op.place and set(op.inputs) & values]
+    return [cuts.setdefault(site, Cut(site, "GS603", words=SHARED_MEMORY))
+            for site in dict.fromkeys(source_site(op.place, op.name) for op in escapes if op.place)]  # fmt: skip
+
+
+def _listed(names: Iterable[str]) -> str:
+    some = sorted(names)
+    return ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")

@@ -1,0 +1,289 @@
+"""Numeric truth: directional finite differences in float64 against what autograd says.
+
+Autograd alone cannot tell a gradient that was lost from one that never was: whether an output really depends on a
+source, smoothly, in steps, or not at all, is asked of the function itself. Everything runs on a float64 copy of the
+model on the CPU, every evaluation from the same random state (dropout draws the same) and the same buffers
+(batch norm starts from the same statistics).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from gradscope.errors import GradscopeError
+from gradscope.tracing.frames import source_site, user_place
+from gradscope.tracing.instrument import observe
+from gradscope.tracing.provenance import results_in
+from gradscope.tracing.recording import Region, Site
+from gradscope.tracing.restoring import kept, untouched_state
+from gradscope.tracing.subject import Subject
+from gradscope.tracing.workshops import RealWorkshop
+
+# A group whose members all differ is halved only while this many forward passes are left.
+MOST_EVALUATIONS = 400
+# Central differences: the error is of the order STEP**2 and 1e-16 / STEP, relative to the size of the tensor.
+STEP = 1e-6
+# Where nothing moves at STEP: a function in steps moves when its arguments change by as much as they are.
+LEAP = 0.5
+TOLERANCE = 1e-4
+
+# agrees / differs: with autograd; lost: it depends smoothly and autograd says nothing; flat: in steps only;
+# none: not at all; unclear: the differences do not converge (a kink, noise, an argument of lower precision).
+Answer: TypeAlias = Literal["agrees", "differs", "lost", "flat", "none", "unclear"]
+
+
+class CannotCheck(GradscopeError):
+    """The model does not run in float64 on the CPU, or cannot be copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What finite differences say of each source, and how many forward passes that took."""
+
+    answers: dict[str, Answer]
+    evaluations: int
+    derivatives: tuple[Derivative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """A custom function whose own backward is not the derivative of its forward; ``surrogate``: that one is zero."""
+
+    site: Site
+    surrogate: bool
+
+
+def check(subject: Subject, groups: Iterable[frozenset[str]], *, requiring: frozenset[str], seed: int = 0) -> Checked:
+    """Compare autograd with finite differences for groups of sources; a group that differs is halved to its members.
+
+    ``requiring`` are the sources that require a gradient in the pass that autograd is asked in.
+
+    Raises:
+        CannotCheck: the model does not run in float64 on the CPU.
+    """
+    with untouched_state(), _default_dtype(torch.float64):
+        function = _Function(subject, seed)
+        gradients = function.gradients(requiring)
+        answers: dict[str, Answer] = {}
+        for group in groups:
+            names = sorted(name for name in group if name in function.sources)
+            if names:
+                _check_group(function, gradients, names, answers)
+        derivatives = function.derivatives() if "differs" in answers.values() else ()
+    return Checked(answers, function.evaluations, derivatives)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let what the model makes anew (``torch.zeros``, ``torch.tensor``) have the precision of the rest."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _check_group(
+    function: _Function, gradients: Mapping[str, torch.Tensor], names: list[str], answers: dict[str, Answer]
+) -> None:
+    """Give a group one answer where it agrees or nothing of it matters; else ask its halves."""
+    answer = _compare(function, gradients, names)
+    exhausted = function.evaluations > MOST_EVALUATIONS and answer in ("lost", "flat")
+    if len(names) == 1 or answer in ("agrees", "none") or exhausted:
+        answers.update(dict.fromkeys(names, answer))
+        return
+    middle = len(names) // 2
+    for half in (names[:middle], names[middle:]):
+        _check_group(function, gradients, half, answers)
+
+
+def _compare(function: _Function, gradients: Mapping[str, torch.Tensor], names: list[str]) -> Answer:
+    directions = {name: function.direction(name) for name in names}
+    told = sum(float((gradients[name] * directions[name]).sum()) for name in names if name in gradients)
+    has_gradient = any(name in gradients for name in names)
+    small, smaller = function.slope(directions, STEP), function.slope(directions, STEP / 4)
+    noise = function.noise / STEP
+    if abs(small) <= noise and abs(told) <= noise:
+        return "flat" if abs(function.slope(directions, LEAP)) * LEAP > function.noise else "none"
+    size = max(abs(small), abs(told))
+    if abs(small - smaller) > TOLERANCE * 10 * size + 8 * noise:
+        return "unclear"
+    if abs(small - told) <= TOLERANCE * size + 8 * noise:
+        return "agrees"
+    return "differs" if has_gradient else "lost"
+
+
+class _Function:
+    """A subject as a number that depends on its sources: every output weighed with fixed random numbers, summed."""
+
+    def __init__(self, subject: Subject, seed: int) -> None:
+        self.seed = seed
+        self.evaluations = 0
+        self.noise = 0.0
+        self._subject = subject
+        workshop = RealWorkshop("cpu", torch.float64)
+        try:
+            origin = copy.deepcopy(subject.prepare(workshop)).to(device="cpu", dtype=torch.float64)
+            self._built = subject.build(workshop, origin)
+        except Exception as error:
+            raise CannotCheck(f"The model cannot be copied: {type(error).__name__}: {error}") from error
+        for name, tensor in self._built.inputs.items():
+            tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
+            tensor.requires_grad_(False)
+            assert name not in dict(self._built.model.named_parameters())
+        self.sources = {**dict(self._built.model.named_parameters()), **self._built.inputs}
+        self._values = {name: tensor.detach().clone() for name, tensor in self.sources.items()}
+        self._weights: list[torch.Tensor] = []
+
+    # --- what autograd says -----------------------------------------------------------------
+
+    def gradients(self, requiring: frozenset[str]) -> dict[str, torch.Tensor]:
+        """Return the gradient of the number with respect to every source that autograd gives one."""
+        for name, tensor in self.sources.items():
+            tensor.requires_grad_(name in requiring)
+        with torch.enable_grad(), self._restored():
+            outputs = self._outputs()
+            generator = torch.Generator().manual_seed(self.seed + 1)
+            self._weights = [
+                torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+                for output in outputs
+            ]
+            value = self._number(outputs)
+            try:
+                if value.requires_grad:
+                    value.backward()
+            except Exception as error:
+                raise CannotCheck(f"Backward raises: {type(error).__name__}: {error}") from error
+        found = {name: tensor.grad for name, tensor in self.sources.items() if tensor.grad is not None}
+        for tensor in self.sources.values():
+            tensor.grad = None
+        self.noise = 1e-14 * sum(
+            float((weight * output.detach()).abs().sum()) for weight, output in zip(self._weights, outputs, strict=True)
+        )
+        return {name: grad.to_dense() if grad.is_sparse else grad for name, grad in found.items()}
+
+    def derivatives(self) -> tuple[Derivative, ...]:
+        """Return the custom functions of the model whose backward is not their derivative, each checked alone."""
+        checker = _FunctionChecker()
+        with torch.enable_grad(), self._restored(), observe(checker, frozenset()):
+            self._outputs()
+        return tuple(dict.fromkeys(checker.found))
+
+    # --- what the function says -------------------------------------------------------------
+
+    def direction(self, name: str) -> torch.Tensor:
+        """Return a random direction of a source, as long as the source itself is large."""
+        value = self._values[name]
+        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        size = float(value.abs().square().mean().sqrt()) if value.numel() else 0.0
+        return noise * (size or 1.0)
+
+    def slope(self, directions: Mapping[str, torch.Tensor], step: float) -> float:
+        """Return the central difference along the directions."""
+        return (self._moved(directions, step) - self._moved(directions, -step)) / (2 * step)
+
+    def _moved(self, directions: Mapping[str, torch.Tensor], step: float) -> float:
+        with torch.no_grad():
+            for name, direction in directions.items():
+                self.sources[name].data.add_(direction, alpha=step)
+        with torch.enable_grad(), self._restored():
+            return float(self._number(self._outputs()))
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Give the sources back their values, and the model its buffers and caches."""
+        with kept(self._built.model) as before_write:
+            for buffer in self._built.model.buffers():
+                before_write(buffer)
+            try:
+                yield
+            finally:
+                for name, tensor in self.sources.items():
+                    tensor.data.copy_(self._values[name])
+
+    def _outputs(self) -> list[torch.Tensor]:
+        self.evaluations += 1
+        torch.manual_seed(self.seed)
+        random.seed(self.seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(self.seed)
+        try:
+            result = self._built.call()
+            if self._subject.loss is not None:
+                result = self._subject.loss(result)
+        except Exception as error:
+            raise CannotCheck(f"It does not run in float64: {type(error).__name__}: {error}") from error
+        return [each for each in results_in(result) if each.is_floating_point() or each.is_complex()]
+
+    def _number(self, outputs: list[torch.Tensor]) -> Any:
+        weighed = [(weight * output).sum().real for weight, output in zip(self._weights, outputs, strict=True)]
+        return torch.stack([each.double() for each in weighed]).sum() if weighed else torch.zeros(())
+
+
+class _FunctionChecker:
+    """Observes ``autograd.Function.apply`` and compares each one's backward with its forward, at its own operands."""
+
+    is_here = is_watching = True
+
+    def __init__(self) -> None:
+        self.found: list[Derivative] = []
+
+    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[..., Any]) -> Any:
+        """Check one function, then run it."""
+        place = user_place(sys._getframe(2))
+        if place is not None:
+            self._check(source_site(place, name), args, call)
+        return call(*args)
+
+    def _check(self, site: Site, args: tuple[Any, ...], call: Callable[..., Any]) -> None:
+        given = [each.detach().clone().requires_grad_() if _is_real(each) else each for each in args]
+        tensors = [each for each in given if _is_real(each)]
+        outputs = [each for each in results_in(call(*given)) if each.requires_grad]
+        if not tensors or not outputs:
+            return
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in outputs]
+        directions = [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in tensors]
+        grads = torch.autograd.grad(outputs, tensors, weights, allow_unused=True)
+        told = sum(float((grad * way).sum()) for grad, way in zip(grads, directions, strict=True) if grad is not None)
+
+        def value(step: float) -> float:
+            with torch.no_grad():
+                moved = iter([each + way * step for each, way in zip(tensors, directions, strict=True)])
+                result = call(*[next(moved) if _is_real(each) else each for each in given])
+                pairs = zip(weights, results_in(result), strict=False)
+                return float(sum((weight * output).sum() for weight, output in pairs))
+
+        slope = (value(STEP) - value(-STEP)) / (2 * STEP)
+        if abs(slope - told) > 10 * TOLERANCE * max(abs(slope), abs(told)) + 1e-8:
+            self.found.append(Derivative(site, surrogate=abs(slope) < 1e-8))
+
+    # What else there is to observe does not matter here.
+    def enter_region(self, key: object, region: Region) -> None: ...
+    def leave_region(self, key: object) -> None: ...
+    def enter_module(self, module: torch.nn.Module, args: Any) -> None: ...
+    def leave_module(self, module: torch.nn.Module, output: Any) -> None: ...
+    def pickled(self, tensor: torch.Tensor, place: Any) -> None: ...
+    def unpickled(self, tensor: torch.Tensor) -> None: ...
+    def in_thread(self) -> AbstractContextManager[None]:
+        """Watch nothing more in another thread."""
+        return nullcontext()
+
+    def parameter(self, data: Any, place: Any, make: Callable[[], torch.nn.Parameter]) -> torch.nn.Parameter:
+        """Make the parameter."""
+        return make()
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

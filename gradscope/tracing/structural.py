@@ -35,7 +35,7 @@ INITIALISERS = frozenset(
 )
 
 
-_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
 
 
 class CannotFollow(RuntimeError):

@@ -2,25 +2,31 @@
 
 A random module of a random model gets its output cut in a random way; the expected answer is the line of
 the cut in this file. Judged beside it: a plain backward pass says which parameters still get a gradient.
+What is not counted: a cut with no parameter in front of it that the output depends on ("nothing to lose"),
+and one that makes the model itself raise (in place on a leaf).
 
 Run: ``python benchmarks/random_cuts.py [CUTS] [SEED]`` (default 200; needs timm, torchvision, transformers).
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import random
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 import gradscope
+from gradscope.session import Session
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,9 +47,36 @@ def switched_off(x: torch.Tensor) -> torch.Tensor:
         return x * 1
 
 
+def switched_off_for_a_while(x: torch.Tensor) -> torch.Tensor:
+    torch.set_grad_enabled(False)  # here
+    y = x * 1
+    torch.set_grad_enabled(True)
+    return y
+
+
+def chosen_at_run_time(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad() if x.dim() else torch.enable_grad():  # here
+        return x * 1
+
+
+def from_an_exit_stack(x: torch.Tensor) -> torch.Tensor:
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())  # here
+        return x * 1
+
+
 @torch.no_grad()  # here
 def no_grad_decorator(x: torch.Tensor) -> torch.Tensor:
     return x * 1
+
+
+@torch.inference_mode()  # here
+def _inference(x: torch.Tensor) -> torch.Tensor:
+    return x * 1
+
+
+def inference_decorator(x: torch.Tensor) -> torch.Tensor:
+    return _inference(x).clone()
 
 
 def detached(x: torch.Tensor) -> torch.Tensor:
@@ -79,15 +112,47 @@ def view_under_no_grad(x: torch.Tensor) -> torch.Tensor:
         return x.view(x.shape)
 
 
-CUTS: list[Cut] = [
-    no_grad_block, inference_block, switched_off, no_grad_decorator, detached, data, new_leaf, rewrapped, as_parameter,
-    through_numpy, through_a_list, view_under_no_grad,
+def deep_copied(x: torch.Tensor) -> torch.Tensor:
+    return copy.deepcopy(x.detach())  # here
+
+
+def pickled(x: torch.Tensor) -> torch.Tensor:
+    return pickle.loads(pickle.dumps(x.detach()))  # type: ignore[no-any-return]  # here
+
+
+def written_into_room(x: torch.Tensor) -> torch.Tensor:
+    room = torch.empty_like(x)
+    room.data.copy_(x)  # here
+    return room
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.round()  # here
+
+
+def compared(x: torch.Tensor) -> torch.Tensor:
+    return (x > 0).to(x.dtype)  # here
+
+
+def to_integers(x: torch.Tensor) -> torch.Tensor:
+    return x.long().to(x.dtype)  # here
+
+
+def biggest(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(x).scatter(-1, x.argmax(-1, keepdim=True), 1.0)  # here
+
+
+LOSE_IT: list[Cut] = [
+    no_grad_block, inference_block, switched_off, switched_off_for_a_while, chosen_at_run_time, from_an_exit_stack,
+    no_grad_decorator, inference_decorator, detached, data, new_leaf, rewrapped, as_parameter, through_numpy,
+    through_a_list, view_under_no_grad, deep_copied, pickled, written_into_room,
 ]  # fmt: skip
+HAVE_NONE: list[Cut] = [rounded, compared, to_integers, biggest]
 
 
 def line_of(cut: Cut) -> int:
-    """Return the line marked ``# here`` in a cut."""
-    lines, start = inspect.getsourcelines(inspect.unwrap(cut))
+    """Return the line marked ``# here`` in a cut, or in the decorated function that it calls."""
+    lines, start = inspect.getsourcelines(_inference if cut is inference_decorator else inspect.unwrap(cut))
     return start + next(number for number, line in enumerate(lines) if "# here" in line)
 
 
@@ -117,30 +182,34 @@ def models() -> dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]
         make = getattr(transformers, f"{kind}Model")
         return lambda: (make(config), {"input_ids": torch.randint(3, 90, (2, 12))})
 
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    }
     for kind in ("Bert", "Roberta", "Llama", "Qwen2", "Mistral", "Electra"):
         found[f"transformers {kind}"] = text(kind, **small)
     found["transformers GPT2"] = text("GPT2", n_embd=32, n_layer=2, n_head=4)
-    found["transformers T5"] = lambda: (
-        transformers.T5EncoderModel(transformers.T5Config(vocab_size=99, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)),
-        {"input_ids": torch.randint(3, 90, (2, 12))},
-    )  # fmt: skip
+    t5 = transformers.T5Config(vocab_size=99, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)
+    found["transformers T5"] = lambda: (transformers.T5EncoderModel(t5), {"input_ids": torch.randint(3, 90, (2, 12))})
     return found
 
 
-def insert(model: nn.Module, cut: Cut, rng: random.Random) -> str:
-    """Cut the output of a random module that gives a floating tensor; return its name."""
-    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-    name = rng.choice(names)
+def insert(model: nn.Module, cut: Cut, name: str) -> None:
+    """Cut what a module gives out: its floating tensor, or those in its tuple."""
     module = model.get_submodule(name)
     forward = module.forward
 
     def cut_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        return cut(output) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+        return tuple(map(cut_one, output)) if type(output) is tuple else cut_one(output)
+
+    def cut_one(value: Any) -> Any:
+        return cut(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     module.forward = cut_forward  # type: ignore[method-assign]
-    return name
 
 
 def reached(model: nn.Module, inputs: dict[str, torch.Tensor]) -> set[str]:
@@ -155,28 +224,48 @@ def reached(model: nn.Module, inputs: dict[str, torch.Tensor]) -> set[str]:
 
 def one(rng: random.Random, makers: dict[str, Any]) -> tuple[str, str]:
     """Make one cut; return the outcome and the words that tell it."""
-    name, cut = rng.choice(sorted(makers)), rng.choice(CUTS)
+    name, cut = rng.choice(sorted(makers)), rng.choice(LOSE_IT + HAVE_NONE)
     seed = rng.randrange(10**6)
-    torch.manual_seed(seed)
-    model, inputs = makers[name]()
-    healthy = reached(model, inputs)
-    torch.manual_seed(seed)
-    model, inputs = makers[name]()
-    place = insert(model, cut, rng)
+
+    def made(*, cut_at: str = "") -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        torch.manual_seed(seed)
+        model, inputs = makers[name]()
+        if cut_at:
+            insert(model, cut, cut_at)
+        return model, inputs
+
+    model, inputs = made()
+    place = rng.choice([name for name, each in model.named_modules() if name and any(True for _ in each.parameters())])
     where = f"{name} {place} {cut.__name__}"
+    healthy = reached(model, inputs)
+    try:
+        arriving = reached(*made(cut_at=place))
+    except RuntimeError:
+        return "the model itself raises", where
+    model, inputs = made(cut_at=place)
     args, kwargs = ((*inputs.values(),), {}) if "x" in inputs else ((), inputs)
     session = gradscope.trace(model, *args, verify=False, **kwargs)
-    arriving = reached(model, inputs)
-    said = {each.name for each in session.sources.values() if each.status in ("flows", "partial")} & healthy
-    if said != arriving & healthy:
-        return "wrong status", f"{where}: {sorted(said ^ (arriving & healthy))[:3]}"
+    return judged(session, cut, healthy, arriving, where)
+
+
+def judged(session: Session, cut: Cut, healthy: set[str], arriving: set[str], where: str) -> tuple[str, str]:
+    """Compare what was said with the line of the cut and with what a plain backward pass showed."""
+    statuses = {name: session.sources[name].status for name in healthy}
+    flat = {name for name, status in statuses.items() if status == "nondifferentiable"} if cut in HAVE_NONE else set()
+    said = {name for name, status in statuses.items() if status in ("flows", "partial")}
+    wrong = said ^ ((arriving & healthy) - flat)
+    if wrong:
+        return "wrong status", f"{where}: {[(name, statuses[name]) for name in sorted(wrong)[:3]]}"
     named = {(finding.path, finding.line) for finding in session.findings if finding.severity != "note"}
     expected = {(path, line) for path, line in named if path.endswith("random_cuts.py") and line == line_of(cut)}
     if named - expected:
         return "another place named", f"{where}: {sorted(named - expected)[:2]}"
     if not expected:
-        return ("nothing to lose" if arriving == healthy else "missed"), where
+        return ("nothing to lose" if arriving == healthy and not flat else "missed"), where
     return "named exactly", where
+
+
+NOT_COUNTED = ("nothing to lose", "the model itself raises")
 
 
 def main() -> None:
@@ -185,15 +274,19 @@ def main() -> None:
     wanted, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 200, int(sys.argv[2]) if len(sys.argv) > 2 else 0
     rng, makers = random.Random(seed), models()
     outcomes: Counter[str] = Counter()
-    used: set[str] = set()
+    architectures: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     started = time.perf_counter()
-    while sum(outcomes.values()) - outcomes["nothing to lose"] < wanted:
+    while sum(outcomes.values()) - sum(outcomes[each] for each in NOT_COUNTED) < wanted:
         outcome, words = one(rng, makers)
         outcomes[outcome] += 1
-        used.add(words.split(" ")[1])
-        if outcome not in ("named exactly", "nothing to lose"):
+        if outcome not in NOT_COUNTED:
+            architectures[" ".join(words.split(" ")[:2])] += 1
+            kinds[words.split(" ")[3].removesuffix(":")] += 1
+        if outcome != "named exactly":
             print(f"{outcome}: {words}", flush=True)
-    print(f"{dict(outcomes)} in {len(makers)} architectures, {time.perf_counter() - started:.0f} s")
+    print(f"{dict(outcomes)} in {len(architectures)} architectures, {time.perf_counter() - started:.0f} s")
+    print(f"{len(kinds)} kinds: {dict(kinds)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ SMALL = {
     "embed_dim": 32, "image_size": 64, "patch_size": 16, "max_position_embeddings": 128, "head_dim": 8,
     "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32, "embedding_size": 32,
 }  # fmt: skip
+
+
+# Models checked by one process before the next one starts.
+A_PROCESS = 60
 
 
 def names_of(library: str) -> list[str]:
@@ -200,10 +205,11 @@ def main() -> None:
     names = names[:: options.every]
     started = time.perf_counter()
     rows = []
-    with ProcessPoolExecutor(options.j, max_tasks_per_child=60) as pool:
-        for row in pool.map(check, [options.library] * len(names), names):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    for first in range(0, len(names), A_PROCESS * options.j):
+        with ProcessPoolExecutor(options.j) as pool:  # anew, so that memory does not add up
+            for row in pool.map(partial(check, options.library), names[first : first + A_PROCESS * options.j]):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     traced = [row for row in rows if "failed" not in row]
     print(f"\n{len(names)} models in {time.perf_counter() - started:.0f} s: {len(traced)} traced", file=sys.stderr)
     print("by mode", dict(Counter(row["mode"] for row in traced)), file=sys.stderr)

@@ -4,7 +4,7 @@ For each model: how it was traced (structural, or why not), whether the verdict 
 plain run without gradscope says (its own fake tensors, its own walk over ``grad_fn``), and whether a break
 was reported where the plain run shows none. One line a model, a table at the end.
 
-Run: ``python benchmarks/sweep.py timm|torchvision|transformers [-j N] [--only PATTERN] > sweep.txt``.
+Run: ``python benchmarks/sweep.py timm|torchvision|transformers [-j N] [--only PATTERNS] [--every N] > sweep.txt``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import fnmatch
 import importlib
 import inspect
 import json
+import resource
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +47,10 @@ SMALL = {
 }  # fmt: skip
 
 
+# Models checked by one process before the next one starts.
+A_PROCESS = 60
+
+
 def names_of(library: str) -> list[str]:
     """Return the names of a library's models."""
     if library == "timm":
@@ -68,18 +74,22 @@ def check(library: str, name: str) -> dict[str, Any]:
         row["findings"] = [[f.severity, f.rule, f"{f.path}:{f.line}", list(f.cuts[:2])] for f in session.findings]
         row["unseen"] = session.unseen
         reached = plain()
-        if reached is not None:
+        if reached is None:
+            row["alone"] = "a plain run fails too"
+        else:
             said = {each.name: each.status for each in session.sources.values() if each.kind == "parameter"}
             arriving = ("flows", "partial", "nondifferentiable")
             row["differs"] = [n for n, status in said.items() if status != "nondifferentiable"
                               and (status in arriving) != (n in reached)][:5]  # fmt: skip
             row["statuses"] = dict(Counter(said.values()))
+            row["false_break"] = session.verdict != "flows" and set(said) <= reached
     except GradscopeError as error:
         row["failed"] = f"{error.message}"[:200]
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
         row["ours"] = not isinstance(error, (ImportError, NotImplementedError))
     row["seconds"] = round(time.perf_counter() - started, 2)
+    row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # of this process so far
     return row
 
 
@@ -89,9 +99,11 @@ def _named(library: str, name: str) -> tuple[Any, Callable[[], set[str] | None]]
 
     def plain() -> set[str] | None:
         factory, guess = LIBRARIES[library](name)
-        found = guess(hollow(factory))
+        model = hollow(factory)
+        found = guess(model)
         assert found is not None
-        return reached_plainly(hollow(factory), found.args, found.kwargs)
+        reached = reached_plainly(model, found.args, found.kwargs)
+        return reached if reached is not None else reached_really(factory(), found.args, found.kwargs)
 
     return session, plain
 
@@ -185,15 +197,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("library", choices=["timm", "torchvision", "transformers"])
     parser.add_argument("-j", type=int, default=1)
-    parser.add_argument("--only", default="*")
+    parser.add_argument("--only", default="*", help="patterns of names, separated by commas")
+    parser.add_argument("--every", type=int, default=1, help="take every Nth model only")
     options = parser.parse_args()
-    names = [name for name in names_of(options.library) if fnmatch.fnmatch(name, options.only)]
+    patterns = options.only.split(",")
+    names = [name for name in names_of(options.library) if any(fnmatch.fnmatch(name, each) for each in patterns)]
+    names = names[:: options.every]
     started = time.perf_counter()
     rows = []
-    with ProcessPoolExecutor(options.j, max_tasks_per_child=60) as pool:
-        for row in pool.map(check, [options.library] * len(names), names):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    for first in range(0, len(names), A_PROCESS * options.j):
+        with ProcessPoolExecutor(options.j) as pool:  # anew, so that memory does not add up
+            for row in pool.map(partial(check, options.library), names[first : first + A_PROCESS * options.j]):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     traced = [row for row in rows if "failed" not in row]
     print(f"\n{len(names)} models in {time.perf_counter() - started:.0f} s: {len(traced)} traced", file=sys.stderr)
     print("by mode", dict(Counter(row["mode"] for row in traced)), file=sys.stderr)
@@ -201,6 +217,10 @@ def main() -> None:
     compared = [row for row in traced if "differs" in row]
     wrong = [row["name"] for row in compared if row["differs"]]
     print(f"compared with a plain run {len(compared)}, differing {len(wrong)} {wrong[:20]}", file=sys.stderr)
+    print("false breaks", [row["name"] for row in compared if row["false_break"]], file=sys.stderr)
+    slowest = sorted(rows, key=lambda row: -row["seconds"])[:5]
+    print("slowest", [(row["name"], row["seconds"]) for row in slowest], file=sys.stderr)
+    print("biggest memory", max((row["peak_gb"], row["name"]) for row in rows), file=sys.stderr)
     print("failed", Counter(row["failed"][:60] for row in rows if "failed" in row).most_common(12), file=sys.stderr)
 
 

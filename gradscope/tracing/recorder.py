@@ -35,6 +35,8 @@ SHAPE_ONLY = MAKES_ROOM | frozenset(
 )
 # Of those, the calls that autograd may refuse.
 MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad"})
+# Calls that take the shape or dtype of their second tensor, and numbers of the first one only.
+AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_"})
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
 # What a further run can do without: the call gives back its input instead.
@@ -254,6 +256,8 @@ class Recorder(TorchFunctionMode):
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
         provenance = self.provenance
         provenance.place = place
+        if name in AS_ANOTHER:
+            args, kwargs = args[:1], {}
         inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((args, kwargs)))
         if provenance.has_escapes:
             inputs += provenance.scalars_in((*args, *kwargs.values()))
@@ -342,12 +346,17 @@ class Recorder(TorchFunctionMode):
             entered, scope, given = self._here.module_calls.pop()
             if entered is module:
                 results = list(tensors_in(output))
-                if any(not self.provenance.is_known(tensor) for tensor in results):
+                if not self._left_in(scope) and any(not self.provenance.is_known(tensor) for tensor in results):
                     self._opaque_module(module, given, results)
                 found = tuple(self.provenance.value_of(tensor) for tensor in results)
                 self.recording.scopes[scope].outputs = found
                 self._pop_scope(scope)
                 return
+
+    def _left_in(self, scope: int) -> bool:
+        """Tell whether numbers left for Python in the scope or inside it: an unknown result came from there, then."""
+        last = self.recording.escapes[-1].scope if self.recording.escapes else None
+        return last is not None and last >= scope
 
     def _opaque_module(self, module: nn.Module, given: tuple[int, ...], results: list[torch.Tensor]) -> None:
         """Record a module whose inside no torch function shows (scripted, compiled, a kernel) as one operation."""

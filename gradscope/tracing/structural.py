@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from gradscope.tracing.propagation import is_in_place
 from gradscope.tracing.provenance import tensors_in
@@ -26,6 +27,15 @@ Module = TypeVar("Module", bound=nn.Module)
 ROOM = frozenset({"zeros", "ones", "empty", "full"})
 # What hands out the memory itself; a kernel that is given the null pointer of a fake tensor ends the process.
 MEMORY = frozenset({"data_ptr", "__cuda_array_interface__", "__dlpack__"})
+# What initialisers do to a weight. On a tensor without values there is nothing to do, and torch takes
+# milliseconds to find that out for each of them.
+INITIALISERS = frozenset(
+    "fill_ zero_ normal_ uniform_ trunc_ clamp_ clamp_min_ clamp_max_ erfinv_ mul_ add_ sub_ div_ copy_ exponential_ "
+    "bernoulli_ __imul__ __iadd__ __isub__ __itruediv__".split()
+)
+
+
+_DEVICE = torch.Tensor.device.__get__
 
 
 class CannotFollow(RuntimeError):
@@ -95,7 +105,8 @@ def hollow(factory: Callable[[], Module]) -> Module:
     """Build a module whose parameters have shapes and no values: each goes to the meta device as it is registered.
 
     Constructors run as they would (drop-path rates by ``.item()``, index tables in numpy); only the
-    initialisers of ``torch.nn.init`` do nothing. Untouched memory of ``torch.empty`` costs none.
+    initialisers of ``torch.nn.init``, and those that timm and others write themselves, do nothing.
+    Untouched memory of ``torch.empty`` costs none.
     """
     register = nn.Module.register_parameter
 
@@ -110,11 +121,31 @@ def hollow(factory: Callable[[], Module]) -> Module:
         for name in dir(nn.init):
             if name.endswith("_") and not name.startswith("_") and callable(getattr(nn.init, name)):
                 stack.enter_context(mock.patch.object(nn.init, name, _untouched))
+        stack.enter_context(_Constructing())
         return factory()
+
+
+class _Constructing(TorchFunctionMode):
+    """Hide from a constructor that its weights have no values.
+
+    Writing into them does nothing, and asked where they lie they say the CPU, since tables are made there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and _is_meta(args[0]):
+            if getattr(func, "__name__", "") in INITIALISERS:
+                return args[0]
+            if func == _DEVICE:
+                return torch.device("cpu")
+        return func(*args, **(kwargs or {}))
 
 
 def _untouched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _is_real(value: Any) -> bool:

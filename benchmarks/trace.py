@@ -1,0 +1,181 @@
+"""Measure what a trace costs beside the plain forward pass, and what other tools cost on the same models.
+
+Time: CPU seconds in alternating pairs of plain and traced runs in one process, after a warm-up; the median
+ratio is printed with its range. Memory: the kernel's high-water mark of a fresh process that runs the tool,
+less that of one that runs the plain forward; both have imported and warmed up the tool, so that what counts
+is the run. Linux only.
+
+Run: ``python benchmarks/trace.py [PAIRS]`` (default 9; needs torchvision and transformers; torchlens, torchview
+and torchviz are measured where they are installed).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODELS = ("resnet50", "vit_b_16", "gpt2_6_layers")
+TOOLS = ("gradscope", "torchlens trace", "torchlens record", "torchview", "torchviz")
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def high_water() -> float:
+    """Return the greatest resident size of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1e3
+
+
+def built(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """Return a model in eval mode, with random weights, and its inputs of batch size 1."""
+    import torch
+
+    torch.manual_seed(0)
+    if name == "tiny":
+        return torch.nn.Linear(4, 4), (torch.randn(2, 4),)
+    if name == "gpt2_6_layers":
+        import transformers
+
+        return transformers.GPT2Model(transformers.GPT2Config(n_layer=6)).eval(), (torch.randint(0, 50000, (1, 64)),)
+    import torchvision
+
+    return torchvision.models.get_model(name).eval(), (torch.randn(1, 3, 224, 224),)
+
+
+def runner(tool: str) -> Callable[[Any, tuple[Any, ...]], object]:
+    """Return what runs a tool on a model and its inputs; ``plain`` is the forward pass alone."""
+    if tool == "plain":
+        return lambda model, inputs: model(*inputs)
+    if tool.startswith("gradscope"):
+        import gradscope
+
+        return lambda model, inputs: gradscope.trace(model, *inputs, mode="real", verify=tool == "gradscope verified")
+    if tool.startswith("torchlens"):
+        import torchlens
+
+        call = getattr(torchlens, tool.split()[1])
+        return lambda model, inputs: call(model, list(inputs))
+    if tool == "torchview":
+        import torchview
+
+        return lambda model, inputs: torchview.draw_graph(model, input_data=inputs, depth=20)
+    import torchviz
+
+    return lambda model, inputs: torchviz.make_dot(_tensor(model(*inputs)), params=dict(model.named_parameters()))
+
+
+def _tensor(output: Any) -> Any:
+    return getattr(output, "last_hidden_state", output)
+
+
+# --- one measurement, in a process of its own --------------------------------------------------------
+
+
+def measure_time(tool: str, name: str, pairs: int) -> dict[str, Any]:
+    """Return the ratios of CPU time, tool to plain, of alternating pairs."""
+    run, plain = runner(tool), runner("plain")
+    model, inputs = built(name)
+    for each in (plain, run, plain, run):
+        each(model, inputs)
+    ratios = []
+    for _ in range(pairs):
+        start = time.process_time()
+        plain(model, inputs)
+        middle = time.process_time()
+        run(model, inputs)
+        ratios.append((time.process_time() - middle) / (middle - start))
+    return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def measure_memory(tool: str, name: str, used: bool) -> dict[str, Any]:
+    """Return the high-water mark after three runs; with ``used`` off of the plain forward, the tool imported."""
+    run = runner(tool)
+    run(*built("tiny"))
+    model, inputs = built(name)
+    for _ in range(3):
+        (run if used else runner("plain"))(model, inputs)
+    return {"peak": high_water()}
+
+
+def measure_llama() -> dict[str, Any]:
+    """Trace the shape of Llama-70B from its configuration, as ``gradscope trace hf:FOLDER`` does."""
+    import transformers  # noqa: F401
+
+    import gradscope.tracing.library
+    from gradscope.targets.spec import Request, load_target
+
+    warnings.simplefilter("ignore")
+    before = high_water()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_70B))
+        start, cpu = time.perf_counter(), time.process_time()
+        subject = load_target(f"hf:{folder}", Request())
+        session = gradscope.tracing.library.trace_in_mode(subject, "structural", "cuda", verify=False)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "peak": high_water(), "imports": before, "verdict": session.verdict,
+            "sources": len(session.sources), "operations": session.stats["operations"]}  # fmt: skip
+
+
+# --- all of them -------------------------------------------------------------------------------------
+
+
+def apart(*arguments: str) -> dict[str, Any]:
+    """Run one measurement in a fresh process; a tool that fails gives the last line of what it said."""
+    command = [sys.executable, __file__, "--one", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:120]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def extra_memory(tool: str, name: str) -> float:
+    """Return the median over three pairs of processes of what the tool needs more than the plain forward, in MB."""
+    pairs = [[apart("memory", tool, name, used)["peak"] for used in ("used", "plain")] for _ in range(3)]
+    return statistics.median(with_tool - plain for with_tool, plain in pairs)
+
+
+def main() -> None:
+    """Measure every tool on every model and print one row each."""
+    pairs = sys.argv[1] if len(sys.argv) > 1 else "9"
+    print(f"{'model':<16}{'tool':<20}{'CPU time / plain':>24}{'more memory':>14}")
+    for name in MODELS:
+        for tool in TOOLS:
+            found = apart("time", tool, name, pairs)
+            if "failed" in found:
+                print(f"{name:<16}{tool:<20}  {found['failed']}", flush=True)
+                continue
+            spread = f"{found['ratio']:.2f} [{found['least']:.2f}-{found['most']:.2f}]"
+            print(f"{name:<16}{tool:<20}{spread:>24}{extra_memory(tool, name):>11.1f} MB", flush=True)
+    llama = apart("llama")
+    print("Llama-70B shape, structural:", {key: round(value, 2) if isinstance(value, float) else value
+                                          for key, value in llama.items()})  # fmt: skip
+
+
+def one(what: str, *arguments: str) -> dict[str, Any]:
+    """Make the one measurement that this process was started for."""
+    warnings.simplefilter("ignore")
+    if what == "llama":
+        return measure_llama()
+    import torch
+
+    torch.set_num_threads(1)
+    tool, name, how = arguments
+    return measure_time(tool, name, int(how)) if what == "time" else measure_memory(tool, name, how == "used")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(one(*sys.argv[2:])))
+    else:
+        main()

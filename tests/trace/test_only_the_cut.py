@@ -1,0 +1,56 @@
+"""One cut, one place named: what stood beside a cut in real models and was named with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import gradscope
+
+Forward = Callable[["Block", torch.Tensor], torch.Tensor]
+
+
+class Block(nn.Module):
+    """Two layers; what happens between and behind them is the case."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.middle = Middle()
+        self.second = nn.Linear(4, 4)
+        self.case = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.case(self, x)
+
+
+class Middle(nn.Module):
+    """Goes through numpy inside a module that is called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(x.detach().numpy() * 2)  # the cut
+
+
+def numpy_inside_a_module(block: Block, x: torch.Tensor) -> torch.Tensor:
+    return block.second(block.middle(block.first(x)))
+
+
+def shape_of_another(block: Block, x: torch.Tensor) -> torch.Tensor:
+    h = block.first(x)
+    cut = h.flatten().detach()  # the cut
+    return block.second(cut.reshape_as(h).type_as(h).view_as(h))
+
+
+@pytest.mark.parametrize("case", [numpy_inside_a_module, shape_of_another])
+def test_the_cut_and_nothing_else_is_named(case: Forward) -> None:
+    model = Block(case)
+    model(torch.randn(3, 4)).sum().backward()
+    truth = {name: parameter.grad is not None for name, parameter in model.named_parameters()}
+    session = gradscope.trace(model, torch.randn(3, 4))
+    said = {name: source.status == "flows" for name, source in session.sources.items() if name in truth}
+    assert said == truth == {name: name.startswith("second") for name in truth}
+    assert {finding.source.endswith("# the cut") for finding in session.findings} == {True}

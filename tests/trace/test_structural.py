@@ -1,0 +1,41 @@
+"""Building a model without memory for its weights: what constructors do that must go on working."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gradscope.tracing.structural import hollow
+
+
+class Table(nn.Module):
+    """Fills a buffer on the device of a weight, and starts the weight without ``torch.nn.init``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 4))
+        self.register_buffer("index", torch.zeros(4, dtype=torch.int64))
+        self.index.copy_(torch.arange(4, device=self.weight.device))
+        with torch.no_grad():
+            self.weight.normal_().clamp_(-1, 1)
+            self.weight.data.mul_(2)
+
+
+def test_a_table_made_on_the_device_of_a_weight_has_its_values() -> None:
+    model = hollow(Table)
+    assert model.index.tolist() == [0, 1, 2, 3]
+    assert model.weight.device.type == "meta"
+    assert model.weight.requires_grad
+
+
+class Counted(nn.Module):
+    """Asks for a number that it computed itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2))
+        self.rate = torch.linspace(0, 1, 3).mul_(2).add_(1).tolist()
+
+
+def test_what_has_values_is_computed() -> None:
+    assert hollow(Counted).rate == [1.0, 2.0, 3.0]

@@ -15,7 +15,7 @@ from gradscope.tracing.instrument import observe
 from gradscope.tracing.provenance import results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.restoring import untouched_state
+from gradscope.tracing.restoring import attributes_of, put_back, untouched_state
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
 
@@ -44,7 +44,7 @@ class Runner:
         inference tensor in a cache for the next; a borrowed model is given back as it was.
         Switches neutralised: see ``instrument``.
         """
-        with untouched_state(), torch.compiler.set_stance("force_eager"):
+        with untouched_state(), put_back(self.subject.given), torch.compiler.set_stance("force_eager"):
             origin = self._prepare()
             lent = self.workshop.lent(origin) if self.subject.borrowed else nullcontext(nothing_written)
             with lent as before_write:
@@ -96,8 +96,8 @@ class Runner:
 def constants_of(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield the tensors that a model holds besides its parameters: buffers, and plain attributes."""
     yield from model.buffers()
-    for module in model.modules():
-        yield from tensors_in([value for name, value in vars(module).items() if not name.startswith("_")])
+    for attributes in attributes_of(model):
+        yield from tensors_in([value for name, value in attributes.items() if not name.startswith("_")])
 
 
 def _name_leaves(recorder: Recorder, built: Built) -> tuple[set[str], set[str]]:

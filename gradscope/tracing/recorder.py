@@ -24,8 +24,11 @@ from gradscope.tracing.subject import Caller
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
 MAKES_ROOM = frozenset(
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like rand_like randn_like randint_like".split()
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like "
+    "randint_like".split()
 )
+# Of these, the ones that are filled with a number of Python's, which may have been a tensor's.
+FILLS = frozenset({"new_full", "full_like"})
 SHAPE_ONLY = MAKES_ROOM | frozenset(
     "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ storage_offset "
     "untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled __len__ ndimension "
@@ -61,6 +64,7 @@ class Recorder(TorchFunctionMode):
         self.provenance = Provenance(self.recording)
         self._run = run
         self._before_write = before_write
+        self._cuts_removed = bool(neutralised)
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in REPLACEABLE)
         self._regions: list[tuple[object, Region, int]] = []
         self._scopes: list[int] = []
@@ -101,6 +105,8 @@ class Recorder(TorchFunctionMode):
         for tensor in in_place:
             self._before_write(tensor)
         pending = self._begin(name, args, kwargs, place)
+        if self._cuts_removed and name in ("numpy", "__array__") and args[0].requires_grad:
+            args = (args[0].detach(), *args[1:])  # with a gradient it would raise; the way out is known by now
         result = self._run(func, args, kwargs)
         self._finish(pending, args[0] if name in ("__setitem__", "__set__") else result)
         self._note_crossing(pending, name, result, in_place)
@@ -113,7 +119,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         result = self._run(func, args, kwargs)
         if isinstance(result, torch.Tensor) and name in MAKES_ROOM:
-            self.provenance.remember(result)
+            filled = name in FILLS and self.provenance.has_escapes and result.is_floating_point()
+            (self.provenance.entered if filled else self.provenance.remember)(result)
         return result
 
     def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
@@ -155,7 +162,8 @@ class Recorder(TorchFunctionMode):
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
         provenance = self.provenance
         provenance.place = place
-        inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((args, kwargs)))
+        given: Any = args[:1] if name == "__deepcopy__" else (args, kwargs)  # its memo holds all copies made so far
+        inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in(given))
         if provenance.has_escapes:
             inputs += provenance.scalars_in((*args, *kwargs.values()))
         operation = Operation(len(self.recording.operations), name, inputs, (), place, self._scope, self._active)

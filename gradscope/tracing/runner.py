@@ -12,7 +12,8 @@ from torch import nn
 
 from gradscope.tracing.autograd import reached_leaves
 from gradscope.tracing.instrument import observe
-from gradscope.tracing.provenance import results_in, tensors_in
+from gradscope.tracing.propagation import linked_sources, where_it_left
+from gradscope.tracing.provenance import left_torch, results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.restoring import attributes_of, put_back, untouched_state
@@ -87,6 +88,10 @@ class Runner:
             recording.error = error
             return
         sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
+        if not sinks and left_torch(result):
+            recording.left, recording.sinks = where_it_left(recording)
+            recording.reached = linked_sources(recording)
+            return
         recording.sinks = recorder.value_ids(sinks)
         leaves = {id(tensor) for tensor in reached_leaves(sinks)}
         named = {**dict(built.model.named_parameters(remove_duplicate=False)), **built.inputs}

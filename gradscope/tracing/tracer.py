@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import platform
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -54,11 +55,11 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True) 
         sources=sources,
         findings=findings,
         fix_set=[ids[site] for site in proof.fix],
-        fix_verified=proof.verified,
+        fix_verified=proof.verified and not recording.left,
         graph=draw(recording, proof.diagnosis, ids, proof.first.frozen, subject.inputs),
         crash=_crash(recording),
         remedy=subject.remedy,
-        remarks=_remarks(subject, workshop, proof),
+        remarks=_remarks(subject, workshop, proof, sources.values()),
         unseen=list(dict.fromkeys(recording.unseen)),
     )
     session.stats = {"seconds": round(time.perf_counter() - started, 2), "runs": proof.runs,
@@ -195,7 +196,7 @@ def _message(cut: Cut, crashed: bool) -> str:
         return f"{place}: autograd records nothing of what it computes.{also}"
     if cut.flat:
         return f"{site.mechanism} in {site.function} has no useful derivative: nothing that is unblocked can help."
-    if cut.escape:
+    if cut.escape or cut.rule.startswith("GS3"):
         return f"{site.mechanism} in {site.function} takes the numbers into Python, where no gradient follows."
     return f"{site.mechanism} in {site.function} gives out a tensor that autograd does not connect to its input.{also}"
 
@@ -258,7 +259,7 @@ def _crash(recording: Recording) -> dict[str, object] | None:
     }
 
 
-def _remarks(subject: Subject, workshop: Workshop, proof: Proof) -> list[str]:
+def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Iterable[Source]) -> list[str]:
     remarks = list(subject.remarks)
     if workshop.mode == "structural":
         if workshop.device.type != "cpu":
@@ -268,6 +269,9 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof) -> list[str]:
             )
         else:
             remarks.append("Fake tensors: shapes and autograd are true, no number was computed.")
+    statuses = {source.status for source in sources}
+    if statuses == {"unused"}:
+        remarks.append("None of the sources asked about is used for the result: there is no gradient to arrive.")
     if proof.first.frozen:
         remarks.append(
             f"{len(proof.first.frozen)} frozen parameters were unfrozen for the run and frozen again: "

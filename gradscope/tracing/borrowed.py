@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from gradscope.errors import UsageError
+from gradscope.tracing.holding import Holder
 from gradscope.tracing.provenance import describe
 from gradscope.tracing.subject import Built, Subject, Workshop
 
@@ -33,7 +34,9 @@ def subject_of(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], question: Question, *, name: str = ""
 ) -> Subject:
     """Return the subject for a model that exists; the run leaves it as it is."""
-    return made_subject(name or type(model).__name__, lambda workshop: model, args, kwargs, question, type(model))
+    own = model.name if isinstance(model, Holder) else type(model).__name__
+    subject = made_subject(name or own, lambda workshop: model, args, kwargs, question, type(model))
+    return replace(subject, entry=model.entry) if isinstance(model, Holder) else subject
 
 
 def made_subject(
@@ -66,6 +69,7 @@ def made_subject(
         wrt=question.wrt,
         trainable=question.trainable,
         loss=question.loss,
+        given=(*args, *kwargs.values()),
     )
 
 

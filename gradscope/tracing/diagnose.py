@@ -118,6 +118,7 @@ def diagnose(recording: Recording) -> Diagnosis:
     wanted = {status: _bits_of(statuses, status, bits) for status in ("blocked", "flows", "nondifferentiable")}
     losses = list(_frontier(recording, walks, wanted["blocked"]))
     cuts = _cuts(recording, losses, bits)
+    _add_left(cuts, recording, walks, wanted["blocked"], bits)
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
     _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
     surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
@@ -197,11 +198,12 @@ def _first_line(error: BaseException | None) -> str:
 def _statuses(recording: Recording, walks: Walks, bits: dict[str, int]) -> dict[str, str]:
     data = union(walks.data, recording.sinks)
     smooth = union(walks.smooth, recording.sinks)
+    reached = frozenset() if recording.left else recording.reached
     escaped = union(walks.smooth, [value for operation in recording.escapes for value in operation.inputs])
     statuses = {}
     for name in recording.leaves:
         bit = bits[name]
-        if name in recording.reached:
+        if name in reached:
             statuses[name] = "flows" if smooth & bit or not data & bit else "nondifferentiable"
         elif smooth & bit:
             statuses[name] = "blocked"
@@ -259,6 +261,14 @@ def _add_flat(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted:
             if operation.refusal is not None:
                 cut.words, cut.raises = operation.refusal.message, operation.refusal.raises
             cut.sources |= _named(lost, bits)
+
+
+def _add_left(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]) -> None:
+    """Blame the calls by which the whole result left torch: whatever else is fixed, it has no gradient."""
+    for operation in recording.left:
+        lost = union(walks.smooth, operation.inputs) & wanted
+        if lost and operation.place is not None:
+            _cut_at(cuts, recording, operation).sources |= _named(lost, bits)
 
 
 def _add_escapes(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from gradscope.errors import NotAnalysedError, UsageError
 from gradscope.session import Session
 from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.holding import held_model
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.tracer import trace_subject
 from gradscope.tracing.workshops import open_workshop
@@ -22,7 +23,7 @@ Mode = Literal["auto", "structural", "real"]
 
 
 def trace(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     *inputs: Any,
     entry: str | None = None,
     wrt: str | Iterable[str] = (),
@@ -37,7 +38,8 @@ def trace(
     """Run a model once and say for every parameter and input whether the gradient arrives.
 
     Args:
-        model: the module; it, torch and the random state are left as they were.
+        model: the module, one of its methods, or something that holds modules and is called (a pipeline, a
+            function); it, torch and the random state are left as they were.
         *inputs: what it is called with (tensors of any shape, images, nested lists and dicts).
         entry: the method to call instead of the module itself.
         wrt: patterns of source names to ask about (``input.0``, ``encoder.*``); all that train by default.
@@ -53,11 +55,10 @@ def trace(
         UsageError: the request cannot be carried out.
         NotAnalysedError: the forward pass failed for a reason that is not autograd's.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"A trace needs an nn.Module, and this is a {type(model).__name__}.")
+    module, entry = held_model(model, entry)
     question = Question(entry, _patterns(wrt), _patterns(trainable), loss)
-    subject = subject_of(model, inputs, kwargs, question)
-    first = next(model.parameters(), None)
+    subject = subject_of(module, inputs, kwargs, question)
+    first = next(module.parameters(), None)
     home = first.device.type if first is not None else "cpu"
     return trace_in_mode(subject, mode, home if device == "auto" else device, verify=verify, numeric=numeric)
 
@@ -87,7 +88,11 @@ def _computing(device: str) -> str:
 
 
 def assert_gradients_flow(
-    model: nn.Module, *inputs: Any, wrt: str | Iterable[str] = (), allow: str | Iterable[str] = (), **options: Any
+    model: nn.Module | Callable[..., Any],
+    *inputs: Any,
+    wrt: str | Iterable[str] = (),
+    allow: str | Iterable[str] = (),
+    **options: Any,
 ) -> Session:
     """Raise ``AssertionError`` with the first cut's file and line unless the gradient arrives.
 

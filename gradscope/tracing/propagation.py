@@ -19,6 +19,9 @@ PIECEWISE_CONSTANT = frozenset(
     "round round_ floor floor_ ceil ceil_ trunc trunc_ fix fix_ sign sign_ sgn sgn_ bernoulli bernoulli_ heaviside "
     "floor_divide __floordiv__ __rfloordiv__ __round__".split()
 )
+# Calls that take all numbers of a tensor out of torch, and what comes right before them.
+WHOLE = frozenset({"numpy", "__array__", "tolist"})
+READIES = frozenset({"detach", "cpu", "data", "float", "contiguous"})
 # Values leave torch, or come back as a leaf: the numbers go on, what they were made by does not.
 REPLACES_DATA = frozenset({"__set__"})
 IN_PLACE = frozenset(
@@ -58,6 +61,26 @@ def union(sets: list[int], values: Iterable[int]) -> int:
     for value in values:
         result |= sets[value]
     return result
+
+
+def where_it_left(recording: Recording) -> tuple[list[Operation], tuple[int, ...]]:
+    """Return the calls that took a result out of torch, and what they were given (before it was detached for that)."""
+    whole = [escape for escape in recording.escapes if escape.name in WHOLE]
+    left = whole or recording.escapes
+    made = {value: operation for operation in recording.operations for value in operation.outputs}
+    sinks = []
+    for value in (value for escape in left for value in escape.inputs):
+        while value in made and made[value].name in READIES:
+            value = made[value].inputs[0]
+        sinks.append(value)
+    return left, tuple(dict.fromkeys(sinks))
+
+
+def linked_sources(recording: Recording) -> frozenset[str]:
+    """Return the sources that autograd connects to the sinks, as far as the recording shows it."""
+    bits = {name: 1 << index for index, name in enumerate(recording.leaves)}
+    reached = union(walk(recording, recording.leaves, bits).linked, recording.sinks)
+    return frozenset(name for name, bit in bits.items() if reached & bit)
 
 
 def is_flat(operation: Operation) -> bool:

@@ -21,7 +21,7 @@ from gradscope.tracing.recording import Operation, Place, Recording, Value, Writ
 # Calls that leave the tensor world with numbers in hand.
 ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
 # Calls that make a tensor of numbers that Python holds.
-ENTRANCES = frozenset({"tensor", "as_tensor", "asarray", "full", "linspace", "logspace", "scalar_tensor", "full_like"})
+ENTRANCES = frozenset({"tensor", "as_tensor", "asarray", "full", "linspace", "logspace", "scalar_tensor"})
 # Results nest rarely deeper; a cycle of objects ends here too.
 DEEPEST = 6
 
@@ -254,11 +254,23 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def results_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a forward's result, also those kept as attributes of an object of any class."""
+    """Yield the tensors of a forward's result, also those that objects of any class keep as attributes."""
     found = list(tensors_in(value))
-    if not found and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-        found = list(tensors_in(vars(value)))
-    yield from found
+    yield from found or [item for item in _held(value) if isinstance(item, torch.Tensor)]
+
+
+def left_torch(value: Any) -> bool:
+    """Tell whether a result holds numbers that are no tensors: numpy arrays, PIL images, floats."""
+    return any(isinstance(item, float) or type(item).__module__.startswith(("numpy", "PIL.")) for item in _held(value))
+
+
+def _held(value: Any, depth: int = 0) -> Iterator[Any]:
+    """Yield everything in a result: items, entries, and the attributes of objects that are neither."""
+    yield value
+    if depth < DEEPEST and not isinstance(value, (str, bytes, torch.Tensor, nn.Module, type)):
+        parts = list(_parts(value)) or list(getattr(value, "__dict__", {}).values())
+        for item in parts:
+            yield from _held(item, depth + 1)
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -26,8 +26,11 @@ from gradscope.tracing.subject import Caller
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
 MAKES_ROOM = frozenset(
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like rand_like randn_like randint_like".split()
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like "
+    "randint_like".split()
 )
+# Of these, the ones that are filled with a number of Python's, which may have been a tensor's.
+FILLS = frozenset({"new_full", "full_like"})
 SHAPE_ONLY = MAKES_ROOM | frozenset(
     "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ storage_offset "
     "untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled __len__ ndimension "
@@ -78,6 +81,7 @@ class Recorder(TorchFunctionMode):
         self.provenance = Provenance(self.recording)
         self._run = run
         self._before_write = before_write
+        self._cuts_removed = bool(neutralised)
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in REPLACEABLE)
         self._here = _Here()
         self._over = False
@@ -147,6 +151,8 @@ class Recorder(TorchFunctionMode):
         if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
             return self._run(func, args, kwargs)
         pending = self._begin(name, args, kwargs, place)
+        if self._cuts_removed and name in ("numpy", "__array__") and args[0].requires_grad:
+            args = (args[0].detach(), *args[1:])  # with a gradient it would raise; the way out is known by now
         self._here.calls += 1
         try:
             result = self._run(func, args, kwargs)
@@ -177,7 +183,11 @@ class Recorder(TorchFunctionMode):
             return result
         result = self._run(func, args, kwargs)
         if isinstance(result, torch.Tensor) and name in MAKES_ROOM:
-            self.provenance.remember(result).room = True
+            filled = name in FILLS and self.provenance.has_escapes and result.is_floating_point()
+            if filled:
+                self.provenance.entered(result)
+            else:
+                self.provenance.remember(result).room = True
         return result
 
     def _note_hook(self, tensor: torch.Tensor) -> None:
@@ -256,7 +266,7 @@ class Recorder(TorchFunctionMode):
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
         provenance = self.provenance
         provenance.place = place
-        if name in AS_ANOTHER:
+        if name in AS_ANOTHER or name == "__deepcopy__":  # the memo of a deepcopy holds all copies made so far
             args, kwargs = args[:1], {}
         inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((args, kwargs)))
         if provenance.has_escapes:

@@ -136,7 +136,10 @@ class Operation:
 
 @dataclass(slots=True)
 class Recording:
-    """Everything that one run showed. ``leaves`` maps source names to their first value."""
+    """Everything that one run showed. ``leaves`` maps source names to their first value.
+
+    ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
+    """
 
     values: list[Value] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
@@ -150,6 +153,7 @@ class Recording:
     backward_error: str = ""
     reentrant: bool = False
     sinks: tuple[int, ...] = ()
+    left: list[Operation] = field(default_factory=list)
     reached: frozenset[str] = frozenset()
     error: BaseException | None = None
     pending: Operation | None = None

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from gradscope.tracing.holding import Holder
+
 TABLES = ("_parameters", "_buffers", "_modules")
+HOOKS = frozenset(vars(nn.Module())) - frozenset(TABLES)
+CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, deque})
+IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, ModuleType, FunctionType)
+# An argument may be an object that holds the caches of several objects (a video session).
+DEEPEST = 6
 
 
 @contextmanager
@@ -40,9 +48,9 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     A tensor is copied only when it is about to change, so that a run costs no second copy of the weights.
     Scripted modules change theirs unseen: their buffers are copied beforehand.
     """
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    containers = [pair for module in model.modules() for value in module.__dict__.values() for pair in _copied(value)]
-    tables = [(table, dict(table)) for module in model.modules() for table in _tables(module)]
+    held = [each for module in model.modules() if isinstance(module, Holder) for each in module.objects]
+    own = [module.__dict__ for module in model.modules()]
+    parts = [part for table in own for name, part in table.items() if name not in HOOKS]
     tensors = [*model.parameters(), *model.buffers()]
     owners = {_memory(tensor): tensor for tensor in tensors}
     copies: dict[int, torch.Tensor] = {}
@@ -57,14 +65,11 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
             for buffer in module.buffers():
                 before_write(buffer)
     try:
-        yield before_write
+        with put_back(own, deepest=1), put_back(parts, deepest=2), put_back(held):
+            yield before_write
     finally:
-        for table, before in (*tables, *((module.__dict__, before) for module, before in attributes)):
-            _restore(table, before)
-        for container, before in containers:
-            _refill(container, before)
-        for key, values in copies.items():
-            owners[key].data.copy_(values)  # .data: the version counter stays as it was
+        for key, numbers in copies.items():
+            owners[key].data.copy_(numbers)  # .data: the version counter stays as it was
 
 
 @contextmanager
@@ -87,43 +92,58 @@ def swapped(
         yield before_write
 
 
+def attributes_of(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield the attributes of all modules, and of the plain objects around them where the model stands for such."""
+    for module in model.modules():
+        yield module.__dict__
+        if isinstance(module, Holder):
+            yield from (vars(each) for each in module.objects)
+
+
 def _tables(module: nn.Module) -> list[dict[str, Any]]:
     """Return the dicts that hold a module's parameters, buffers and children (a scripted one has none of its own)."""
     found = [module.__dict__.get(name) for name in TABLES]
     return [table for table in found if isinstance(table, dict)] if len(found) == len(TABLES) else []
 
 
-def _restore(table: dict[str, Any], before: dict[str, Any]) -> None:
-    if list(table) != list(before) or any(table[name] is not value for name, value in before.items()):
-        table.clear()
-        table.update(before)
+@contextmanager
+def put_back(values: Iterable[Any], deepest: int = DEEPEST) -> Iterator[None]:
+    """Give containers, and the attributes of plain objects, their contents back when the block ends.
+
+    What they hold is looked through ``deepest`` levels down: a caller's cache must not keep what a run put in.
+    """
+    before = [(part, part.copy() if part else ()) for part in _mutable_parts(values, deepest)]
+    try:
+        yield
+    finally:
+        for part, kept_part in before:
+            _restore(part, kept_part)
 
 
-# A cache lies rarely deeper in what a module holds.
-DEEPEST = 4
+def _mutable_parts(values: Iterable[Any], deepest: int) -> Iterator[Any]:
+    """Yield dicts, lists and sets, each once."""
+    seen: set[int] = set()
+    pending = deque((value, 1) for value in values)
+    while pending:
+        value, depth = pending.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        part: Any = value if type(value) in CONTAINERS else getattr(value, "__dict__", None)
+        if type(part) not in CONTAINERS:
+            continue
+        if type(part) is not tuple:
+            yield part
+        if part and depth < deepest:
+            items = part.values() if isinstance(part, dict) else part
+            pending.extend([(item, depth + 1) for item in items if not isinstance(item, IMMUTABLE)])
 
 
-def _copied(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Yield the containers in a plain attribute (caches, lists of outputs) with copies of what they hold."""
-    if type(value) not in (dict, OrderedDict, defaultdict, list, set, deque) or depth == DEEPEST:
-        return
-    yield value, copy.copy(value)
-    for item in value.values() if isinstance(value, dict) else value:
-        yield from _copied(item, depth + 1)
-
-
-def _refill(container: Any, before: Any) -> None:
-    """Give a container back what it held; one that holds it still is not touched."""
-    if len(container) == len(before):
-        pairs = zip(_items(container), _items(before), strict=True)
-        if all(now is then for now, then in pairs):
-            return
-    container.clear()
-    container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
-
-
-def _items(container: Any) -> Iterator[Any]:
-    return iter([*container, *container.values()]) if isinstance(container, dict) else iter(container)
+def _restore(part: Any, before: Any) -> None:
+    same = len(part) == len(before) and all(map(operator.is_, part, before))
+    if not same or (isinstance(part, dict) and not all(map(operator.is_, part.values(), dict(before).values()))):
+        part.clear()
+        (part.extend if isinstance(part, (list, deque)) else part.update)(before)
 
 
 def _memory(tensor: torch.Tensor) -> int:

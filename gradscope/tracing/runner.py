@@ -15,10 +15,11 @@ from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.instrument import observe
-from gradscope.tracing.provenance import results_in, tensors_in
+from gradscope.tracing.propagation import linked_sources, where_it_left
+from gradscope.tracing.provenance import left_torch, results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.restoring import TABLES, untouched_state
+from gradscope.tracing.restoring import attributes_of, put_back, untouched_state
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
 Pass: TypeAlias = Literal["none", "plain", "watched"]
@@ -66,7 +67,7 @@ class Runner:
         the user's own run; else everything does, so that every source can be told about. ``dispatched``: see also
         what no torch function shows.
         """
-        with untouched_state(), torch.compiler.set_stance("force_eager"):
+        with untouched_state(), put_back(self.subject.given), torch.compiler.set_stance("force_eager"):
             origin = self._prepare()
             lent = self.workshop.lent(origin) if self.subject.borrowed else nullcontext(nothing_written)
             with lent as before_write:
@@ -122,6 +123,10 @@ class Runner:
         finally:
             recorder.forward_is_over()
         sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
+        if not sinks and left_torch(result):
+            recording.left, recording.sinks = where_it_left(recording)
+            recording.reached = linked_sources(recording)
+            return
         recording.sinks = recorder.value_ids(sinks)
         graph = walk_graph(sinks, recording.later_writes())
         leaves = {id(tensor) for tensor in graph.leaves}
@@ -167,10 +172,10 @@ def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
     """Yield the tensors that a model holds besides its parameters: buffers (no name), and attributes by name."""
     for buffer in model.buffers():
         yield buffer, ""
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            for tensor in tensors_in([value]) if name not in TABLES else ():
-                yield tensor, f"{path}.{name}".lstrip(".")
+    for attributes in attributes_of(model):
+        for name, value in attributes.items():
+            for tensor in tensors_in([value]) if not name.startswith("_") else ():
+                yield tensor, name
 
 
 def _name_leaves(recorder: Recorder, sources: dict[str, torch.Tensor], built: Built) -> None:

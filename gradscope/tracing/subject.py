@@ -69,7 +69,8 @@ class Subject:
     ``build`` gets what ``prepare`` returned and runs under the recorder, so that what a constructor
     detaches is seen as well. ``borrowed`` says that the model is the caller's and has to stay as it is.
     ``wrt`` and ``trainable`` are patterns of source names (``fnmatch``): what is asked about, and which
-    parameters count as trained; ``loss`` turns the result into what is differentiated.
+    parameters count as trained; ``loss`` turns the result into what is differentiated. ``given`` are the
+    caller's arguments: objects among them are put back after a run.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Subject:
     wrt: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     loss: Callable[[Any], Any] | None = None
+    given: tuple[Any, ...] = ()
 
     def asked_for(
         self, names: Iterable[str], parameters: set[str], frozen: set[str], wanted: frozenset[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -51,11 +52,11 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
         sources=sources,
         findings=findings,
         fix_set=[ids[site] for site in proof.fix],
-        fix_verified=proof.verified,
+        fix_verified=proof.verified and not recording.left,
         graph=draw(recording, proof.diagnosis, ids, proof.first.frozen, subject.inputs),
         crash=_crash(proof),
         remedy=subject.remedy,
-        remarks=_remarks(subject, workshop, proof) + said,
+        remarks=_remarks(subject, workshop, proof, sources.values()) + said,
         unseen=list(dict.fromkeys(recording.unseen)),
     )
     session.stats = {"seconds": round(time.perf_counter() - started, 2), "runs": proof.runs,
@@ -163,7 +164,7 @@ def _crash(proof: Proof) -> dict[str, object] | None:
     }
 
 
-def _remarks(subject: Subject, workshop: Workshop, proof: Proof) -> list[str]:
+def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Iterable[Source]) -> list[str]:
     remarks = list(subject.remarks)
     if proof.as_given:
         remarks.append(proof.as_given)
@@ -175,6 +176,9 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof) -> list[str]:
             )
         else:
             remarks.append("Fake tensors: shapes and autograd are true, no number was computed.")
+    statuses = {source.status for source in sources}
+    if statuses == {"unused"}:
+        remarks.append("None of the sources asked about is used for the result: there is no gradient to arrive.")
     if proof.first.frozen and not proof.as_given:
         remarks.append(
             f"{len(proof.first.frozen)} frozen parameters were unfrozen for the run and frozen again: "

@@ -130,7 +130,7 @@ def _message(cut: Cut, crashed: bool) -> str:
         return f"A sound gradient arrives at {place} and goes on as {_what(cut)}."
     if cut.flat:
         return f"{place} has no useful derivative: nothing that is unblocked can help."
-    if cut.escape:
+    if cut.escape or cut.rule.startswith("GS3"):
         return f"{place} takes the numbers into Python, where no gradient follows."
     if cut.rule == "GS501" and cut.sources and not cut.raises:
         return f"{place} gives no gradient back to what went in.{also}"

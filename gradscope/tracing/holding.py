@@ -1,0 +1,112 @@
+"""Targets that are no modules: a pipeline, a predictor, a bound method, a function; their modules are found in them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from gradscope.errors import UsageError
+
+# A pipeline holds its networks itself, a function may hold the predictor that holds the model.
+DEEPEST = 3
+
+
+class Holder(nn.Module):
+    """Stands for something that calls modules without being one.
+
+    Its children are the modules found there, under the names they have there. ``objects`` are the plain
+    objects on the way: what a run leaves in them is put back.
+    """
+
+    def __init__(self, call: Callable[..., Any], name: str, entry: str) -> None:
+        super().__init__()
+        self.name = name
+        self.entry = entry
+        self._call = call
+        self.objects: list[Any] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the call that the holder stands for."""
+        return self._call(*args, **kwargs)
+
+
+def held_model(target: Any, entry: str | None) -> tuple[nn.Module, str | None]:
+    """Return the module that stands for a target, and the method of it to enter.
+
+    A module is itself, its bound method is it entered there; of all else a :class:`Holder` is made.
+
+    Raises:
+        UsageError: it is not callable, or no module is found in it.
+    """
+    if isinstance(target, nn.Module):
+        return target, entry
+    owner = getattr(target, "__self__", None)
+    if isinstance(target, MethodType) and isinstance(owner, nn.Module) and entry is None:
+        return owner, target.__name__
+    call = target if entry is None else getattr(target, entry, None)
+    if not callable(call):
+        asked = f"has no method {entry!r}" if entry is not None else "is neither a module nor callable"
+        raise UsageError(f"This {type(target).__name__} {asked}.", hint="Say which method to call: entry='name'.")
+    holder = Holder(call, _name_of(target), entry or "__call__")
+    _fill(holder, target)
+    if next(holder.children(), None) is None:
+        raise UsageError(
+            f"A trace needs an nn.Module, or something that holds one, and {holder.name} holds none.",
+            hint="Give the module itself, or an object or function in whose attributes or variables it is.",
+        )
+    return holder, None
+
+
+def _name_of(target: Any) -> str:
+    return str(getattr(target, "__qualname__", type(target).__name__)).replace("<locals>.", "")
+
+
+def _fill(holder: Holder, target: Any) -> None:
+    """Look for modules, nearest first, so that each gets the shortest name it has."""
+    seen: set[int] = set()
+    pending: deque[tuple[tuple[str, ...], Any]] = deque([((), target)])
+    while pending:
+        path, value = pending.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            _place(holder, path, value)
+        elif len(path) <= DEEPEST:
+            if hasattr(value, "__dict__") and not callable(getattr(value, "__get__", None)):
+                holder.objects.append(value)
+            pending.extend(((*path, name), item) for name, item in _inside(value))
+
+
+def _place(holder: nn.Module, path: tuple[str, ...], module: nn.Module) -> None:
+    for name in path[:-1]:
+        if name not in holder._modules:
+            holder.add_module(name, nn.Module())
+        holder = holder.get_submodule(name)
+    name = path[-1]
+    while hasattr(holder, name):  # what nn.Module has itself, such as ``half``
+        name += "_"
+    holder.add_module(name, module)
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a value holds, by name: attributes, items, a function's variables."""
+    if isinstance(value, functools.partial):
+        value = [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        yield "self", value.__self__
+    elif isinstance(value, FunctionType):
+        variables = inspect.getclosurevars(value)
+        yield from {**variables.globals, **variables.nonlocals}.items()
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(index), item) for index, item in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((str(name).replace(".", "_"), item) for name, item in value.items())
+    elif not isinstance(value, (type, ModuleType, str, bytes)):
+        yield from list(getattr(value, "__dict__", {}).items())

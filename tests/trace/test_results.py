@@ -1,0 +1,146 @@
+"""Results that are no tensors: numpy arrays, floats, images, and objects of any class that hold tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import gradscope
+from gradscope.errors import NotAnalysedError
+
+X = torch.ones(2, 4)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x)
+
+    @torch.no_grad()
+    def to_numpy(self, x: torch.Tensor) -> Any:
+        return {"embedding": self.layer(x).cpu().numpy()}
+
+    def to_numpy_detached(self, x: torch.Tensor) -> Any:
+        return self.layer(x).detach().numpy()
+
+    def to_list(self, x: torch.Tensor) -> Any:
+        return self.layer(x).tolist()
+
+    def to_float(self, x: torch.Tensor) -> float:
+        return float(self.layer(x).sum())
+
+    def to_image(self, x: torch.Tensor) -> Any:
+        pixels = self.layer(x).clamp(0, 1).mul(255).detach().numpy().astype(np.uint8)
+        return [Image.fromarray(pixels)]
+
+    def to_tokens(self, x: torch.Tensor) -> Any:
+        return self.layer(x).argmax(-1).tolist()
+
+
+def line_of(method: str, text: str) -> int:
+    code = getattr(Model, method).__wrapped__.__code__ if method == "to_numpy" else getattr(Model, method).__code__
+    lines = open(__file__, encoding="utf-8").read().splitlines()
+    return next(number for number in range(code.co_firstlineno, len(lines)) if text in lines[number - 1])
+
+
+@pytest.mark.parametrize(
+    ("entry", "rule", "text"),
+    [
+        ("to_numpy_detached", "GS301", ".numpy()"),
+        ("to_list", "GS302", ".tolist()"),
+        ("to_float", "GS302", "return float(self"),
+        ("to_image", "GS301", ".numpy()"),
+    ],
+)
+def test_a_result_that_left_torch_has_no_gradient_and_the_line_is_named(entry: str, rule: str, text: str) -> None:
+    session = gradscope.trace(Model(), X, entry=entry)
+    assert session.verdict == "blocked"
+    assert [(f.rule, f.line) for f in session.findings] == [(rule, line_of(entry, text))]
+    assert session.sources["layer.weight"].status == "blocked"
+    assert session.sources["head.weight"].status == "unused"
+    assert not session.fix_verified
+
+
+def test_what_lies_in_front_of_it_is_named_and_proved_as_well() -> None:
+    session = gradscope.trace(Model(), X, entry="to_numpy")
+    assert [f.rule for f in session.findings] == ["GS102", "GS301"]
+    assert [f.verified for f in session.findings] == [True, False]
+    assert not session.fix_verified
+
+
+def test_tokens_never_had_a_gradient() -> None:
+    with pytest.raises(NotAnalysedError, match="no floating-point tensor"):
+        gradscope.trace(Model(), X, entry="to_tokens")
+
+
+class Boxes:
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+
+class Detections:
+    def __init__(self, boxes: torch.Tensor) -> None:
+        self.names = {0: "page"}
+        self.boxes = Boxes(boxes)
+
+
+class Detector(Model):
+    def forward(self, x: torch.Tensor) -> Any:
+        return [Detections(super().forward(x))]
+
+
+def test_tensors_deep_in_objects_are_results() -> None:
+    session = gradscope.trace(Detector(), X)
+    assert session.verdict == "flows"
+    assert session.sources["layer.weight"].status == "flows"
+
+
+class Copying(Model):
+    def forward(self, x: torch.Tensor) -> Any:
+        frozen = copy.deepcopy(self)
+        return self.layer(x) + frozen.head(x)
+
+
+def test_a_copy_of_one_parameter_is_not_made_of_the_others() -> None:
+    session = gradscope.trace(Copying(), X)
+    statuses = {name: source.status for name, source in session.sources.items()}
+    assert statuses == {"layer.weight": "flows", "layer.bias": "flows", "head.weight": "blocked",
+                        "head.bias": "blocked", "input.0": "flows"}  # fmt: skip
+
+
+class Filling(Model):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + torch.full_like(self.head(x), 2.0) * self.layer(x)
+
+
+def test_a_tensor_filled_with_a_constant_is_made_of_nothing() -> None:
+    session = gradscope.trace(Filling(), X)
+    assert session.findings == []
+    assert session.sources["head.weight"].status == "unused"
+
+
+class FillingWithItsOwn(Model):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x) + torch.full_like(x, self.head(x).sum().item())
+
+
+def test_unless_the_constant_came_out_of_a_tensor() -> None:
+    session = gradscope.trace(FillingWithItsOwn(), X)
+    assert session.sources["head.weight"].status == "blocked"
+    assert [f.rule for f in session.findings] == ["GS302"]
+
+
+def test_asking_about_what_is_not_used_is_said() -> None:
+    session = gradscope.trace(Model(), X, wrt="head")
+    assert {source.status for source in session.sources.values()} == {"unused"}
+    assert any("None of the sources" in remark for remark in session.remarks)

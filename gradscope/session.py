@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from gradscope.findings import SEVERITIES, Finding, Severity, Source
 from gradscope.flow import FlowGraph
 
 SCHEMA = "gradscope.session/1"
+# Reports know sessions and not the other way round; what shows one is found by name when it is asked for.
+SHOWN_BY = "gradscope.report.showing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Remedy:
         return {"before": self.before, "after": self.after, "code": self.code}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Session:
     """What one run of gradscope found; immutable by convention once returned.
 
@@ -54,6 +57,21 @@ class Session:
     unseen: list[str] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the session in a line."""
+        what = f"{len(self.sources)} sources" if self.sources else f"{len(self.entries)} entries"
+        counts = f"{what}, {len(self.findings)} findings"
+        return f"<Session {self.kind} {self.target.get('name', '')}: {self.verdict}, {counts}>"
+
+    def __rich__(self) -> Any:
+        """Return what rich prints: the report of the command line."""
+        return import_module(SHOWN_BY).as_text(self)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the report of the command line, in colour."""
+        html: str = import_module(SHOWN_BY).as_html(self)
+        return html
 
     def finding(self, finding_id: str) -> Finding:
         """Return the finding with this id; raise ``KeyError`` where there is none."""

@@ -43,12 +43,17 @@ class Page:
             self.print(f"   > {finding.source}", style=colour)
         self.print(f"   {finding.message}")
         if finding.cuts and finding.severity != "note":
-            self.print(f"   cuts off {self._summary(finding.cuts)}")
+            self.print(f"   {self._effect(finding)} {self._summary(finding.cuts)}")
         if len(finding.chain) > 1:
             arrow = " -> " if self.ascii else " → "
             self.print(f"   reached by {arrow.join(finding.chain)}")
         if finding.fix:
             self.print(f"   {finding.fix}", style="green")
+
+    def _effect(self, finding: Finding) -> str:
+        lost = ("blocked", "partial", "nondifferentiable")
+        sources = [self.session.sources[name] for name in finding.cuts if name in self.session.sources]
+        return "cuts off" if not sources or any(source.status in lost for source in sources) else "concerns"
 
     def bullets(self, title: str, lines: Sequence[str]) -> None:
         """Print a titled list; nothing where it is empty."""

@@ -29,6 +29,17 @@ def render(session: Session, console: Console, *, full: bool = False) -> None:
     _TracePage(session, console).show(full)
 
 
+def _words_for(session: Session) -> str:
+    """Say it more exactly where no gradient is lost and it is no good all the same; empty elsewhere."""
+    found = {source.status for source in session.sources.values()}
+    bad = any(source.gradient is not None and source.gradient.nonfinite for source in session.sources.values())
+    if session.verdict == "blocked" and not found & {"blocked", "partial"}:
+        if "nondifferentiable" in found:
+            return "there is no useful derivative on the way"
+        return "the gradient arrives as NaN or infinite" if bad else "the gradient arrives and is wrong"
+    return "the gradient arrives, and is zero in places" if session.verdict == "flows" and "zero" in found else ""
+
+
 class _TracePage(Page):
     def show(self, full: bool) -> None:
         self._verdict()
@@ -50,6 +61,7 @@ class _TracePage(Page):
         colour, words = VERDICTS[session.verdict]
         sign = self.sign("yes" if session.verdict == "flows" else "blocked")
         target = session.target
+        words = _words_for(session) or words
         self.console.print(f"[bold {colour}]{sign} {session.verdict}[/]  {words}", highlight=False)
         line = f"{target['name']}.{target['entry']}({', '.join(target['inputs'])})"
         how = f"{target['mode']} on {target['device']}, {target['dtype']}"
@@ -69,7 +81,8 @@ class _TracePage(Page):
             crash = session.crash
             self.console.print()
             self.print(f"  {crash['exception']}: {crash['message']}", style="red")
-            where = f"in {crash['module']}" if crash.get("module") else f"at {crash['path']}:{crash['line']}"
+            place = f"in {crash['module']}" if crash.get("module") else f"at {crash['path']}:{crash['line']}"
+            where = "in the backward pass" if crash.get("phase") == "backward" else place
             self.print(f"  raised {where}, caused by:", no_wrap=True)
 
     def _tree(self, full: bool) -> None:
@@ -131,7 +144,9 @@ class _TracePage(Page):
             self.print(f"Smallest fix: {' + '.join(session.fix_set)}, {proven} {sign}", style="bold green")
         elif session.worst() == "error":
             self.console.print()
-            self.print("No fix was found that a run could verify.", style="bold yellow")
+            stay = [finding.id for finding in session.findings if finding.severity == "error" and not finding.verified]
+            what = "This cannot" if len(stay) == 1 else "These cannot"
+            self.print(f"{what} be taken away for a run: change {', '.join(stay)} as said there.", style="bold yellow")
         if session.remedy is not None and session.worst() == "error":
             self.print(f"  before  {session.remedy.before}", style="red")
             self.print(f"  after   {session.remedy.after}", style="green")

@@ -29,8 +29,9 @@ def tag(tensor: torch.Tensor, operation: int, since: int) -> None:
     A call that recorded others from ``since`` on contains them and takes over what they made; one that hands its
     argument through does not.
     """
-    if tensor.grad_fn is not None and tensor.grad_fn.metadata.get(TAG, since) >= since:
-        tensor.grad_fn.metadata[TAG] = operation
+    node: Any = tensor.grad_fn
+    if node is not None and node.metadata.get(TAG, since) >= since:
+        node.metadata[TAG] = operation
 
 
 @dataclass(slots=True)
@@ -97,11 +98,12 @@ def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 def _refusal(node: Any, operation: int | None, written: Mapping[int, list[Write]]) -> Refusal | None:
     name = node.name()
     if name == RAISES:
-        return Refusal("GS402", "derivative is not implemented: backward raises.", raises=True)
+        return Refusal("GS402", "torch has no derivative for it.", "its derivative is not implemented", True)
     if name == WARNS:
-        return Refusal("GS502", "The operator has no autograd formula: backward warns and gives no gradient.")
+        return Refusal("GS502", "the operator has no autograd formula: backward warns and gives no gradient.")
     if name.startswith(GENERATED) and name in _operators_without_backward():
-        return Refusal("GS502", "The custom operator has no register_autograd: its backward raises.", raises=True)
+        said = "no autograd formula was registered for it"
+        return Refusal("GS502", f"{said} (torch.library.register_autograd).", said, True)
     if operation is None or operation not in written:
         return None
     return _spoiled(node, written[operation])
@@ -129,12 +131,13 @@ def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
             saved = getattr(node, name)
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
-                return Refusal("GS603", _first_sentence(str(error)), raises=True, write=writes[-1].operation)
+                words = f"it changes a value that {node.name()} saved for the backward pass, which raises."
+                return Refusal("GS603", words, _first_sentence(str(error)), True, write=writes[-1].operation)
             continue
         for tensor in saved if isinstance(saved, tuple) else (saved,):
             for write in writes:
                 if write.unseen and isinstance(tensor, torch.Tensor) and memory_of(tensor) == write.memory:
-                    words = "A value that backward needs was changed where autograd does not look."
+                    words = f"it changes a value that {node.name()} saved, where autograd does not look."
                     return Refusal("GS603", words, silent=True, write=write.operation)
     return None
 

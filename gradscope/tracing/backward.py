@@ -7,6 +7,7 @@ in the backward pass) are put aside meanwhile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,16 +82,16 @@ def _collect(leaves: Iterable[torch.Tensor], measured: bool) -> dict[int, Gradie
             tensor.grad = None
 
     for tensor in leaves:
-        tensor.register_post_accumulate_grad_hook(measure)
+        tensor.register_post_accumulate_grad_hook(measure)  # type: ignore[no-untyped-call]
     return found
 
 
 def _measured(grad: torch.Tensor, before: Gradient | None) -> Gradient:
     with torch.no_grad():
         values = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
-        finite = values.isfinite()
-        bad = int(finite.numel() - finite.sum())
-        norm = float(torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64))
+        low = values.dtype in (torch.float16, torch.bfloat16)
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float32 if low else None))
+        bad = 0 if math.isfinite(norm) else int(values.numel() - values.isfinite().sum())
     if before is not None:
         return Gradient((norm**2 + before.norm_l2**2) ** 0.5, bad + before.nonfinite)
     return Gradient(norm, bad)
@@ -103,7 +104,7 @@ def _put_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     try:
         for tensor, _, _ in kept:
             tensor.grad = None
-            tensor._post_accumulate_grad_hooks = None
+            tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         yield
     finally:
         for tensor, grad, hooks in kept:

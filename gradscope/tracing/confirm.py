@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gradscope.tracing.diagnose import Cut
+from gradscope.tracing.cuts import Cut
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.numeric import CannotCheck, Checked, check
 from gradscope.tracing.propagation import union, walk

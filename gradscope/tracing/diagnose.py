@@ -6,76 +6,14 @@ frontier: an operation that takes in a connected value and gives out an unconnec
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from gradscope.tracing.frames import code_name, source_site
+from gradscope.tracing.cuts import RULE_OF_OPERATION, Cut, blamed, cut_at, cut_of_loss
 from gradscope.tracing.propagation import Walks, is_flat, union, walk
-from gradscope.tracing.recording import Loss, Operation, Recording, Refusal, Region, Site
+from gradscope.tracing.recording import Operation, Recording, Site
 
-_COMPARISONS = "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isclose bucketize searchsorted"
-_INDICES = "argmax argmin argsort multinomial one_hot nonzero topk sort max min histc bincount"
-_SCALARS = "item tolist __float__ __int__ __index__"
-_COLLECTIVES = "all_gather all_reduce broadcast reduce all_gather_into_tensor"
-
-# How an operation that stops the gradient by itself is called in the catalogue.
-RULE_OF_OPERATION = {
-    **dict.fromkeys(("detach", "detach_"), "GS201"),
-    **dict.fromkeys(("data", "__set__"), "GS202"),
-    **dict.fromkeys(("tensor", "new_tensor", "Parameter", "shared memory", "pickle", "__deepcopy__"), "GS203"),
-    **dict.fromkeys(("load_state_dict", "as_tensor", "asarray", "Tensor", "as_subclass"), "GS203"),
-    **dict.fromkeys(("sample",), "GS205"),
-    **dict.fromkeys(_COLLECTIVES.split(), "GS206"),
-    **dict.fromkeys(("numpy", "__array__"), "GS301"),
-    **dict.fromkeys(_SCALARS.split(), "GS302"),
-    **dict.fromkeys(_INDICES.split(), "GS401"),
-    **dict.fromkeys(_COMPARISONS.split(), "GS402"),
-    **dict.fromkeys(("long", "int", "short", "char", "byte", "bool", "to", "type"), "GS403"),
-}
-SWITCHES = frozenset({"no_grad", "inference_mode", "set_grad_enabled", "enable_grad"})
-RULE_OF_REGION = {
-    ("inference_mode", "decorator"): "GS101",
-    ("no_grad", "decorator"): "GS102",
-    ("inference_mode", "block"): "GS103",
-    ("no_grad", "block"): "GS104",
-}
 _ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ rsub".split())
-
-
-@dataclass(slots=True)
-class Cut:
-    """One place where gradients end: a region or a single operation.
-
-    ``partial`` are the sources that lose only one of their paths here, ``flat`` says that the operation
-    has no useful derivative, ``escape`` that the numbers went through Python, where they are not followed.
-    ``zero``, ``nonfinite`` and ``wrong`` are the sources whose gradient arrives and is that; ``words`` says more,
-    and ``raises`` that the backward pass ends here with an exception. By finite differences: ``stepped`` sources
-    matter in steps only, ``benign`` ones miss nothing by this cut, and ``certain`` says that ``wrong`` was shown.
-    """
-
-    site: Site
-    rule: str
-    sources: set[str] = field(default_factory=set)
-    partial: set[str] = field(default_factory=set)
-    chain: tuple[str, ...] = ()
-    outer: Site | None = None
-    module: str = ""
-    flat: bool = False
-    escape: bool = False
-    zero: set[str] = field(default_factory=set)
-    nonfinite: set[str] = field(default_factory=set)
-    wrong: set[str] = field(default_factory=set)
-    words: str = ""
-    raises: bool = False
-    stepped: set[str] = field(default_factory=set)
-    benign: set[str] = field(default_factory=set)
-    certain: bool = False
-
-    @property
-    def touched(self) -> set[str]:
-        """Return every source that something happens to here."""
-        return self.sources | self.partial | self.zero | self.nonfinite | self.wrong | self.benign
 
 
 @dataclass(slots=True)
@@ -135,63 +73,6 @@ def diagnose(recording: Recording) -> Diagnosis:
     )
 
 
-# What autograd says when a forward pass offends it, the rule that this is, and where its cause lies: at the call
-# itself, where an inference tensor was made, or where the gradient was lost before.
-REFUSED_CALLS = (
-    ("inference tensor", "GS601", "inference"),
-    ("Can't call numpy() on Tensor that requires grad", "GS301", "here"),
-    ("Can't export tensors that require gradient", "GS301", "here"),
-    ("don't support automatic differentiation", "GS603", "here"),
-    ("support the deepcopy protocol", "GS203", "here"),
-    ("a leaf Variable that requires grad", "GS603", "here"),
-    ("is being modified inplace", "GS603", "here"),
-    ("modified by an inplace operation", "GS603", "here"),
-    ("Can't detach views in-place", "GS201", "here"),
-    ("only change requires_grad flags of leaf", "GS204", "here"),
-    ("refusing to serialize non-leaf", "GS303", "here"),
-    ("backward through the graph a second time", "GS603", "here"),
-    ("does not require grad", "GS201", "before"),
-    ("doesn't require gradient", "GS201", "before"),
-    ("can't retain_grad on Tensor that has requires_grad=False", "GS201", "before"),
-    ("not have been used in the graph", "GS201", "before"),
-)
-
-
-def is_autograds(error: BaseException) -> bool:
-    """Tell whether an exception of a forward pass is autograd's refusal."""
-    return any(words.lower() in str(error).lower() for words, _, _ in REFUSED_CALLS)
-
-
-def crash_cuts(recording: Recording) -> dict[Site, Cut]:
-    """Return what made autograd refuse a call of the forward pass."""
-    pending, said = recording.pending, str(recording.error).lower()
-    found = next(((rule, where) for words, rule, where in REFUSED_CALLS if words.lower() in said), None)
-    if pending is None or found is None:
-        return {}
-    rule, where = found
-    cuts: dict[Site, Cut] = {}
-    if where == "inference":
-        makers = {value: op for op in recording.operations for value in op.outputs}
-        for value in pending.inputs:
-            maker = makers.get(value)
-            if maker is not None and recording.values[value].inference:
-                _blamed(cuts, recording, maker)
-    elif where == "before":
-        before = dataclasses.replace(recording, sinks=pending.inputs, error=None)
-        cuts = {site: cut for site, cut in diagnose(before).cuts.items() if cut.sources}
-    if not cuts and pending.place is not None:
-        if where == "inference" and any(recording.values[value].inference for value in pending.inputs):
-            rule = "GS601" if any(recording.values[value].leaf for value in pending.inputs
-                                  if recording.values[value].inference) else "GS602"  # fmt: skip
-        cut = _cut_at(cuts, recording, pending)
-        cut.rule, cut.words = rule, f"autograd refuses this call: {_first_line(recording.error)}"
-    return cuts
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 # --- statuses ----------------------------------------------------------------------------------------
 
 
@@ -242,7 +123,7 @@ def _frontier(recording: Recording, walks: Walks, wanted: int) -> Iterator[tuple
 def _cuts(recording: Recording, losses: list[tuple[Operation, int]], bits: dict[str, int]) -> dict[Site, Cut]:
     cuts: dict[Site, Cut] = {}
     for operation, lost in losses:
-        for cut in _blamed(cuts, recording, operation):
+        for cut in blamed(cuts, recording, operation):
             cut.sources |= _named(lost, bits)
     return cuts
 
@@ -255,11 +136,12 @@ def _add_flat(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted:
             continue
         lost = union(walks.smooth, operation.inputs) & ~union(walks.smooth, outputs) & wanted
         if lost and operation.place is not None:
-            cut = _cut_at(cuts, recording, operation)
+            cut = cut_at(cuts, recording, operation)
             cut.rule = "GS402" if is_flat(operation) else RULE_OF_OPERATION.get(operation.name, "GS401")
             cut.flat = True
             if operation.refusal is not None:
-                cut.words, cut.raises = operation.refusal.message, operation.refusal.raises
+                cut.words, cut.error = operation.refusal.message, operation.refusal.error
+                cut.raises = operation.refusal.raises
             cut.sources |= _named(lost, bits)
 
 
@@ -268,7 +150,7 @@ def _add_left(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted:
     for operation in recording.left:
         lost = union(walks.smooth, operation.inputs) & wanted
         if lost and operation.place is not None:
-            _cut_at(cuts, recording, operation).sources |= _named(lost, bits)
+            cut_at(cuts, recording, operation).sources |= _named(lost, bits)
 
 
 def _add_escapes(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]) -> None:
@@ -277,7 +159,7 @@ def _add_escapes(cuts: dict[Site, Cut], recording: Recording, walks: Walks, want
     for operation in recording.escapes if left else ():
         lost = union(walks.smooth, operation.inputs) & left
         if lost and operation.place is not None:
-            cut = _cut_at(cuts, recording, operation)
+            cut = cut_at(cuts, recording, operation)
             cut.escape = True
             cut.sources |= _named(lost, bits)
 
@@ -306,7 +188,7 @@ def _add_partial(
             surrogates |= _named(lost, bits)
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
-        for cut in _blamed(cuts, recording, operation):
+        for cut in blamed(cuts, recording, operation):
             cut.partial |= names
         for name in names:
             statuses[name] = "partial"
@@ -317,7 +199,7 @@ def _add_spoiled(cuts: dict[Site, Cut], recording: Recording, walks: Walks, bits
     """Blame the writes that changed what backward needs where autograd does not look: the gradient errs."""
     for operation in recording.operations:
         if operation.refusal is not None and operation.refusal.silent and walks.live.intersection(operation.outputs):
-            for cut in _blamed(cuts, recording, operation):
+            for cut in blamed(cuts, recording, operation):
                 cut.wrong |= _named(union(walks.linked, operation.inputs), bits)
 
 
@@ -326,7 +208,7 @@ def _add_losses(cuts: dict[Site, Cut], statuses: dict[str, str], recording: Reco
     for loss in recording.losses:
         what = loss.what.rpartition(" ")[2]
         names = {name for name in loss.sources if statuses.get(name) in ("flows", "partial", "zero")}
-        cut = _cut_of_loss(cuts, recording, loss) if names else None
+        cut = cut_of_loss(cuts, recording, loss) if names else None
         if what == "zero":
             statuses.update(dict.fromkeys(names, "zero"))
         elif what in ("none", "raises"):
@@ -336,25 +218,6 @@ def _add_losses(cuts: dict[Site, Cut], statuses: dict[str, str], recording: Reco
         kept = {"zero": cut.zero, "nonfinite": cut.nonfinite}.get(what, cut.sources)
         kept |= names
         cut.raises = cut.raises or what == "raises"
-
-
-def _cut_of_loss(cuts: dict[Site, Cut], recording: Recording, loss: Loss) -> Cut | None:
-    operation = recording.operations[loss.operation] if loss.operation is not None else None
-    if loss.what.startswith("hook"):
-        place = next((recording.hooks[value] for value in operation.outputs if value in recording.hooks), None) \
-            if operation is not None else next(
-                (recording.hooks[recording.leaves[name]] for name in loss.sources
-                 if recording.leaves.get(name) in recording.hooks), None)  # fmt: skip
-        if place is not None:
-            site = source_site(place, "register_hook")
-            return cuts.setdefault(site, Cut(site, "GS606", chain=(code_name(place.code),)))
-    if operation is None or operation.place is None:
-        return None
-    cut = _cut_at(cuts, recording, operation)
-    rules = {"zero": "GS404", "nonfinite": "GS607", "hook zero": "GS606", "hook nonfinite": "GS606"}
-    hooked = operation.name == "BackwardHookFunction"
-    cut.rule = "GS606" if hooked else rules.get(loss.what, "GS501" if operation.custom else "GS502")
-    return cut
 
 
 def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], makers: dict[int, Operation]) -> bool:
@@ -374,66 +237,3 @@ def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], 
             if user.name in _ADDITIONS and subtracted.intersection(user.inputs):
                 return True
     return False
-
-
-# --- blame -------------------------------------------------------------------------------------------
-
-
-def _blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> list[Cut]:
-    """Attribute a lost gradient to the regions that were active, outermost first, or to the call."""
-    if operation.refusal is not None:
-        cut = _cut_of_refusal(cuts, recording, operation, operation.refusal)
-        return [cut] if cut is not None else []
-    if not operation.regions:
-        return [_cut_at(cuts, recording, operation)] if operation.place is not None else []
-    found: list[Cut] = []
-    outer: Site | None = None
-    regions: Iterable[Region] = operation.regions
-    for region in regions:
-        rule = _rule_of(region.site)
-        found.append(cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer)))
-        outer = region.site
-    return found
-
-
-def _cut_of_refusal(cuts: dict[Site, Cut], recording: Recording, operation: Operation, refusal: Refusal) -> Cut | None:
-    """Blame the write that spoiled what was saved; else the operation that autograd has no derivative for."""
-    culprit = operation if refusal.write is None else recording.operations[refusal.write]
-    if culprit.place is None:
-        return None
-    cut = _cut_at(cuts, recording, culprit)
-    cut.rule, cut.words = refusal.rule, refusal.message
-    cut.raises = cut.raises or refusal.raises
-    return cut
-
-
-def _cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
-    assert operation.place is not None
-    site = source_site(operation.place, operation.name)
-    rule = (
-        _rule_of_custom(recording, operation)
-        if operation.custom
-        else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
-    )
-    cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
-    cut.module = _module_path(recording, operation)
-    return cut
-
-
-def _rule_of_custom(recording: Recording, operation: Operation) -> str:
-    if operation.name == "CheckpointFunction":
-        return "GS604"
-    inference = any(recording.values[value].inference for value in operation.outputs)
-    return "GS601" if inference else "GS501"
-
-
-def _rule_of(site: Site) -> str:
-    if site.mechanism not in SWITCHES:  # torch's own function switches recording off
-        return RULE_OF_OPERATION.get(site.mechanism, "GS104")
-    how = "decorator" if site.how == "decorator" else "block"
-    return RULE_OF_REGION.get((site.mechanism, how), "GS105")
-
-
-def _module_path(recording: Recording, operation: Operation) -> str:
-    named = [scope.module for scope in recording.ancestors(operation.scope) if scope.module]
-    return named[-1] if named else ""

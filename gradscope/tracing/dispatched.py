@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradscope.tracing.recorder import Recorder
 
 
-class DispatchedCalls(TorchDispatchMode):
+class DispatchedCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tell a recorder the operators that ran outside every call it saw."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(

@@ -128,21 +128,12 @@ def _patch_set_grad_enabled(stack: ExitStack, observer: Observer, neutralised: f
     construct, wrap = set_grad_enabled.__init__, set_grad_enabled.__call__
     enter, leave = set_grad_enabled.__enter__, set_grad_enabled.__exit__
 
-    def begin(self: Any, frame: FrameType) -> None:
-        site = region_site(frame, "set_grad_enabled")
-        if site in neutralised:
-            self.mode = self.prev
-            torch._C._set_grad_enabled(self.prev)
-            return
-        if observer.is_watching:
-            observer.enter_region(self, Region(site, not self.mode, call_chain(frame)))
-
     def __init__(self: Any, mode: bool) -> None:
         frame = sys._getframe(1)
         # no_grad constructs a set_grad_enabled of its own on entering: that is no site.
         construct(self, mode)
-        if observer.is_here and is_user_file(frame.f_code.co_filename):
-            begin(self, frame)
+        if is_user_file(frame.f_code.co_filename):
+            _begin_switch(self, frame, observer, neutralised)
 
     def __call__(self: Any, func: Any) -> Any:
         observer.leave_region(self)
@@ -151,8 +142,8 @@ def _patch_set_grad_enabled(stack: ExitStack, observer: Observer, neutralised: f
     def __enter__(self: Any) -> Any:
         frame = sys._getframe(1)
         # Under a decorator the switch was cloned inside torch: only here its site is known.
-        if observer.is_here and not is_user_file(frame.f_code.co_filename):
-            begin(self, frame)
+        if not is_user_file(frame.f_code.co_filename):
+            _begin_switch(self, frame, observer, neutralised)
         return enter(self)
 
     def __exit__(self: Any, *exc_info: Any) -> Any:
@@ -161,6 +152,17 @@ def _patch_set_grad_enabled(stack: ExitStack, observer: Observer, neutralised: f
 
     for function in (__init__, __call__, __enter__, __exit__):
         _replace(stack, set_grad_enabled, function.__name__, function)
+
+
+def _begin_switch(switch: Any, frame: FrameType, observer: Observer, neutralised: frozenset[Site]) -> None:
+    if not observer.is_here:
+        return
+    site = region_site(frame, "set_grad_enabled")
+    if site in neutralised:
+        switch.mode = switch.prev
+        torch._C._set_grad_enabled(switch.prev)
+    elif observer.is_watching:
+        observer.enter_region(switch, Region(site, not switch.mode, call_chain(frame)))
 
 
 def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gradscope.errors import NotAnalysedError, UsageError
+from gradscope.errors import NotAnalysedError
 from gradscope.session import Session
 from gradscope.tracing.borrowed import Question, subject_of
 from gradscope.tracing.holding import held_model

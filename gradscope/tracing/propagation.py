@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gradscope.tracing.calls import is_in_place
 from gradscope.tracing.recording import Operation, Recording
 
 # The derivative exists and is zero: piecewise constant (torch's derivatives.yaml gives zeros, or none).
@@ -24,10 +25,6 @@ WHOLE = frozenset({"numpy", "__array__", "tolist"})
 READIES = frozenset({"detach", "cpu", "data", "float", "contiguous"})
 # Values leave torch, or come back as a leaf: the numbers go on, what they were made by does not.
 REPLACES_DATA = frozenset({"__set__"})
-IN_PLACE = frozenset(
-    "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
-    "__ior__ __ixor__ __ilshift__ __irshift__".split()
-)
 
 
 @dataclass(slots=True)
@@ -69,7 +66,8 @@ def where_it_left(recording: Recording) -> tuple[list[Operation], tuple[int, ...
     left = whole or recording.escapes
     made = {value: operation for operation in recording.operations for value in operation.outputs}
     sinks = []
-    for value in (value for escape in left for value in escape.inputs):
+    for given in (value for escape in left for value in escape.inputs):
+        value = given
         while value in made and made[value].name in READIES:
             value = made[value].inputs[0]
         sinks.append(value)
@@ -105,11 +103,6 @@ def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
 
 def _writes_unseen(operation: Operation) -> bool:
     return operation.name in REPLACES_DATA or (bool(operation.regions) and is_in_place(operation.name))
-
-
-def is_in_place(name: str) -> bool:
-    """Tell by a call's name whether it changes its first argument."""
-    return (name[-1] == "_" and name[-2:] != "__") or name in IN_PLACE
 
 
 def _live(recording: Recording, *, smooth: bool) -> set[int]:

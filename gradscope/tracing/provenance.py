@@ -18,10 +18,6 @@ from torch import nn
 from gradscope.tracing.autograd import memory_of, reached_leaves
 from gradscope.tracing.recording import Operation, Place, Recording, Value, Write
 
-# Calls that leave the tensor world with numbers in hand.
-ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
-# Calls that make a tensor of numbers that Python holds.
-ENTRANCES = frozenset({"tensor", "as_tensor", "asarray", "full", "linspace", "logspace", "scalar_tensor"})
 # Results nest rarely deeper; a cycle of objects ends here too.
 DEEPEST = 6
 

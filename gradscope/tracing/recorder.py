@@ -17,33 +17,23 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gradscope.tracing.autograd import tag
+from gradscope.tracing.calls import (
+    AS_ANOTHER,
+    ENTRANCES,
+    ESCAPES,
+    FILLS,
+    MAKES_ROOM,
+    MAY_BE_REFUSED,
+    REPLACEABLE,
+    ROUNDING,
+    SHAPE_ONLY,
+    operation_name,
+    writes,
+)
 from gradscope.tracing.frames import function_place, source_site, user_place
-from gradscope.tracing.propagation import is_in_place
-from gradscope.tracing.provenance import ENTRANCES, ESCAPES, Provenance, tensors_in
+from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Site
 from gradscope.tracing.subject import Caller
-
-# Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
-# ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
-MAKES_ROOM = frozenset(
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like "
-    "randint_like".split()
-)
-# Of these, the ones that are filled with a number of Python's, which may have been a tensor's.
-FILLS = frozenset({"new_full", "full_like"})
-SHAPE_ONLY = MAKES_ROOM | frozenset(
-    "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ storage_offset "
-    "untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled __len__ ndimension "
-    "element_size nelement is_nonzero data_ptr __hash__ __format__ __repr__ __dir__".split()
-)
-# Of those, the calls that autograd may refuse.
-MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad"})
-# Calls that take the shape or dtype of their second tensor, and numbers of the first one only.
-AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_"})
-# Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
-DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
-# What a further run can do without: the call gives back its input instead.
-REPLACEABLE = {"detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0}
 
 
 class _Here(threading.local):
@@ -137,7 +127,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _operation_name(func)
+        name = operation_name(func)
         if name is None:  # shape, dtype, device: nine calls of ten
             return self._pass(func, args, kwargs)
         if name in ROUNDING and kwargs.get("rounding_mode"):
@@ -145,7 +135,7 @@ class Recorder(TorchFunctionMode):
         place = user_place(sys._getframe(1)) if self._neutralised or not self._over else None
         if self._neutralised and place is not None and source_site(place, name) in self._neutralised:
             return torch.ops.aten.alias.default(args[REPLACEABLE[name]])
-        in_place = _writes(name, args, kwargs)
+        in_place = writes(name, args, kwargs)
         for tensor in in_place:
             self._before_write(tensor)
         if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
@@ -411,37 +401,3 @@ def responsible_regions(regions: list[Region]) -> tuple[Region, ...]:
             grad_undone = True
             inference_undone = inference_undone or is_inference
     return tuple(blamed[::-1])
-
-
-# With a rounding mode these are piecewise constant.
-ROUNDING = frozenset({"div", "div_", "divide", "true_divide"})
-_STATISTICS = frozenset({"batch_norm", "instance_norm"})
-
-
-def _writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Return the tensors that a call is about to change in place."""
-    written: list[Any] = []
-    if is_in_place(name) or kwargs.get("inplace") is True:
-        written = list(args[:1])
-    elif name in _STATISTICS:  # running mean and variance
-        written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
-    elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
-        written = [kwargs.get("weight"), *args[1:2]]
-    elif name.startswith("fused_moving_avg"):
-        written = list(args)
-    if "out" in kwargs:
-        written += list(tensors_in(kwargs["out"]))
-    return [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
-
-
-def _operation_name(func: Any) -> str | None:
-    """Return the name of a call that moves numbers, or None for one that does not."""
-    if isinstance(func, torch._ops.OpOverload):
-        return str(func.overloadpacket.__name__)
-    name = getattr(func, "__name__", None) or type(func).__name__
-    if name in ("__get__", "__set__"):
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name == "__set__":
-            return name if attribute == "data" else None
-        return attribute if attribute in DATA_PROPERTIES else None
-    return None if name in SHAPE_ONLY else str(name)

@@ -94,11 +94,13 @@ class Write:
 class Refusal:
     """What becomes of a gradient at an operation that autograd did record: it raises, gives nothing, or errs.
 
+    ``message`` says it of the operation to blame, ``error`` in the words of the exception, where it ``raises``.
     ``silent``: the gradient goes on and is wrong. ``write`` is the operation that spoiled what was saved.
     """
 
     rule: str
     message: str
+    error: str = ""
     raises: bool = False
     silent: bool = False
     write: int | None = None
@@ -108,7 +110,7 @@ class Refusal:
 class Loss:
     """One operation (None: a leaf itself) at which a backward pass lost the gradient of some sources.
 
-    ``what`` is ``none``, ``zero``, ``nonfinite`` or ``raises``; ``hook zero`` and the like where a tensor's hook did it.
+    ``what`` is ``none``, ``zero``, ``nonfinite`` or ``raises``, and ``hook zero`` or so where a hook did it.
     """
 
     operation: int | None

@@ -158,6 +158,11 @@ class Runner:
         if not measured and self.workshop.device.type != "cpu":
             run.recording.unseen.append("What custom backward functions give is seen only by computing (--mode real).")
             return
+        if measured and not all(bool(sink.isfinite().all()) for sink in sinks):
+            run.recording.unseen.append(
+                "The outputs are not finite with these inputs: what gradients are worth is unknown."
+            )
+            return
         result = run_backward(sinks, graph, asked, watched=watched, measured=measured)
         if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
             run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from gradscope.tracing.propagation import is_in_place
+from gradscope.tracing.calls import is_in_place
 from gradscope.tracing.provenance import tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)

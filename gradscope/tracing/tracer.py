@@ -14,9 +14,10 @@ from gradscope.findings import SEVERITIES, Finding, Source
 from gradscope.paths import short_path
 from gradscope.session import Session
 from gradscope.tracing.confirm import confirm
-from gradscope.tracing.diagnose import Cut, is_autograds
+from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
 from gradscope.tracing.recording import Recording, Site
+from gradscope.tracing.refused import is_autograds
 from gradscope.tracing.runner import Runner
 from gradscope.tracing.subject import Subject, Workshop, matches
 from gradscope.tracing.verify import Proof, prove
@@ -57,7 +58,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
         crash=_crash(proof),
         remedy=subject.remedy,
         remarks=_remarks(subject, workshop, proof, sources.values()) + said,
-        unseen=list(dict.fromkeys(recording.unseen)),
+        unseen=list(dict.fromkeys([*recording.unseen, *_kept_from_before(proof)])),
     )
     session.stats = {"seconds": round(time.perf_counter() - started, 2), "runs": proof.runs,
                      "operations": len(recording.operations)}  # fmt: skip
@@ -146,7 +147,7 @@ def _crash(proof: Proof) -> dict[str, object] | None:
         return {
             "phase": "backward",
             "exception": kind or "RuntimeError",
-            "message": (message or raising.words).strip().splitlines()[0],
+            "message": (message or raising.error or raising.words).strip().splitlines()[0],
             "path": short_path(raising.site.path),
             "line": raising.site.line,
             "module": raising.module,
@@ -162,6 +163,19 @@ def _crash(proof: Proof) -> dict[str, object] | None:
         "line": place.line if place else 0,
         "module": modules[-1] if modules else "",
     }
+
+
+def _kept_from_before(proof: Proof) -> list[str]:
+    """Name the tensors that the model kept in an attribute and used in place of a parameter that came out unused."""
+    values, diagnosis = proof.first.recording.values, proof.diagnosis
+    unused = {name for name in proof.asked if diagnosis.statuses.get(name) == "unused"}
+    details = {values[proof.first.recording.leaves[name]].detail: name for name in sorted(unused)}
+    kept = {values[number].name: details[values[number].detail] for number in sorted(diagnosis.live)
+            if values[number].name and not values[number].leaf and values[number].detail in details}  # fmt: skip
+    return [
+        f"The result uses {name}, which was computed before the run and kept: whether {source} is in it is not known."
+        for name, source in kept.items()
+    ]
 
 
 def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Iterable[Source]) -> list[str]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gradscope.tracing.diagnose import SWITCHES, Cut, Diagnosis, crash_cuts, diagnose, is_autograds
-from gradscope.tracing.recorder import REPLACEABLE
+from gradscope.tracing.calls import REPLACEABLE
+from gradscope.tracing.cuts import SWITCHES, Cut
+from gradscope.tracing.diagnose import Diagnosis, diagnose
 from gradscope.tracing.recording import Site
+from gradscope.tracing.refused import crash_cuts, is_autograds
 from gradscope.tracing.runner import Pass, Run, Runner
 
 MOST_ROUNDS = 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gradscope.findings import Confidence, Finding, Severity
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
-from gradscope.tracing.diagnose import SWITCHES, Cut
+from gradscope.tracing.cuts import SWITCHES, Cut
 from gradscope.tracing.frames import source_line
 from gradscope.tracing.recording import Site
 from gradscope.tracing.verify import Proof
@@ -25,7 +25,7 @@ ADVICE = {
     "GS603": "Use the form that makes a new tensor (no trailing underscore), or clone() before the write.",
     "GS604": "Pass use_reentrant=False, or let an input of the checkpoint require grad (enable_input_require_grads).",
     "GS606": "Look at what the hook returns: it takes the place of the gradient.",
-    "GS607": "Keep the argument of sqrt, log, division and norm away from 0 before it is computed, not by where() after.",
+    "GS607": "Keep the argument of sqrt, log, division and norm away from 0 before the call, not by where() after it.",
 }
 
 
@@ -35,7 +35,7 @@ def severity_of(cut: Cut, asked: frozenset[str], crashed: bool) -> Severity:
         return "error"
     if cut.sources & asked:
         return "warning" if cut.escape else "error"
-    if cut.certain and cut.wrong & asked:
+    if (cut.certain and cut.wrong & asked) or cut.nonfinite & asked:
         return "error"
     return "warning" if (cut.touched - cut.benign) & asked else "note"
 
@@ -106,20 +106,25 @@ def _confidence(cut: Cut) -> Confidence:
 
 
 def _message(cut: Cut, crashed: bool) -> str:
-    site = cut.site
-    place = f"{site.mechanism} in {site.function}"
-    also = "" if cut.sources or not cut.partial else " Another path carries a gradient, so it is there and incomplete."
+    place = f"{cut.site.mechanism} in {cut.site.function}"
     if cut.words:
         return f"{place}: {cut.words}"
-    if crashed and not cut.rule.startswith("GS1"):
+    if cut.rule.startswith("GS1") and cut.site.mechanism in SWITCHES:
+        return _of_region(cut, crashed)
+    if crashed:
         return f"{place}: autograd refuses it."
-    if site.mechanism not in SWITCHES and (cut.rule == "GS205" or cut.rule.startswith("GS1")):
-        return f"{place} switches recording off inside torch: autograd records nothing of what it computes.{also}"
-    if cut.rule.startswith("GS1"):
-        region = f"{site.function} runs under {site.mechanism}"
-        if crashed:
-            return f"{region}: it returns inference tensors, which autograd refuses to save for backward."
-        return f"{region}: autograd records nothing of what it computes.{also}"
+    return _of_gradient(cut, place) or _of_call(cut, place)
+
+
+def _of_region(cut: Cut, crashed: bool) -> str:
+    region = f"{cut.site.function} runs under {cut.site.mechanism}"
+    if crashed:
+        return f"{region}: it returns inference tensors, which autograd refuses to save for backward."
+    return f"{region}: autograd records nothing of what it computes.{_also(cut)}"
+
+
+def _of_gradient(cut: Cut, place: str) -> str:
+    """Say what a backward pass or finite differences showed; empty where they showed nothing."""
     if cut.rule == "GS606":
         return f"A hook set by {place} changes the gradient on its way: what comes out is {_what(cut)}."
     if cut.stepped and cut.stepped >= cut.sources:
@@ -128,15 +133,23 @@ def _message(cut: Cut, crashed: bool) -> str:
         return f"{place} cuts off a part of the gradient that adds nothing to it, as finite differences show."
     if cut.zero or cut.nonfinite:
         return f"A sound gradient arrives at {place} and goes on as {_what(cut)}."
+    return f"The backward of {place} raises an exception." if cut.raises else ""
+
+
+def _of_call(cut: Cut, place: str) -> str:
+    if cut.rule == "GS205" or cut.rule.startswith("GS1"):
+        return f"{place} switches recording off inside torch: nothing of what it computes is recorded.{_also(cut)}"
     if cut.flat:
         return f"{place} has no useful derivative: nothing that is unblocked can help."
     if cut.escape or cut.rule.startswith("GS3"):
         return f"{place} takes the numbers into Python, where no gradient follows."
-    if cut.rule == "GS501" and cut.sources and not cut.raises:
-        return f"{place} gives no gradient back to what went in.{also}"
-    if cut.raises:
-        return f"The backward of {place} raises an exception."
-    return f"{place} gives out a tensor that autograd does not connect to its input.{also}"
+    if cut.rule == "GS501" and cut.sources:
+        return f"{place} gives no gradient back to what went in.{_also(cut)}"
+    return f"{place} gives out a tensor that autograd does not connect to its input.{_also(cut)}"
+
+
+def _also(cut: Cut) -> str:
+    return "" if cut.sources or not cut.partial else " Another path carries a gradient: it is there, and incomplete."
 
 
 def _what(cut: Cut) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Model(nn.Module):
 
 def line_of(method: str, text: str) -> int:
     code = getattr(Model, method).__wrapped__.__code__ if method == "to_numpy" else getattr(Model, method).__code__
-    lines = open(__file__, encoding="utf-8").read().splitlines()
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     return next(number for number in range(code.co_firstlineno, len(lines)) if text in lines[number - 1])
 
 

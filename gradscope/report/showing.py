@@ -1,0 +1,37 @@
+"""How a session shows itself: as rich text in a terminal, as HTML in a notebook."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+from rich.console import Console
+from rich.text import Text
+
+from gradscope.report import scan_terminal, terminal
+from gradscope.session import Session
+
+NOTEBOOK_WIDTH = 110
+NOTEBOOK_PAGE = (
+    '<pre style="font-family:ui-monospace,Menlo,Consolas,monospace;font-size:13px;line-height:1.35;overflow-x:auto">'
+    "{code}</pre>"
+)
+
+
+def as_text(session: Session) -> Text:
+    """Return the report as rich text, as wide as the terminal."""
+    out = io.StringIO()
+    _render(session, Console(file=out, width=shutil.get_terminal_size().columns, force_terminal=True))
+    return Text.from_ansi(out.getvalue().rstrip("\n"))
+
+
+def as_html(session: Session) -> str:
+    """Return the report as one ``<pre>`` with inline colours; no script, nothing loaded from anywhere."""
+    console = Console(file=io.StringIO(), width=NOTEBOOK_WIDTH, record=True, force_terminal=True)
+    _render(session, console)
+    return console.export_html(code_format=NOTEBOOK_PAGE, inline_styles=True)
+
+
+def _render(session: Session, console: Console) -> None:
+    page = scan_terminal if session.kind == "scan" else terminal
+    page.render(session, console)

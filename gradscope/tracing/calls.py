@@ -1,0 +1,74 @@
+"""What a torch call does to numbers, told by its name: carries them, takes them out, writes in place, only asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Calls that leave the tensor world with numbers in hand.
+ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
+# Calls that make a tensor of numbers that Python holds.
+ENTRANCES = frozenset({"tensor", "as_tensor", "asarray", "full", "linspace", "logspace", "scalar_tensor"})
+# Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
+# ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
+MAKES_ROOM = frozenset(
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like "
+    "randint_like".split()
+)
+# Of these, the ones that are filled with a number of Python's, which may have been a tensor's.
+FILLS = frozenset({"new_full", "full_like"})
+SHAPE_ONLY = MAKES_ROOM | frozenset(
+    "size stride dim numel is_floating_point is_complex is_contiguous is_inference requires_grad_ storage_offset "
+    "untyped_storage is_same_size result_type retain_grad register_hook _set_grad_enabled __len__ ndimension "
+    "element_size nelement is_nonzero data_ptr __hash__ __format__ __repr__ __dir__".split()
+)
+# Of those, the calls that autograd may refuse.
+MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad"})
+# Calls that take the shape or dtype of their second tensor, and numbers of the first one only.
+AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_"})
+# Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
+DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
+# What a further run can do without: the call gives back its input instead.
+REPLACEABLE = {"detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0}
+IN_PLACE = frozenset(
+    "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
+    "__ior__ __ixor__ __ilshift__ __irshift__".split()
+)
+# With a rounding mode these are piecewise constant.
+ROUNDING = frozenset({"div", "div_", "divide", "true_divide"})
+_STATISTICS = frozenset({"batch_norm", "instance_norm"})
+
+
+def is_in_place(name: str) -> bool:
+    """Tell by a call's name whether it changes its first argument."""
+    return (name[-1] == "_" and name[-2:] != "__") or name in IN_PLACE
+
+
+def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that a call is about to change in place."""
+    written: list[Any] = []
+    if is_in_place(name) or kwargs.get("inplace") is True:
+        written = list(args[:1])
+    elif name in _STATISTICS:  # running mean and variance
+        written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
+    elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
+        written = [kwargs.get("weight"), *args[1:2]]
+    elif name.startswith("fused_moving_avg"):
+        written = list(args)
+    if "out" in kwargs:
+        written += kwargs["out"] if isinstance(kwargs["out"], (tuple, list)) else [kwargs["out"]]
+    return [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
+
+
+def operation_name(func: Any) -> str | None:
+    """Return the name of a call that moves numbers, or None for one that does not."""
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func.overloadpacket.__name__)
+    name = getattr(func, "__name__", None) or type(func).__name__
+    if name in ("__get__", "__set__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__set__":
+            return name if attribute == "data" else None
+        return attribute if attribute in DATA_PROPERTIES else None
+    return None if name in SHAPE_ONLY else str(name)

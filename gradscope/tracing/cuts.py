@@ -1,0 +1,150 @@
+"""The cut: one place where gradients end, and which place is to blame for what a recording shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gradscope.tracing.frames import code_name, source_site
+from gradscope.tracing.recording import Loss, Operation, Recording, Refusal, Site
+
+_COMPARISONS = "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isclose bucketize searchsorted"
+_INDICES = "argmax argmin argsort multinomial one_hot nonzero topk sort max min histc bincount"
+_SCALARS = "item tolist __float__ __int__ __index__"
+_COLLECTIVES = "all_gather all_reduce broadcast reduce all_gather_into_tensor"
+
+# How an operation that stops the gradient by itself is called in the catalogue.
+RULE_OF_OPERATION = {
+    **dict.fromkeys(("detach", "detach_"), "GS201"),
+    **dict.fromkeys(("data", "__set__"), "GS202"),
+    **dict.fromkeys(("tensor", "new_tensor", "Parameter", "shared memory", "pickle", "__deepcopy__"), "GS203"),
+    **dict.fromkeys(("load_state_dict", "as_tensor", "asarray", "Tensor", "as_subclass"), "GS203"),
+    **dict.fromkeys(("sample",), "GS205"),
+    **dict.fromkeys(_COLLECTIVES.split(), "GS206"),
+    **dict.fromkeys(("numpy", "__array__"), "GS301"),
+    **dict.fromkeys(_SCALARS.split(), "GS302"),
+    **dict.fromkeys(_INDICES.split(), "GS401"),
+    **dict.fromkeys(_COMPARISONS.split(), "GS402"),
+    **dict.fromkeys(("long", "int", "short", "char", "byte", "bool", "to", "type"), "GS403"),
+}
+SWITCHES = frozenset({"no_grad", "inference_mode", "set_grad_enabled", "enable_grad"})
+RULE_OF_REGION = {
+    ("inference_mode", "decorator"): "GS101",
+    ("no_grad", "decorator"): "GS102",
+    ("inference_mode", "block"): "GS103",
+    ("no_grad", "block"): "GS104",
+}
+
+
+@dataclass(slots=True)
+class Cut:
+    """One place where gradients end: a region or a single operation.
+
+    ``partial`` are the sources that lose only one of their paths here, ``flat`` says that the operation
+    has no useful derivative, ``escape`` that the numbers went through Python, where they are not followed.
+    ``zero``, ``nonfinite`` and ``wrong`` are the sources whose gradient arrives and is that; ``words`` says more,
+    ``error`` is what the exception says, and ``raises`` that the backward pass ends here with it. By finite
+    differences: ``stepped`` sources matter in steps only, ``benign`` ones miss nothing by this cut, and ``certain``
+    says that ``wrong`` was shown.
+    """
+
+    site: Site
+    rule: str
+    sources: set[str] = field(default_factory=set)
+    partial: set[str] = field(default_factory=set)
+    chain: tuple[str, ...] = ()
+    outer: Site | None = None
+    module: str = ""
+    flat: bool = False
+    escape: bool = False
+    zero: set[str] = field(default_factory=set)
+    nonfinite: set[str] = field(default_factory=set)
+    wrong: set[str] = field(default_factory=set)
+    words: str = ""
+    error: str = ""
+    raises: bool = False
+    stepped: set[str] = field(default_factory=set)
+    benign: set[str] = field(default_factory=set)
+    certain: bool = False
+
+    @property
+    def touched(self) -> set[str]:
+        """Return every source that something happens to here."""
+        return self.sources | self.partial | self.zero | self.nonfinite | self.wrong | self.benign
+
+
+def blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> list[Cut]:
+    """Attribute a lost gradient to the regions that were active, outermost first, or to the call."""
+    if operation.refusal is not None:
+        cut = _cut_of_refusal(cuts, recording, operation, operation.refusal)
+        return [cut] if cut is not None else []
+    if not operation.regions:
+        return [cut_at(cuts, recording, operation)] if operation.place is not None else []
+    found: list[Cut] = []
+    outer: Site | None = None
+    for region in operation.regions:
+        rule = _rule_of(region.site)
+        found.append(cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer)))
+        outer = region.site
+    return found
+
+
+def _cut_of_refusal(cuts: dict[Site, Cut], recording: Recording, operation: Operation, refusal: Refusal) -> Cut | None:
+    """Blame the write that spoiled what was saved; else the operation that autograd has no derivative for."""
+    culprit = operation if refusal.write is None else recording.operations[refusal.write]
+    if culprit.place is None:
+        return None
+    cut = cut_at(cuts, recording, culprit)
+    cut.rule, cut.words, cut.error = refusal.rule, refusal.message, refusal.error
+    cut.raises = cut.raises or refusal.raises
+    return cut
+
+
+def cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
+    assert operation.place is not None
+    site = source_site(operation.place, operation.name)
+    rule = (
+        _rule_of_custom(recording, operation)
+        if operation.custom
+        else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
+    )
+    cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
+    cut.module = _module_path(recording, operation)
+    return cut
+
+
+def _rule_of_custom(recording: Recording, operation: Operation) -> str:
+    if operation.name == "CheckpointFunction":
+        return "GS604"
+    inference = any(recording.values[value].inference for value in operation.outputs)
+    return "GS601" if inference else "GS501"
+
+
+def _rule_of(site: Site) -> str:
+    if site.mechanism not in SWITCHES:  # torch's own function switches recording off
+        return RULE_OF_OPERATION.get(site.mechanism, "GS104")
+    how = "decorator" if site.how == "decorator" else "block"
+    return RULE_OF_REGION.get((site.mechanism, how), "GS105")
+
+
+def _module_path(recording: Recording, operation: Operation) -> str:
+    named = [scope.module for scope in recording.ancestors(operation.scope) if scope.module]
+    return named[-1] if named else ""
+
+
+def cut_of_loss(cuts: dict[Site, Cut], recording: Recording, loss: Loss) -> Cut | None:
+    operation = recording.operations[loss.operation] if loss.operation is not None else None
+    if loss.what.startswith("hook"):
+        place = next((recording.hooks[value] for value in operation.outputs if value in recording.hooks), None) \
+            if operation is not None else next(
+                (recording.hooks[recording.leaves[name]] for name in loss.sources
+                 if recording.leaves.get(name) in recording.hooks), None)  # fmt: skip
+        if place is not None:
+            site = source_site(place, "register_hook")
+            return cuts.setdefault(site, Cut(site, "GS606", chain=(code_name(place.code),)))
+    if operation is None or operation.place is None:
+        return None
+    cut = cut_at(cuts, recording, operation)
+    rules = {"zero": "GS404", "nonfinite": "GS607", "hook zero": "GS606", "hook nonfinite": "GS606"}
+    hooked = operation.name == "BackwardHookFunction"
+    cut.rule = "GS606" if hooked else rules.get(loss.what, "GS501" if operation.custom else "GS502")
+    return cut

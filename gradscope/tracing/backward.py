@@ -1,6 +1,6 @@
 """One true backward pass: how large each gradient is, and where one turns to zero, to NaN or to nothing.
 
-The outputs are given random gradients (unit normal, seeded by the run), so that no gradient vanishes by symmetry.
+The outputs are given random gradients (unit normal; a single number the gradient 1), so that none vanishes by symmetry.
 Nothing of the model's stays changed: its ``.grad`` and the hooks that act on finished gradients (an optimizer
 in the backward pass) are put aside meanwhile.
 """
@@ -18,6 +18,10 @@ import torch
 from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.recording import Loss
+
+
+# What may have arrived where a gradient turns into something: 0 times infinity is NaN, too.
+SOUND_BEFORE = {"zero": ("sound",), "nonfinite": ("sound", "zero"), "none": ("sound", "zero")}
 
 
 @dataclass(slots=True)
@@ -62,13 +66,18 @@ def run_backward(
     with _put_aside(graph.leaves), _hooked(watch):
         collected = _collect(graph.leaves, measured)
         try:
-            torch.autograd.backward(starts, [torch.randn_like(sink) for sink in starts], inputs=wanted)
+            torch.autograd.backward(starts, [_weight(sink) for sink in starts], inputs=wanted)
         except Exception as error:  # the target's own (a custom backward), or autograd's refusal
             result.error = error
         result.gradients = {name: collected.get(id(tensor)) for name, tensor in reached.items()}
     if watch is not None:
         result.losses = watch.losses(reached, result)
     return result
+
+
+def _weight(sink: torch.Tensor) -> torch.Tensor:
+    """Return the gradient to start with; a number is taken for a loss."""
+    return torch.randn_like(sink) if sink.dim() else torch.ones_like(sink)
 
 
 def _collect(leaves: Iterable[torch.Tensor], measured: bool) -> dict[int, Gradient]:
@@ -198,7 +207,7 @@ class _Watch:
             for (upper, _), state in zip(edges, states, strict=True):
                 if state != what:
                     continue
-                if self.arrived.get(upper, "none") == "sound":
+                if self.arrived.get(upper, "none") in SOUND_BEFORE[what]:
                     yield self.graph.operations[upper], what
                 elif upper not in seen:
                     seen.add(upper)

@@ -1,0 +1,388 @@
+"""What one true backward pass shows: zeros, NaN, nothing, exceptions, hooks; and what is told without running one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from two import Between, Two, arriving, given, named, traced
+
+import gradscope
+
+# --- zero ------------------------------------------------------------------------------------------
+
+
+def saturated(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(100, 200)
+
+
+def dead(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x - 1000)
+
+
+def nothing_of_it(x: torch.Tensor) -> torch.Tensor:
+    return x * 0
+
+
+def dropped(x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(x, 1.0)
+
+
+class ZeroBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(grad)
+
+
+def zero_backward(x: torch.Tensor) -> torch.Tensor:
+    return ZeroBackward.apply(x)
+
+
+@pytest.mark.parametrize("between", [saturated, dead, nothing_of_it, dropped, zero_backward])
+def test_a_gradient_that_is_zero_throughout_is_said_to_be(between: Between) -> None:
+    truth = arriving(between)
+    session = traced(between)
+    assert truth["first.weight"] is not None and not truth["first.weight"].any()
+    assert session.sources["first.weight"].status == session.sources["input.0"].status == "zero"
+    assert session.sources["second.bias"].status == "flows"
+    assert named(session, between)[0] == ("warning", "GS404", 1)
+    assert session.verdict == "flows"
+
+
+def nearly_saturated(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-0.1, 0.1)
+
+
+def half_dead(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x)
+
+
+def softmaxed(x: torch.Tensor) -> torch.Tensor:
+    return x.softmax(-1)
+
+
+def square_root(x: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(x.abs() + 1e-6)
+
+
+@pytest.mark.parametrize("between", [nearly_saturated, half_dead, softmaxed, square_root])
+def test_a_gradient_that_is_small_or_partly_zero_is_no_finding(between: Between) -> None:
+    session = traced(between)
+    assert named(session, between) == []
+    for name, grad in arriving(between).items():
+        assert grad is not None and grad.any()
+        assert session.sources[name].gradient.norm_l2 > 0
+
+
+# --- NaN -------------------------------------------------------------------------------------------
+
+
+def where_after(x: torch.Tensor) -> torch.Tensor:
+    y = x * 0
+    return torch.where(x < 1e9, x, torch.sqrt(y))
+
+
+def test_a_gradient_of_nan_is_found_where_it_turns() -> None:
+    assert arriving(where_after)["first.weight"].isnan().any()
+    session = traced(where_after)
+    assert named(session, where_after) == [("error", "GS607", 2)]
+    assert session.sources["first.weight"].gradient.nonfinite > 0
+
+
+def where_before(x: torch.Tensor) -> torch.Tensor:
+    y = torch.where(x < 1e9, torch.ones_like(x), x * 0)
+    return torch.where(x < 1e9, x, torch.sqrt(y))
+
+
+def test_the_safe_way_to_write_it_is_no_finding() -> None:
+    assert arriving(where_before)["first.weight"].isfinite().all()
+    assert named(traced(where_before), where_before) == []
+
+
+def test_outputs_that_are_not_finite_say_nothing_of_gradients() -> None:
+    session = traced(lambda x: x / 0)
+    assert any("not finite" in words for words in session.unseen)
+    assert all(source.gradient is None for source in session.sources.values())
+
+
+# --- nothing comes back ------------------------------------------------------------------------------
+
+
+class NoneBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+def none_backward(x: torch.Tensor) -> torch.Tensor:
+    return NoneBackward.apply(x)
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+def test_a_function_whose_backward_gives_none_blocks(mode: str) -> None:
+    assert arriving(none_backward)["first.weight"] is None
+    session = traced(none_backward, mode)
+    assert named(session, none_backward) == [("error", "GS501", 1)]
+    assert session.sources["first.weight"].status == "blocked"
+    assert session.sources["second.weight"].status == "flows"
+
+
+class InferenceInside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+def inference_inside(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(InferenceInside.apply(x))
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+def test_a_function_that_gives_out_an_inference_tensor_blocks(mode: str) -> None:
+    assert arriving(inference_inside)["first.weight"] is None
+    assert named(traced(inference_inside, mode), inference_inside) == [("error", "GS601", 1)]
+
+
+def without_autograd(x: torch.Tensor) -> torch.Tensor:
+    return QUANTISED(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_operator_without_autograd_blocks() -> None:
+    global QUANTISED
+    QUANTISED = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
+    assert arriving(without_autograd)["first.weight"] is None
+    session = traced(without_autograd)
+    assert [(each.rule, each.severity) for each in session.findings] == [("GS502", "error")]
+    assert session.sources["first.weight"].status == "blocked"
+
+
+# --- backward raises -----------------------------------------------------------------------------------
+
+
+class RaisingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("not written yet")
+
+
+@torch.library.custom_op("gradscope_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+twice.register_fake(torch.empty_like)
+
+
+@torch.library.custom_op("gradscope_tests::thrice", mutates_args=())
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+thrice.register_fake(torch.empty_like)
+thrice.register_autograd(lambda ctx, grad: grad * 3)
+
+
+def raising_backward(x: torch.Tensor) -> torch.Tensor:
+    return RaisingBackward.apply(x)
+
+
+def custom_op(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gradscope_tests.twice(x)
+
+
+def changed_after_use(x: torch.Tensor) -> torch.Tensor:
+    y = x.exp()
+    y.add_(1)
+    return y
+
+
+def changed_through_an_alias(x: torch.Tensor) -> torch.Tensor:
+    y = x.exp()
+    z = y.detach()
+    z.add_(1)
+    return y
+
+
+def changed_in_a_view(x: torch.Tensor) -> torch.Tensor:
+    y = x.sigmoid()
+    y[0].zero_()
+    return y
+
+
+RAISING = [
+    (raising_backward, "GS501", 1),
+    (custom_op, "GS502", 1),
+    (changed_after_use, "GS603", 2),
+    (changed_through_an_alias, "GS603", 3),
+    (changed_in_a_view, "GS603", 2),
+]
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+@pytest.mark.parametrize(("between", "rule", "line"), RAISING, ids=lambda value: getattr(value, "__name__", None))
+def test_a_backward_that_raises_is_mapped_to_its_cause(between: Between, rule: str, line: int, mode: str) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        arriving(between)
+    session = traced(between, mode)
+    assert session.verdict == "crashes"
+    assert named(session, between) == [("error", rule, line)]
+    assert session.crash["phase"] == "backward" and session.crash["message"]
+    assert session.sources["first.weight"].status == "blocked"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_derivative_that_torch_does_not_have_is_mapped_to_its_call() -> None:
+    def floor_divided(x: torch.Tensor) -> torch.Tensor:
+        return x // 2
+
+    def unique(x: torch.Tensor) -> torch.Tensor:
+        return torch.unique(x).view(3, 4)
+
+    for between, rule in ((floor_divided, "GS402"), (unique, "GS502")):
+        with pytest.raises(RuntimeError, match="is not implemented"):
+            arriving(between)
+        session = traced(between)
+        assert session.verdict == "crashes"
+        assert named(session, between) == [("error", rule, 1)]
+
+
+def registered_op(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gradscope_tests.thrice(x)
+
+
+def changed_before_use(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.add_(1)
+    return y.exp()
+
+
+def changed_copy(x: torch.Tensor) -> torch.Tensor:
+    y = x.exp()
+    z = y.clone()
+    z.add_(1)
+    return y
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+@pytest.mark.parametrize("between", [registered_op, changed_before_use, changed_copy])
+def test_the_neighbours_of_what_raises_are_no_findings(between: Between, mode: str) -> None:
+    assert arriving(between)["first.weight"].any()
+    session = traced(between, mode)
+    assert (session.verdict, named(session, between)) == ("flows", [])
+
+
+# --- hooks ---------------------------------------------------------------------------------------------
+
+
+def hooked(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.register_hook(lambda grad: grad * 0)
+    return y
+
+
+def watched(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.register_hook(lambda grad: None)
+    return y
+
+
+def test_a_hook_that_takes_the_gradient_away_is_named() -> None:
+    assert not arriving(hooked)["first.weight"].any()
+    session = traced(hooked)
+    assert named(session, hooked) == [("warning", "GS606", 2)]
+    assert session.sources["first.weight"].status == "zero"
+    assert named(traced(watched), watched) == []
+
+
+def test_a_hook_of_a_parameter_or_a_module_is_named_by_its_function() -> None:
+    def masked(grad: torch.Tensor) -> torch.Tensor:
+        return grad * 0
+
+    def emptied(module: nn.Module, given: Any, grads: Any) -> Any:
+        return (given[0] * 0,)
+
+    layer = nn.Linear(4, 4)
+    layer.weight.register_hook(masked)
+    session = gradscope.trace(layer, given(), mode="real")
+    assert named(session, masked) == [("warning", "GS606", 0)]
+    assert [name for name, source in session.sources.items() if source.status == "zero"] == ["weight"]
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].register_full_backward_hook(emptied)
+    session = gradscope.trace(model, given(), mode="real")
+    assert named(session, emptied) == [("warning", "GS606", 0)]
+    zero = {name for name, source in session.sources.items() if source.status == "zero"}
+    assert zero == {"0.weight", "0.bias", "input.0"}
+
+
+def test_what_hooks_do_is_said_not_to_be_seen_without_numbers() -> None:
+    assert any("hooks" in words for words in traced(hooked, "structural").unseen)
+
+
+# --- it leaves no trace ----------------------------------------------------------------------------------
+
+
+def test_gradients_and_their_hooks_are_left_as_they_were() -> None:
+    model = Two(torch.tanh)
+    model(given()).sum().backward()
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    kept = {name: parameter.grad for name, parameter in model.named_parameters()}
+    steps: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: steps.append(name))
+    session = gradscope.trace(model, given(), mode="real")
+    assert session.sources["first.weight"].gradient.norm_l2 > 0
+    assert steps == []  # an optimizer in the backward pass did not step
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is kept[name] and torch.equal(parameter.grad, before[name])
+    model(given()).sum().backward()
+    assert sorted(steps) == sorted(before)
+
+
+def test_batch_statistics_are_left_as_they_were_by_a_checkpoint_that_computes_again() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(self.layers, x, use_reentrant=False)
+
+    model = Checkpointed()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert gradscope.trace(model, given(), mode="real").verdict == "flows"
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_norm_is_that_of_the_gradient_for_a_loss() -> None:
+    model, x = Two(torch.tanh), given()
+    (model(x) ** 2).sum().backward()
+    session = gradscope.trace(Two(torch.tanh), given(), mode="real", loss=lambda y: (y**2).sum())
+    for name, parameter in model.named_parameters():
+        assert session.sources[name].gradient.norm_l2 == pytest.approx(float(parameter.grad.norm()), rel=1e-5)
+
+
+def test_a_session_with_gradients_is_read_back_whole() -> None:
+    session = traced(where_after)
+    assert gradscope.Session.from_dict(session.to_dict()).to_dict() == session.to_dict()

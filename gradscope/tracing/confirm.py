@@ -37,7 +37,7 @@ def confirm(subject: Subject, proof: Proof) -> list[str]:
         status = diagnosis.statuses[name]
         if status in ("blocked", "unused", "nondifferentiable") and answer in STATUS_OF:
             _settle(proof, name, STATUS_OF[answer])
-        elif status == "partial" and answer in ("agrees", "none"):
+        elif status in ("partial", "flows") and answer in ("agrees", "none"):
             _clear(proof, name)
     spoiled = {name for cut in proof.cuts.values() for name in cut.wrong}
     wrong = {name for name, answer in checked.answers.items() if answer == "differs"
@@ -79,11 +79,12 @@ def _settle(proof: Proof, name: str, status: str) -> None:
 
 
 def _clear(proof: Proof, name: str) -> None:
-    """Take back that a source misses a part of its gradient: nothing is missing."""
+    """Take back that a source misses a part of its gradient, or has a spoiled one: it is what it should be."""
     proof.diagnosis.statuses[name] = "flows"
     for cut in proof.cuts.values():
-        if name in cut.partial:
+        if name in cut.partial | cut.wrong:
             cut.partial.discard(name)
+            cut.wrong.discard(name)
             cut.benign.add(name)
 
 

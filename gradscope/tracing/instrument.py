@@ -40,7 +40,11 @@ class Observer(Protocol):
     def leave_region(self, key: object) -> None: ...
     def enter_module(self, module: nn.Module, args: Any) -> None: ...
     def leave_module(self, module: nn.Module, output: Any) -> None: ...
-    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[..., Any]) -> Any: ...
+    @property
+    def is_in_function(self) -> bool: ...
+    def custom_function(
+        self, name: str, args: tuple[Any, ...], call: Callable[..., Any], apply: Callable[..., Any]
+    ) -> Any: ...
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter: ...
 
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None: ...
@@ -166,16 +170,45 @@ def _begin_switch(switch: Any, frame: FrameType, observer: Observer, neutralised
 
 
 def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:
-    """Patch ``Function.apply``: its operations run with grad off inside and are not regions."""
+    """Patch ``Function.apply``: its operations run with grad off inside and are not regions.
+
+    ``ste = Straight.apply`` at the top of a module is bound to the original, which still looks its ``forward`` up:
+    that is patched too, in every function there is.
+    """
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        applied = original.__get__(None, cls)
+        applied = functools.partial(original.__get__(None, cls), **kwargs)
         if not observer.is_watching:
-            return applied(*args, **kwargs)
-        return observer.custom_function(cls.__name__, args, functools.partial(applied, **kwargs))
+            return applied(*args)
+        return observer.custom_function(cls.__name__, args, applied, applied)
 
     _replace(stack, torch.autograd.Function, "apply", classmethod(apply))
+    for cls in _subclasses(torch.autograd.Function):
+        forward = cls.__dict__.get("forward")
+        if isinstance(forward, staticmethod):
+            bound = original.__get__(None, cls)
+            _replace(stack, cls, "forward", staticmethod(_observed_forward(cls, forward.__func__, bound, observer)))
+
+
+def _observed_forward(cls: Any, forward: Callable[..., Any], applied: Callable[..., Any], observer: Observer) -> Any:
+    """Return a forward that is told to the observer unless the ``apply`` around it was."""
+    leading = 1 if cls.setup_context is torch.autograd.Function.setup_context else 0  # the context
+
+    @functools.wraps(forward)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        if not observer.is_watching or observer.is_in_function:
+            return forward(*args, **kwargs)
+        call = functools.partial(forward, *args[:leading], **kwargs)
+        return observer.custom_function(cls.__name__, args[leading:], call, applied)
+
+    return observed
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for each in cls.__subclasses__():
+        yield each
+        yield from _subclasses(each)
 
 
 def _patch_parameter(stack: ExitStack, observer: Observer) -> None:

@@ -234,17 +234,26 @@ class _Function:
 class _FunctionChecker:
     """Observes ``autograd.Function.apply`` and compares each one's backward with its forward, at its own operands."""
 
-    is_here = is_watching = True
+    is_here = True
 
     def __init__(self) -> None:
         self.found: list[Derivative] = []
+        self.is_watching = True
+        self.is_in_function = False
 
-    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[..., Any]) -> Any:
+    def custom_function(
+        self, name: str, args: tuple[Any, ...], call: Callable[..., Any], apply: Callable[..., Any]
+    ) -> Any:
         """Check one function, then run it."""
         place = user_place(sys._getframe(2))
-        if place is not None:
-            self._check(source_site(place, name), args, call)
-        return call(*args)
+        self.is_watching = False
+        try:
+            if place is not None:
+                with torch.enable_grad():
+                    self._check(source_site(place, name), args, apply)
+            return call(*args)
+        finally:
+            self.is_watching = True
 
     def _check(self, site: Site, args: tuple[Any, ...], call: Callable[..., Any]) -> None:
         given = [each.detach().clone().requires_grad_() if _is_real(each) else each for each in args]

@@ -42,6 +42,7 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.watched = 0
         self.calls = 0
+        self.functions = 0
         self.regions: list[tuple[object, Region, int]] = []
         self.scopes: list[int] = []
         self.module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
@@ -185,7 +186,14 @@ class Recorder(TorchFunctionMode):
         if place is not None:
             self.recording.hooks[self.provenance.value_of(tensor)] = place
 
-    def custom_function(self, name: str, args: tuple[Any, ...], call: Callable[..., Any]) -> Any:
+    @property
+    def is_in_function(self) -> bool:
+        """Whether a custom function that is being recorded runs in the present thread."""
+        return self._here.functions > 0
+
+    def custom_function(
+        self, name: str, args: tuple[Any, ...], call: Callable[..., Any], apply: Callable[..., Any]
+    ) -> Any:
         """Record one ``autograd.Function.apply`` as a single operation.
 
         What ran inside is the function's own business: its gradient is its backward. What it took in
@@ -201,7 +209,11 @@ class Recorder(TorchFunctionMode):
         pending = self._begin(name, args, {}, place)
         pending.custom = True
         before = len(self.recording.values)
-        result = call(*args)
+        self._here.functions += 1
+        try:
+            result = call(*args)
+        finally:
+            self._here.functions -= 1
         inside = self.recording.operations[pending.index :]
         del self.recording.operations[pending.index :]
         taken = {value for operation in inside for value in operation.inputs if value < before}

@@ -19,7 +19,6 @@ from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.recording import Loss
 
-
 # What may have arrived where a gradient turns into something: 0 times infinity is NaN, too.
 SOUND_BEFORE = {"zero": ("sound",), "nonfinite": ("sound", "zero"), "none": ("sound", "zero")}
 

@@ -82,7 +82,7 @@ def blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
     found: list[Cut] = []
     outer: Site | None = None
     for region in operation.regions:
-        rule = _rule_of(region.site)
+        rule = "GS107" if region.site in recording.leaked else rule_of_region(region.site)
         found.append(cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer)))
         outer = region.site
     return found
@@ -119,7 +119,7 @@ def _rule_of_custom(recording: Recording, operation: Operation) -> str:
     return "GS601" if inference else "GS501"
 
 
-def _rule_of(site: Site) -> str:
+def rule_of_region(site: Site) -> str:
     if site.mechanism not in SWITCHES:  # torch's own function switches recording off
         return RULE_OF_OPERATION.get(site.mechanism, "GS104")
     how = "decorator" if site.how == "decorator" else "block"

@@ -62,6 +62,7 @@ def diagnose(recording: Recording) -> Diagnosis:
     surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
     _add_spoiled(cuts, recording, walks, bits)
     _add_losses(cuts, statuses, recording)
+    _add_left_open(cuts, statuses, recording)
     outside = sum(bits[name] for name in recording.outside)
     return Diagnosis(
         statuses=statuses,
@@ -218,6 +219,17 @@ def _add_losses(cuts: dict[Site, Cut], statuses: dict[str, str], recording: Reco
         kept = {"zero": cut.zero, "nonfinite": cut.nonfinite}.get(what, cut.sources)
         kept |= names
         cut.raises = cut.raises or what == "raises"
+
+
+def _add_left_open(cuts: dict[Site, Cut], statuses: dict[str, str], recording: Recording) -> None:
+    """Blame the switches that are still off when the call is over: the loss will not be recorded."""
+    for region in recording.left_open:
+        cut = cuts.setdefault(region.site, Cut(region.site, "GS107", chain=region.chain))
+        cut.words = "recording is still off when the call is over: nothing after it is recorded, the loss included."
+        for name, status in statuses.items():
+            if status in ("flows", "partial", "zero"):
+                statuses[name] = "blocked"
+                cut.sources.add(name)
 
 
 def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], makers: dict[int, Operation]) -> bool:

@@ -66,6 +66,15 @@ def function_place(function: Any) -> Place | None:
     return Place(code, 0, code.co_firstlineno) if code is not None else None
 
 
+def is_running(code: CodeType, frame: FrameType | None) -> bool:
+    """Tell whether a function is on the way to ``frame``, and not suspended."""
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def call_chain(frame: FrameType | None) -> tuple[str, ...]:
     """Return the user functions that are active above ``frame``, outermost first.
 

@@ -8,12 +8,13 @@ What is patched is what torch offers no hook for: ``TorchFunctionMode`` does not
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any, Protocol
 from unittest import mock
 
@@ -108,7 +109,7 @@ def _patch_switch(stack: ExitStack, cls: type, observer: Observer, neutralised: 
             return None
         result = enter(self)
         if observer.is_watching:
-            observer.enter_region(self, Region(site, _disables(self), call_chain(frame)))
+            observer.enter_region(self, Region(site, _disables(self), call_chain(frame), _generator(frame)))
         return result
 
     def __exit__(self: Any, *exc_info: Any) -> Any:
@@ -120,6 +121,12 @@ def _patch_switch(stack: ExitStack, cls: type, observer: Observer, neutralised: 
 
     _replace(stack, cls, "__enter__", __enter__)
     _replace(stack, cls, "__exit__", __exit__)
+
+
+def _generator(frame: FrameType) -> CodeType | None:
+    """Return the code of a frame that can be suspended; torch's own wrapper of a decorated generator restores."""
+    suspends = frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
+    return frame.f_code if suspends and is_user_file(frame.f_code.co_filename) else None
 
 
 def _disables(switch: Any) -> bool:
@@ -205,7 +212,7 @@ def _observed_forward(cls: Any, forward: Callable[..., Any], applied: Callable[.
     return observed
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for each in cls.__subclasses__():
         yield each
         yield from _subclasses(each)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradscope.tracing.autograd import memory_of, reached_leaves
+from gradscope.tracing.autograd import memory_of, reached_leaves, tag
 from gradscope.tracing.recording import Operation, Place, Recording, Value, Write
 
 # Results nest rarely deeper; a cycle of objects ends here too.
@@ -34,6 +34,7 @@ class Provenance:
         self._escapes: list[Operation] = []
         self._scalars: dict[int, tuple[float, int]] = {}
         self._exposed: dict[int, Place | None] = {}
+        self.made_by_function: dict[int, int] = {}
         self.place: Any = None
         self.strangers = 0
 
@@ -83,6 +84,8 @@ class Provenance:
         # Judged again on use: ``Function.apply`` sets the grad_fn after the tensor was first seen.
         if not value.connected:
             value.connected = self._is_connected(tensor)
+            if value.connected and number in self.made_by_function:
+                tag(tensor, self.made_by_function[number], self.made_by_function[number])
         return number
 
     def _is_connected(self, tensor: torch.Tensor) -> bool:

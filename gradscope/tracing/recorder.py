@@ -30,7 +30,7 @@ from gradscope.tracing.calls import (
     operation_name,
     writes,
 )
-from gradscope.tracing.frames import function_place, source_site, user_place
+from gradscope.tracing.frames import function_place, is_running, source_site, user_place
 from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Site
 from gradscope.tracing.subject import Caller
@@ -220,6 +220,7 @@ class Recorder(TorchFunctionMode):
         made = {value for operation in inside for value in operation.outputs}
         pending.inputs = tuple(dict.fromkeys((*pending.inputs, *sorted(taken - made))))
         self._finish(pending, result)
+        self.provenance.made_by_function.update(dict.fromkeys(pending.outputs, pending.index))
         return result
 
     def _place_of_module_hook(self) -> Place | None:
@@ -318,7 +319,18 @@ class Recorder(TorchFunctionMode):
 
     @property
     def _active(self) -> tuple[Region, ...]:
-        return responsible_regions([region for _, region, _ in self._here.regions]) if self._here.regions else ()
+        if not self._here.regions:
+            return ()
+        active = responsible_regions([region for _, region, _ in self._here.regions])
+        for region in active:
+            if region.generator is not None and not is_running(region.generator, sys._getframe(1)):
+                self.recording.leaked.add(region.site)
+        return active
+
+    @property
+    def open_regions(self) -> tuple[Region, ...]:
+        """Return the regions that are in force now."""
+        return self._active
 
     # --- regions and modules ----------------------------------------------------------------
 

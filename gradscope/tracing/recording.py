@@ -33,11 +33,15 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A stretch of execution under one grad-mode switch; ``disables`` is False for one that re-enables."""
+    """A stretch of execution under one grad-mode switch; ``disables`` is False for one that re-enables.
+
+    ``generator`` is the code it was entered in, where that can be left with the region still open (``yield``).
+    """
 
     site: Site
     disables: bool
     chain: tuple[str, ...] = ()
+    generator: CodeType | None = None
 
 
 @dataclass(slots=True)
@@ -154,6 +158,8 @@ class Recording:
     losses: list[Loss] = field(default_factory=list)
     backward_error: str = ""
     reentrant: bool = False
+    leaked: set[Site] = field(default_factory=set)
+    left_open: tuple[Region, ...] = ()
     sinks: tuple[int, ...] = ()
     left: list[Operation] = field(default_factory=list)
     reached: frozenset[str] = frozenset()

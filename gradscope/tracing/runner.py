@@ -115,6 +115,7 @@ class Runner:
         recording = recorder.recording
         try:
             result = built.call()
+            recording.left_open = recorder.open_regions
             if self.subject.loss is not None:
                 result = self.subject.loss(result)
         except Exception as error:  # the target's own: the tracer judges whether autograd is its cause

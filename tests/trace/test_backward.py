@@ -160,13 +160,12 @@ def test_a_function_that_gives_out_an_inference_tensor_blocks(mode: str) -> None
 
 
 def without_autograd(x: torch.Tensor) -> torch.Tensor:
-    return QUANTISED(x)
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
+    return quantised(x)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_operator_without_autograd_blocks() -> None:
-    global QUANTISED
-    QUANTISED = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
     assert arriving(without_autograd)["first.weight"] is None
     session = traced(without_autograd)
     assert [(each.rule, each.severity) for each in session.findings] == [("GS502", "error")]

@@ -186,7 +186,7 @@ def through_pixels(x: torch.Tensor) -> torch.Tensor:
 
 
 def printed(x: torch.Tensor) -> torch.Tensor:
-    f"{x.mean().item():.2f}"
+    str(x.mean().item())
     return torch.ones(3, 4)
 
 

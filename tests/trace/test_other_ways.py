@@ -1,0 +1,352 @@
+"""Ways that values take where no torch function looks: threads, generators, kernels, wrappers, C++, Python."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import ctypes
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from two import Between, Two, arriving, given, named, traced
+
+import gradscope
+
+# --- threads -------------------------------------------------------------------------------------------
+
+
+def detached_in_a_thread(x: torch.Tensor) -> torch.Tensor:
+    results: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(x.detach() * 2))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def detached_in_a_pool(x: torch.Tensor) -> torch.Tensor:
+    with ThreadPoolExecutor(2) as pool:
+        return pool.submit(lambda: x.detach() * 2).result()
+
+
+def started_under_no_grad(x: torch.Tensor) -> torch.Tensor:
+    results: list[torch.Tensor] = []
+    with torch.no_grad():  # a new thread starts with recording on
+        thread = threading.Thread(target=lambda: results.append(x * 2))
+        thread.start()
+        thread.join()
+    return results[0]
+
+
+def row_by_row(x: torch.Tensor) -> torch.Tensor:
+    with ThreadPoolExecutor(2) as pool:
+        return torch.stack(list(pool.map(lambda row: row * 2, x)))
+
+
+# --- generators and coroutines -----------------------------------------------------------------------------
+
+
+def leaking_generator(x: torch.Tensor) -> torch.Tensor:
+    def layers() -> Iterator[int]:
+        with torch.no_grad():
+            yield 2
+
+    for factor in layers():
+        x = x * factor
+    return x
+
+
+def careful_generator(x: torch.Tensor) -> torch.Tensor:
+    def layers() -> Iterator[int]:
+        with torch.no_grad():
+            factor = int(torch.tensor(2))
+        yield factor
+
+    for factor in layers():
+        x = x * factor
+    return x
+
+
+def decorated_generator(x: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def layers() -> Iterator[torch.Tensor]:
+        yield x * 2
+
+    return next(layers())
+
+
+def decorated_consumed_outside(x: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def layers() -> Iterator[int]:
+        yield 2
+
+    for factor in layers():
+        x = x * factor
+    return x
+
+
+def coroutine_block(x: torch.Tensor) -> torch.Tensor:
+    async def run() -> torch.Tensor:
+        with torch.no_grad():
+            await asyncio.sleep(0)
+            return x * 2
+
+    return asyncio.run(run())
+
+
+def decorated_coroutine(x: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()  # has no effect: the body runs after the decorator is left
+    async def run() -> torch.Tensor:
+        return x * 2
+
+    return asyncio.run(run())
+
+
+# --- custom functions bound before the trace ---------------------------------------------------------------
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+straight, nothing = Straight.apply, Nothing.apply
+
+
+def bound_straight_through(x: torch.Tensor) -> torch.Tensor:
+    return straight(x)
+
+
+def bound_without_gradient(x: torch.Tensor) -> torch.Tensor:
+    return nothing(x)
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def kernel(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    ctypes.memmove(out.data_ptr(), x.data_ptr(), x.numel() * x.element_size())
+    return out
+
+
+def address_only(x: torch.Tensor) -> torch.Tensor:
+    assert x.data_ptr() or True
+    return x * 2
+
+
+def exported(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_dlpack(x.detach())
+
+
+def shallow_copy(x: torch.Tensor) -> torch.Tensor:
+    return copy.copy(x)
+
+
+def variable(x: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.Variable(x, requires_grad=True)
+
+
+def loaded(x: torch.Tensor) -> torch.Tensor:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.load_state_dict({"weight": x.T @ x})
+    return layer(torch.ones(3, 4))
+
+
+def called_with(x: torch.Tensor) -> torch.Tensor:
+    layer = nn.Linear(4, 4, bias=False)
+    return torch.func.functional_call(layer, {"weight": x.T @ x}, (torch.ones(3, 4),))
+
+
+def sparse_values(x: torch.Tensor) -> torch.Tensor:
+    return x.to_sparse()._values().view(3, 4)
+
+
+def sparse(x: torch.Tensor) -> torch.Tensor:
+    return x.to_sparse().to_dense()
+
+
+def nested(x: torch.Tensor) -> torch.Tensor:
+    return torch.nested.to_padded_tensor(torch.nested.as_nested_tensor(list(x)), 0.0)
+
+
+# --- sampling, torch.func, scripts ---------------------------------------------------------------------------
+
+
+def sampled(x: torch.Tensor) -> torch.Tensor:
+    return torch.distributions.Normal(x, 1.0).sample()
+
+
+def resampled(x: torch.Tensor) -> torch.Tensor:
+    return torch.distributions.Normal(x, 1.0).rsample()
+
+
+def gradient_without_graph(x: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad((x**3).sum(), x)[0]
+
+
+def gradient_with_graph(x: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad((x**3).sum(), x, create_graph=True)[0]
+
+
+def function_gradient(x: torch.Tensor) -> torch.Tensor:
+    return torch.func.grad(lambda z: (z**3).sum())(x)
+
+
+def mapped(x: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(lambda row: row * 2)(x)
+
+
+def forward_mode(x: torch.Tensor) -> torch.Tensor:
+    return torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1]
+
+
+@torch.jit.script
+def scripted_without_grad(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x * 2
+    return y
+
+
+@torch.jit.script
+def scripted_plainly(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def script_function(x: torch.Tensor) -> torch.Tensor:
+    return scripted_without_grad(x)
+
+
+def plain_script_function(x: torch.Tensor) -> torch.Tensor:
+    return scripted_plainly(x)
+
+
+def compiled(x: torch.Tensor) -> torch.Tensor:
+    return COMPILED(x)
+
+
+COMPILED = torch.compile(lambda x: x * 2)
+
+CUTS = [
+    (detached_in_a_thread, "GS201", 2), (detached_in_a_pool, "GS201", 2),
+    (leaking_generator, "GS107", 2), (decorated_generator, "GS102", 1), (coroutine_block, "GS104", 2),
+    (bound_without_gradient, "GS501", 1), (kernel, "GS503", 2), (exported, "GS201", 1), (shallow_copy, "GS203", 1),
+    (variable, "GS201", 1), (loaded, "GS203", 2), (sparse_values, "GS503", 1), (sampled, "GS205", 1),
+    (gradient_without_graph, "GS503", 1), (script_function, "GS503", 1),
+]  # fmt: skip
+LOOK_ALIKES = [
+    started_under_no_grad, row_by_row, careful_generator, decorated_consumed_outside, decorated_coroutine,
+    bound_straight_through, address_only, called_with, sparse, nested, resampled, gradient_with_graph,
+    function_gradient, mapped, forward_mode, plain_script_function, compiled,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize(("between", "rule", "line"), CUTS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_cut_is_named(between: Between, rule: str, line: int, mode: str) -> None:
+    truth = arriving(between)
+    assert truth["first.weight"] is None and truth["second.weight"].any()
+    session = traced(between, mode)
+    assert named(session, between)[0] == ("error", rule, line)
+    assert session.sources["first.weight"].status == session.sources["input.0"].status == "blocked"
+    assert session.sources["second.weight"].status == "flows"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("between", LOOK_ALIKES, ids=lambda between: between.__name__)
+def test_a_look_alike_is_no_cut(between: Between, mode: str) -> None:
+    truth = arriving(between)
+    assert all(grad is not None and grad.any() for grad in truth.values())
+    session = traced(between, mode)
+    assert (session.verdict, named(session, between)) == ("flows", [])
+    assert all(source.status == "flows" for source in session.sources.values())
+
+
+# --- switched off for whatever follows -----------------------------------------------------------------------
+
+
+class LeavesItOff(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        torch.set_grad_enabled(False)
+        return y
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+def test_a_forward_that_leaves_recording_off_blocks_the_loss(mode: str) -> None:
+    session = gradscope.trace(LeavesItOff(), given(), mode=mode)
+    assert torch.is_grad_enabled()
+    assert [each.rule for each in session.findings] == ["GS107"] and session.fix_verified
+    assert session.verdict == "blocked" and session.sources["layer.weight"].status == "blocked"
+
+
+# --- beside others -------------------------------------------------------------------------------------------
+
+
+def test_a_thread_that_is_not_the_runs_is_left_alone() -> None:
+    stop, seen = threading.Event(), []
+
+    def other() -> None:
+        model = nn.Linear(4, 4)
+        while not stop.is_set():
+            with torch.no_grad():
+                model(torch.ones(1, 4)).detach()
+            seen.append(torch.is_grad_enabled())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        sessions = [traced(torch.tanh, mode) for mode in ("real", "structural") * 5]
+    finally:
+        stop.set()
+        thread.join()
+    assert all((session.verdict, session.findings) == ("flows", []) for session in sessions)
+    assert seen and all(seen)
+
+
+def test_it_works_in_a_thread_and_inside_another_trace() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        session = pool.submit(lambda: traced(lambda x: x.detach(), "real")).result()
+    assert [each.rule for each in session.findings] == ["GS201"]
+    inner: list[gradscope.Session] = []
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner.append(gradscope.trace(Two(lambda y: y.detach()), torch.ones(3, 4), mode="real"))
+            return self.layer(x)
+
+    outer = gradscope.trace(Outer(), given(), mode="real")
+    assert (outer.verdict, outer.findings) == ("flows", [])
+    assert [each.rule for each in inner[0].findings] == ["GS201"]

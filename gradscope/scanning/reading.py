@@ -39,6 +39,9 @@ HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
 BLOCK = re.compile(r"\n(?![ \t\r\n)\]}#]|else\b|elif\b|except\b|finally\b|case\b)")
 
+_FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
+_COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
+
 # Weights are initialised without gradients nearly everywhere; that alone makes no class worth reading whole.
 INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
 _INITIALISER = re.compile(rf"(no_grad|inference_mode)(?:\(\))?\n[ \t]+def (?:{'|'.join(INITIALISERS)})\(")
@@ -71,7 +74,17 @@ def decode(data: bytes) -> Text:
         return Text(skipped=f"cannot be decoded: {error}")
     if "\r" in source:
         source = source.replace("\r\n", "\n").replace("\r", "\n")
-    return Text(source.replace("\f", " "))
+    if "\f" in source:  # at the start of a line it means that the indentation begins anew
+        source = _FORM_FEED.sub("", source).replace("\f", " ")
+    return Text(source)
+
+
+def hides_text(data: bytes) -> bool:
+    """Tell whether a file's bytes may not show what its text says: NUL bytes, or an encoding unlike ASCII."""
+    if b"\0" in data:
+        return True
+    cookie = _COOKIE.search(data[:400]) if b"coding" in data[:400] else None
+    return cookie is not None and not cookie[1].lower().startswith((b"utf-8", b"utf8", b"latin", b"iso-8859", b"ascii"))
 
 
 def headers(source: str) -> dict[str, tuple[str, ...]]:

@@ -22,7 +22,7 @@ from gradscope.scanning.collect import Collected, Collector, Settings, Text, def
 from gradscope.scanning.judge import ClassReport, Judge, Judgement
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Entry
-from gradscope.scanning.reading import decode, headers
+from gradscope.scanning.reading import decode, headers, hides_text
 from gradscope.scanning.resolve import Resolved, resolve
 from gradscope.session import Session
 
@@ -108,7 +108,7 @@ def _scanned(collector: Collector, resolved: Resolved, targets: tuple[str, ...],
     skipped += [
         (text.facts.path, text.facts.skipped) for text in collector.collected.texts.values() if text.facts.skipped
     ]
-    if len(skipped) >= len(collector.collected.texts) and skipped:
+    if skipped and all(text.facts.skipped for text in collector.collected.texts.values()):
         path, reason = skipped[0]
         raise NotAnalysedError(
             f"Nothing could be scanned: {short_path(path)} {reason}.",
@@ -129,7 +129,7 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     asked = tuple(f"{word} {name.split('.')[0]}" for name in wanted for word in ("class", "def"))
     settings = Settings(names=asked)
     needles = settings.needles()
-    collector.read(settings, lambda text: needles.are_in(text.data))
+    collector.read(settings, lambda text: needles.are_in(text.data) or hides_text(text.data))
     texts = collector.collected.texts.values()
     for text in texts:
         if not text.facts.parsed and not text.facts.skipped:

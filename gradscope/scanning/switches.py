@@ -133,8 +133,9 @@ class Names:
             found = [switch for switch in map(self.switch, node.args) if switch]
             return found[0] if found else None
         inner = self._meant_by(dotted) if dotted else self.switch(node.func)
-        if inner is None or inner.called:
-            return None  # switch()(function) is an application
+        takes_function = inner is not None and inner.mechanism == "no_grad" and not inner.wrapper and node.args
+        if inner is None or inner.called or takes_function:
+            return None  # switch()(function) and no_grad(function) are applications
         return _instance(inner, node)
 
 

@@ -34,7 +34,7 @@ from gradscope.scanning.scanner import scan
 PACKAGES = {
     "accelerate": "1.15.0", "diffusers": "0.42.1", "kornia": "0.9.0", "open_clip_torch": "3.3.0", "peft": "0.21.2",
     "segment_anything": "1.0", "sentence_transformers": "6.2.0", "timm": "1.0.31", "torchaudio": "2.11.0",
-    "torchvision": "0.29.2", "transformers": "5.23.0", "ultralytics": "8.4.190",
+    "torchvision": "0.29.1", "transformers": "5.24.0", "ultralytics": "8.4.190",
 }  # fmt: skip
 IMPORT_NAMES = {"open_clip_torch": "open_clip"}
 SWITCHES = {"no_grad", "inference_mode", "set_grad_enabled", "smart_inference_mode"}

@@ -1,64 +1,34 @@
-"""Read one function: run its statements through ``values.py`` and close every region it opens.
-
-A region is a stretch under one switch: the whole body below a decorator, the block of a ``with``, the
-rest of the function after a bare ``set_grad_enabled(False)``. What matters of it is what comes out:
-the values that are returned, used after it, or stored on ``self``.
-"""
+"""Read one function: run its statements through ``values.py``, with its regions kept by ``regions.py``."""
 
 from __future__ import annotations
 
 import ast
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from gradscope.scanning.facts import NOTHING, Atoms, Class, Function, How, Site
-from gradscope.scanning.switches import Names, Switch, effective, rule_of
+from gradscope.scanning.calls import FROZEN
+from gradscope.scanning.facts import Class, Function
+from gradscope.scanning.regions import FunctionNode, Regions
+from gradscope.scanning.switches import HOMES, MECHANISMS, Names, Switch
 from gradscope.scanning.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
-from gradscope.scanning.values import INDEX, PLAIN, Expressions, Value, gives_indices
+from gradscope.scanning.values import INDEX, PLAIN, Value, gives_indices, joined
 
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 _INTEGER_NAME = re.compile(INTEGER_NAMES)
 _INTEGER_ANNOTATION = re.compile(INTEGER_ANNOTATIONS)
 _INTEGER_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor")
 _FLOAT_TENSOR = re.compile(r"(?<!Long)(?<!Int)(?<!Bool)(?<!Byte)Tensor")
-ASYNC = "a decorator on an async function covers only the making of the coroutine: gradients stay on"
-BARE = "a switch that is neither entered nor applied does nothing"
-NOT_TRAINING = "only outside training"
 
 
-@dataclass(slots=True)
-class Region:
-    """A stretch under a switch while it is open, and what has come out of it so far."""
-
-    switch: Switch
-    how: How
-    line: int
-    column: int
-    end_line: int
-    harmless: str = ""
-    conditional: bool = False
-    names: dict[str, Atoms] = field(default_factory=dict)
-    returned: set[str] = field(default_factory=set)
-    effects: set[str] = field(default_factory=set)
-
-
-class Body(Expressions):
-    """Reads one function; ``close`` gives the fact and the sites."""
+class Body(Regions):
+    """Reads one function: ``read`` gives the fact, ``sites`` and ``nested`` what was found on the way."""
 
     def __init__(self, node: FunctionNode, names: Names, klass: Class | None, name: str, outer: Body | None) -> None:
-        super().__init__(names, klass, name)
-        self.node = node
-        self.regions: list[Region] = []
-        self.returned: set[str] = set()
+        super().__init__(node, names, klass, name)
         self.gives_value = False
-        self.yields = False
         self.nested: list[Function] = []
-        self._conditions: list[tuple[ast.expr, bool]] = []  # the tests of the enclosing ifs, and which arm
-        self._loops = 0
+        self.classes: list[Class] = []
         note = _words(node.returns)
         self._gives_integers = bool(_INTEGER_TENSOR.search(note)) and not _FLOAT_TENSOR.search(note)
-        self._last_loads: dict[str, int] | None = None
         if outer is not None:
             self.env = dict(outer.env)
             self.parameters = set(outer.parameters)
@@ -76,6 +46,7 @@ class Body(Expressions):
         self.names.aliases = aliases
         decorators = {self.names.dotted(item).rpartition(".")[2] for item in node.decorator_list}
         kind = "async" if isinstance(node, ast.AsyncFunctionDef) else "generator" if self.yields else ""
+        decorators |= {"property"} if "cached_property" in decorators else set()
         kind = next((k for k in ("staticmethod", "classmethod", "property", "overload") if k in decorators), kind)
         return Function(
             name=self.function, line=node.lineno, end_line=node.end_lineno or node.lineno,
@@ -104,20 +75,6 @@ class Body(Expressions):
             kind = "module" if "Module" in note else "tensor" if is_tensor else "unknown"
             self.env[name] = Value(frozenset({f"param:{name}"}), kind)
 
-    def _decorator_regions(self) -> list[Region]:
-        node = self.node
-        found = [(item, self.names.switch(item)) for item in node.decorator_list]
-        switches = [(item, switch) for item, switch in found if switch]
-        regions: list[Region] = []
-        for position, (item, switch) in enumerate(switches):
-            inward = [each for _, each in switches[position:]]
-            if switch.disables is False or effective(inward) is None:
-                continue
-            harmless = ASYNC if isinstance(node, ast.AsyncFunctionDef) else ""
-            end = node.end_lineno or node.lineno
-            regions.append(Region(switch, "decorator", item.lineno, item.col_offset + 1, end, harmless))
-        return regions
-
     # --- statements -----------------------------------------------------------------------------
 
     def _run(self, statements: Sequence[ast.stmt]) -> None:
@@ -134,10 +91,12 @@ class Body(Expressions):
         elif isinstance(node, ast.Expr):
             self._expression(node.value)
         elif isinstance(node, ast.Return):
-            self._give(self.value(node.value), bool(node.value))
+            self._give(self._handed_out(node.value), bool(node.value))
         elif isinstance(node, ast.If):
             self._if(node)
         elif isinstance(node, (ast.For, ast.AsyncFor)):
+            if isinstance(node, ast.AsyncFor):
+                self.suspended(node.iter, "await")
             self.bind(node.target, self.value(node.iter))
             self._loop([*node.body, *node.orelse])
         elif isinstance(node, ast.While):
@@ -195,14 +154,15 @@ class Body(Expressions):
             value = Value(value.atoms | also.atoms, also.kind)
         for target in targets:
             self.bind(target, value)
-            self._note_output(target, value.atoms)
+            self.note_output(target, value.atoms, value.kind)
+            self._keep_applied(target, node)
             if isinstance(target, ast.Tuple) and len(target.elts) == 2 and gives_indices(node):
                 self.bind(target.elts[1], INDEX)
             if isinstance(target, ast.Attribute) and target.attr == "requires_grad":
                 off = isinstance(node, ast.Constant) and node.value is False
                 if off:
                     base = self.value(target.value)
-                    self.report(target, "GS901", "requires_grad = False", base, "frozen, and frozen is not blocked")
+                    self.report(target, "GS901", "requires_grad = False", base, FROZEN)
 
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
         if self._conditions and switch.disables:
@@ -213,39 +173,17 @@ class Body(Expressions):
             if name and not (known and known.disables is not False):
                 self.names.aliases[name] = switch
 
-    def _note_output(self, target: ast.expr, atoms: Atoms) -> None:
-        if not self.regions or not atoms:
-            return
-        open_regions = self._effective_regions()
-        for part in ast.walk(target):
-            if isinstance(part, ast.Name):
-                for region in open_regions:
-                    region.names[part.id] = region.names.get(part.id, NOTHING) | atoms
-                    if part.id == "self":
-                        region.effects |= atoms
-
-    def _effective_regions(self) -> list[Region]:
-        switches = [region.switch for region in self.regions]
-        return [
-            region
-            for position, region in enumerate(self.regions)
-            if region.switch.disables is not False and effective(switches[position:]) is not None
-        ]
-
     def _give(self, value: Value, something: bool = True) -> None:
         self.gives_value = self.gives_value or something
         if self._gives_integers:
             value = INDEX
         self.returned |= value.atoms
+        if value.kind in ("function", "lambda"):
+            return  # it runs later, when the region is long closed
         for region in self._effective_regions():
             region.returned |= value.atoms
 
     def _expression(self, node: ast.expr) -> None:
-        if isinstance(node, (ast.Yield, ast.YieldFrom)):
-            self._yield(node)
-            return
-        if isinstance(node, ast.Await):
-            self._leak(node, "await")
         if isinstance(node, ast.Call) and self._switch_statement(node):
             return
         self.discarded = node
@@ -253,119 +191,47 @@ class Body(Expressions):
         # x.copy_(y), self.cache.append(y): what is changed in place comes out of the region too
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _changes(node.func.attr):
             base = node.func.value
-            atoms = self._silently(node.args)
+            atoms = joined(self._silently(node.args)).atoms
             if isinstance(base, (ast.Name, ast.Attribute, ast.Subscript)) and atoms and not _is_own_method(node.func):
-                self._note_output(base, atoms)
+                self.note_output(base, atoms)
                 if isinstance(base, ast.Name) and base.id in self.env:
                     self.env[base.id] = _merged(self.env[base.id], Value(atoms, "unknown"))
 
-    def _silently(self, nodes: Sequence[ast.expr]) -> Atoms:
-        """Return the atoms of expressions that were evaluated before: nothing is noted twice."""
-        kept = (self.calls, self.sites, set(self.reads))
-        self.calls, self.sites = [], []
-        atoms = frozenset[str]().union(*(self.value(node).atoms for node in nodes))
-        self.calls, self.sites, self.reads = kept
-        return atoms
+    def _handed_out(self, node: ast.expr | None) -> Value:
+        """Return the value of what is given back; a function given back by its name is not called here."""
+        known = self.env.get(node.id) if isinstance(node, ast.Name) else None
+        return known if known is not None and known.kind == "function" else self.value(node)
 
-    def _yield(self, node: ast.Yield | ast.YieldFrom) -> None:
+    def suspend(self, node: ast.Yield | ast.YieldFrom | ast.Await, value: Value) -> None:
+        """Take a value that is given out in the middle of the function."""
+        if isinstance(node, ast.Await):
+            self.suspended(node, "await")
+            return
         self.yields = True
-        self._give(self.value(node.value))
-        self._leak(node, "yield")
-
-    def _leak(self, node: ast.expr, word: str) -> None:
-        """A ``with`` region stays on while the consumer (or another task) runs; a decorated body does not."""
-        blocks = [region for region in self._effective_regions() if region.how == "block"]
-        decorators = {self.names.dotted(item).rpartition(".")[2] for item in self.node.decorator_list}
-        if blocks and not decorators & {"contextmanager", "asynccontextmanager"}:
-            self.report(node, "GS107", f"{word} inside {blocks[-1].switch.mechanism}", Value(frozenset(self.returned)))
-
-    def _switch_statement(self, node: ast.Call) -> bool:
-        if isinstance(node.func, ast.Attribute) and node.func.attr in ("enter_context", "enter_async_context"):
-            switch = self.names.switch(node.args[0]) if node.args else None
-            if switch is not None and switch.disables is not False:
-                self._open(switch, "block", node)
-            return switch is not None
-        switch = self.names.switch(node)
-        if switch is None:
-            return False
-        if switch.mechanism == "set_grad_enabled":
-            self._switched_for_good(switch, node)
-        elif not switch.wrapper and switch.disables:
-            self.report(node, "GS107", f"bare {switch.mechanism}()", harmless=BARE)
-        return True
-
-    def _switched_for_good(self, switch: Switch, node: ast.Call) -> None:
-        kept = [region for region in self.regions if region.how != "call"]
-        for region in self.regions:
-            if region.how == "call":
-                self._close(region)
-        self.regions = kept
-        if switch.disables is not False:
-            self._open(switch, "call", node)
-
-    # --- regions --------------------------------------------------------------------------------
-
-    def _open(self, switch: Switch, how: How, node: ast.expr) -> Region:
-        conditional = switch.disables is None or bool(self._conditions)
-        harmless = NOT_TRAINING if any(_is_outside_training(*each) for each in self._conditions) else ""
-        end = self.node.end_lineno or node.lineno
-        region = Region(switch, how, node.lineno, node.col_offset + 1, end, harmless, conditional)
-        self.regions.append(region)
-        return region
+        self._give(value)
+        self.suspended(node, "yield")
 
     def _with(self, node: ast.With | ast.AsyncWith) -> None:
+        if isinstance(node, ast.AsyncWith):
+            self.suspended(node.items[0].context_expr, "await")
         depth = len(self.regions)
-        for item in node.items:
-            switch = self.names.switch(item.context_expr)
-            if switch is None:
-                value = self.value(item.context_expr)
-                if item.optional_vars is not None:
-                    self.bind(item.optional_vars, value)
-                continue
-            region = self._open(switch, "block", item.context_expr)
-            region.end_line = node.end_lineno or node.lineno
+        bound = self._open_with(node)
         self._run(node.body)
-        while len(self.regions) > depth:
-            region = self.regions.pop()
-            self._keep_what_is_used_later(region)
-            self._close(region)
-
-    def _keep_what_is_used_later(self, region: Region) -> None:
-        if self._last_loads is None:
-            self._last_loads = {}
-            for part in ast.walk(self.node):
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load):
-                    self._last_loads[part.id] = max(part.lineno, self._last_loads.get(part.id, 0))
-        loads = self._last_loads
-        region.names = {
-            name: atoms
-            for name, atoms in region.names.items()
-            if loads.get(name, 0) > region.end_line or (self._loops and name in loads)
-        }
-
-    def _close(self, region: Region) -> None:
-        if region.switch.disables is False:
-            return
-        # What a decorated function leaves in a local name is gone; what it gives back and stores is not.
-        leaves = region.names.values() if region.how == "block" else ()
-        depends = frozenset(region.returned).union(*leaves) if leaves else frozenset(region.returned)
-        self.sites.append(
-            Site(
-                rule_of(region.switch, region.how), region.line, region.column, region.line, self.function,
-                region.switch.wrapper or region.switch.mechanism, region.how, depends,
-                frozenset(region.effects), tuple(sorted(region.names)) if region.how == "block" else (),
-                region.conditional or region.switch.disables is None, region.harmless,
-            )
-        )  # fmt: skip
+        self._close_with(node, depth, bound)
 
     def _inner_function(self, node: FunctionNode) -> None:
         inner = Body(node, self.names, self.klass, f"{self.function}.{node.name}", self)
         fact = inner.read()
         self.nested += [fact, *inner.nested]
-        self.sites += inner.sites
+        self._take_over(inner)
         self.calls += fact.calls
         self.reads |= fact.reads
-        self.env[node.name] = Value(fact.returns, "unknown")
+        self.env[node.name] = Value(fact.returns, "function")
+
+    def _take_over(self, inner: Body) -> None:
+        self.sites += inner.sites
+        self.applied += inner.applied
+        self.classes += inner.classes
 
     def _inner_class(self, node: ast.ClassDef) -> None:
         """Read the methods of a class made inside a function; nothing outside can call them by name."""
@@ -373,13 +239,14 @@ class Body(Expressions):
         bases = tuple(filter(None, (self.names.dotted(base) for base in node.bases)))
         methods = [item for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))]
         klass = Class(name, node.lineno, bases, tuple(method.name for method in methods))
+        self.classes.append(klass)
         for method in methods:
             inner = Body(method, self.names, klass, f"{name}.{method.name}", self)
             self.nested += [inner.read(), *inner.nested]
-            self.sites += inner.sites
+            self._take_over(inner)
 
 
-_SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp)
+_SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp, ast.Lambda)
 
 
 def add_imports(imports: dict[str, str], node: ast.Import | ast.ImportFrom, module: str) -> None:
@@ -395,7 +262,12 @@ def add_imports(imports: dict[str, str], node: ast.Import | ast.ImportFrom, modu
         parts = module.split(".")
         base = ".".join([*parts[: max(len(parts) - node.level, 0)], *([base] if base else [])])
     for name in node.names:
-        imports[name.asname or name.name] = f"{base}.{name.name}" if base else name.name
+        if name.name != "*":
+            imports[name.asname or name.name] = f"{base}.{name.name}" if base else name.name
+        elif base in HOMES:
+            imports.update({switch: f"{base}.{switch}" for switch in MECHANISMS})
+        else:
+            imports[f"*{base}"] = base
 
 
 def _signature(node: FunctionNode) -> tuple[str, ...]:
@@ -440,10 +312,3 @@ def _asks_for_training(test: ast.expr) -> bool:
         if isinstance(asked, ast.Attribute) and asked.attr == "training":
             return True
     return False
-
-
-def _is_outside_training(test: ast.expr, first_arm: bool) -> bool:
-    condition = ast.unparse(test)
-    if not first_arm:
-        return condition in ("self.training", "training", "model.training", "torch.is_grad_enabled()")
-    return condition in ("not self.training", "not model.training", "not training", "not torch.is_grad_enabled()")

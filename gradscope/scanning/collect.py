@@ -171,7 +171,7 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         ],
         "wrappers": facts.wrappers,
         "headers": facts.headers,
-        "ignores": [[ignore.line, ignore.codes] for ignore in facts.ignores],
+        "ignores": [[i.line, i.first, i.last, i.codes] for i in facts.ignores],
         "parsed": facts.parsed,
         "skipped": facts.skipped,
     }  # fmt: skip
@@ -195,6 +195,6 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
                  tuple(gives), conditional, harmless)
         )  # fmt: skip
     facts.headers = {name: tuple(bases) for name, bases in data["headers"].items()}
-    facts.ignores = [Ignore(line, tuple(codes)) for line, codes in data["ignores"]]
+    facts.ignores = [Ignore(line, first, last, tuple(codes)) for line, first, last, codes in data["ignores"]]
     facts.parsed, facts.skipped = data["parsed"], data["skipped"]
     return facts

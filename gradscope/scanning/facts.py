@@ -96,9 +96,14 @@ class Class:
 
 @dataclass(slots=True)
 class Ignore:
-    """A comment ``# gradscope: ignore[...]``; without codes it is about every rule."""
+    """A comment ``# gradscope: ignore[...]``; without codes it is about every rule.
+
+    ``first`` and ``last`` are the lines it is about: those of the statement it stands in, or of the one below.
+    """
 
     line: int
+    first: int
+    last: int
     codes: tuple[str, ...]
 
 

@@ -244,7 +244,8 @@ class Judge:
         name = place.name.rpartition(".")[2]
         owner = self.reach.owner(place)
         runs_model = any(atom.startswith(("call:", "attr:")) for atom in live)
-        if (name.startswith("_") and name not in FORWARDS) or not (owner or runs_model):
+        is_inner = place.name.rpartition(".")[0] in facts.functions
+        if (name.startswith("_") and name not in FORWARDS) or is_inner or not (owner or runs_model):
             return Judgement(facts, site, "note", "possible", f"{_where(site)}; no forward pass was seen to call it.")
         report = next((each for each in self.reports if owner == each.place), None)
         entry = next((each for each in report.entries if each.place == place), None) if report else None
@@ -260,6 +261,8 @@ class Judge:
     def _operation(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         if site.rule in ("GS501", "GS502"):
             return Judgement(facts, site, "warning", "possible", f"{site.mechanism}.")
+        if site.rule == "GS602":
+            return self._cached(facts, site, place)
         function = self.package.function(place)
         way = self._reached.get(place)
         flows_out = function is not None and f"cut:{site.line}" in function.returns
@@ -270,6 +273,16 @@ class Judge:
             message = f"{site.mechanism} in {site.function}: its result is part of what {way[0].name} gives back."
             return Judgement(facts, site, "warning", "possible", message, way)
         return Judgement(facts, site, "note", "possible", f"{site.mechanism} in {site.function or 'the module body'}.")
+
+    def _cached(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+        """An inference tensor kept on self: of weight where a forward pass reads it elsewhere."""
+        owner, name = self.reach.owner(place), site.gives[0].partition(".")[2]
+        for reader, way in self._reached.items():
+            function = self.package.function(reader)
+            if reader != place and function and name in function.reads and self.reach.owner(reader) == owner:
+                message = f"{site.mechanism}; {way[0].name} reads it, and autograd cannot save an inference tensor."
+                return Judgement(facts, site, "warning", "possible", message, way)
+        return Judgement(facts, site, "note", "possible", f"{site.mechanism}.")
 
 
 def _in_mixin(place: Place) -> bool:

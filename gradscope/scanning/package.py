@@ -44,6 +44,13 @@ class Package:
         for module, facts in self.files.items():
             for name in facts.headers:
                 self._homes.setdefault(name, []).append(module)
+        self._starred = {module: _starred(facts) for module, facts in self.files.items()}
+        self._property_names = {
+            function.name.rpartition(".")[2]
+            for facts in self.files.values()
+            for function in facts.functions.values()
+            if function.kind == "property"
+        }
         self.is_module = lru_cache(maxsize=None)(self._is_module)
         self.mro = lru_cache(maxsize=None)(self._mro)
         self.callees = lru_cache(maxsize=None)(self._callees)
@@ -157,8 +164,9 @@ class Package:
                 continue
             if name in klass.methods:
                 return Place(place.module, f"{place.name}.{name}")
-            if name in klass.aliases:
-                return self.find(klass.aliases[name], place.module)
+            found = self.find(klass.aliases[name], place.module) if name in klass.aliases else None
+            if found is not None:
+                return found
         return None
 
     def _attribute(self, owner: Place, name: str) -> str:
@@ -182,6 +190,13 @@ class Package:
         root, _, rest = dotted.partition(".")
         if root in facts.imports and facts.imports[root] != root:
             dotted = ".".join(filter(None, (facts.imports[root], rest)))
+            if dotted in facts.functions:  # run = torch.no_grad()(_run)
+                return Place(module, dotted)
+        else:
+            for base in self._starred[module]:
+                found = self.find(dotted, base, depth + 1)
+                if found is not None:
+                    return found
         head, tail = dotted, ""
         while head:
             if head in self.files and tail and (head != module or depth):
@@ -193,8 +208,32 @@ class Package:
     def _callees(self, place: Place, owner: Place | None) -> list[tuple[Call, Place]]:
         """Return the calls of a function that mean a function of the scan; ``owner`` is the class of ``self``."""
         function = self.function(place)
-        found = ((call, self.target(call.target, place, owner)) for call in function.calls) if function else ()
+        if function is None:
+            return []
+        calls = [*function.calls, *self._properties(function, owner)]
+        found = ((call, self.target(call.target, place, owner)) for call in calls)
         return [(call, target) for call, target in found if target is not None and target != place]
+
+    def _properties(self, function: Function, owner: Place | None) -> list[Call]:
+        """Return the properties that a method reads: each is a call."""
+        names = self._property_names & function.reads if owner else ()
+        return [Call(f"self.{name}", function.line) for name in sorted(names) if owner and self.property(owner, name)]
+
+    def property(self, owner: Place, name: str) -> Place | None:
+        """Return the property of a class by this name, where it was looked into."""
+        method = self.method(owner, name) if name in self._property_names else None
+        function = self.function(method) if method else None
+        return method if function is not None and function.kind == "property" else None
+
+    def _local(self, name: str, place: Place) -> Place | None:
+        """Return a function defined inside the one that names it, or beside it in the same outer one."""
+        functions = self.files[place.module].functions
+        scope = place.name
+        while scope in functions:
+            if f"{scope}.{name}" in functions:
+                return Place(place.module, f"{scope}.{name}")
+            scope = scope.rpartition(".")[0]
+        return None
 
     def target(self, dotted: str, place: Place, owner: Place | None) -> Place | None:
         """Return the function that a call in ``place`` means, ``owner`` being the class of ``self``."""
@@ -208,7 +247,7 @@ class Package:
                 return self.method(owner, first, after=after) if not rest else None
             found = self.method(owner, first) if not rest else None
             return found or self._through_attribute(owner, first, rest)
-        found = self.find(dotted, place.module)
+        found = self._local(dotted, place) or self.find(dotted, place.module)
         if found is None:
             return None
         facts = self.files[found.module]
@@ -224,3 +263,8 @@ class Package:
         if method:
             return self.method(klass, method)
         return self.method(klass, "__call__") or self.method(klass, "forward")
+
+
+def _starred(facts: FileFacts) -> list[str]:
+    """Return the modules that a file imports everything from."""
+    return [base for name, base in facts.imports.items() if name.startswith("*") and base != facts.module]

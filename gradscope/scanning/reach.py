@@ -110,6 +110,9 @@ class Reach:
         kind = self.package.attribute(owner, name)
         if kind in ("parameter", "module"):
             return True
+        computed = self.package.property(owner, name)
+        if computed is not None:
+            return self.touches(computed, owner)
         if not kind or kind in ("buffer", "plain"):
             return False
         klass = self.package.find_class(kind, owner.module)

@@ -14,22 +14,33 @@ import re
 import tokenize
 import warnings
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 LARGEST_FILE = 8_000_000  # bytes; a generated table, not somebody's model
 
 # Found with plain substring search, which is ten times faster than an alternation.
 GRAD_MODE = ("no_grad", "inference_mode", "set_grad_enabled", "enable_grad")
-RENAMED = re.compile(r"(?:no_grad|inference_mode|set_grad_enabled|enable_grad)[ \t]+as[ \t]+(\w+)")
+# ``import no_grad as quiet`` gives it a name; ``Net.run = torch.no_grad()(Net.run)`` makes Net worth reading.
+RENAMED = re.compile(
+    r"(?:no_grad|inference_mode|set_grad_enabled|enable_grad)"
+    r"(?:[ \t]+as[ \t]+(\w+)|(?:\(\w*\))?\((?!self\b|True|False)([A-Za-z_]\w*)[\w.]*\))"
+)
 # Every alternative starts with a dot, so that the search may leap from dot to dot.
 TENSOR_OPS = re.compile(
-    r"\.(?:detach_?\(|data\b|item\(|tolist\(|numpy\(|requires_grad(?:_\(| = )False|sample\(|tensor\(|from_numpy\(|"
-    r"argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|Function\b|custom_op\(|checkpoint\()"
+    r"\.(?:detach_?\(|data\b|item\(|tolist\(|numpy\(|requires_grad(?:_\((?:requires_grad=)?| = )False|sample\(|"
+    r"(?:new_)?tensor\(|from_numpy\(|argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|"
+    r"Function\b|(?:to|type)\((?:dtype=)?torch\.(?:u?int|long|bool|short)|(?<=\)\.)float\(\))"
 )
+# The same where no dot comes before: literals, each with the character that tells it from a longer name.
+BARE_OPS = (" checkpoint(", "(checkpoint(", ".checkpoint(", "custom_op(", "(Function)", " float(", "(float(", "=float(")
 # These begin with a line break, not with ``^``: a literal lets the search leap from line to line.
 HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:")
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
 BLOCK = re.compile(r"\n(?![ \t\r\n)\]}#]|else\b|elif\b|except\b|finally\b|case\b)")
+
+_FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
+_COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 
 # Weights are initialised without gradients nearly everywhere; that alone makes no class worth reading whole.
 INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
@@ -63,7 +74,17 @@ def decode(data: bytes) -> Text:
         return Text(skipped=f"cannot be decoded: {error}")
     if "\r" in source:
         source = source.replace("\r\n", "\n").replace("\r", "\n")
-    return Text(source.replace("\f", " "))
+    if "\f" in source:  # at the start of a line it means that the indentation begins anew
+        source = _FORM_FEED.sub("", source).replace("\f", " ")
+    return Text(source)
+
+
+def hides_text(data: bytes) -> bool:
+    """Tell whether a file's bytes may not show what its text says: NUL bytes, or an encoding unlike ASCII."""
+    if b"\0" in data:
+        return True
+    cookie = _COOKIE.search(data[:400]) if b"coding" in data[:400] else None
+    return cookie is not None and not cookie[1].lower().startswith((b"utf-8", b"utf8", b"latin", b"iso-8859", b"ascii"))
 
 
 def headers(source: str) -> dict[str, tuple[str, ...]]:
@@ -90,12 +111,17 @@ class Needles:
         for name in self.names:
             if name.encode() in data:
                 return True
-        return b"torch" in data and _TENSOR_OPS_BYTES.search(data) is not None
+        return b"torch" in data and (
+            _TENSOR_OPS_BYTES.search(data) is not None or any(literal in data for literal in _BARE_OPS_BYTES)
+        )
 
     def with_renames(self, source: str) -> Needles:
         """Return the needles of one file: ``from torch import no_grad as quiet`` adds a name of its own."""
-        renamed = RENAMED.findall(source)
-        return Needles((*self.names, *renamed)) if renamed else self
+        found = RENAMED.findall(source)
+        if not found:
+            return self
+        applied = [f"{word} {root}" for _, root in found if root for word in ("class", "def")]
+        return Needles((*self.names, *(name for name, _ in found if name), *applied))
 
     def deep(self, source: str) -> list[int]:
         """Return the offsets of the names, ascending."""
@@ -110,8 +136,18 @@ class Needles:
 
     def all(self, source: str) -> list[int]:
         """Return the offsets of the names and of tensor operations, ascending."""
-        found = (match.start() for match in TENSOR_OPS.finditer(source))
+        found = [match.start() for match in TENSOR_OPS.finditer(source)]
+        for literal in BARE_OPS:
+            found += _places(source, literal)
         return sorted([*self.deep(source), *(at for at in found if not _is_remark(source, at))])
+
+
+def _places(source: str, literal: str) -> Iterator[int]:
+    at = source.find(literal)
+    while at >= 0:
+        if not source.startswith(('"', "'"), at + len(literal)) or "float" not in literal:  # float("inf")
+            yield at + len(literal) - 1
+        at = source.find(literal, at + 1)
 
 
 def _is_remark(source: str, at: int) -> bool:
@@ -128,6 +164,7 @@ def _stands_alone(source: str, at: int, name: str) -> bool:
 
 
 _TENSOR_OPS_BYTES = re.compile(TENSOR_OPS.pattern.encode())
+_BARE_OPS_BYTES = tuple(literal.encode() for literal in BARE_OPS)
 
 
 @dataclass(slots=True)
@@ -181,7 +218,11 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
             continue  # a decorator belongs to what follows, and so does the head of an open string
         if not _any_within(offsets, pending, end):
             kept.append(block if "import" in block else "\n" * block.count("\n"))
-        elif source.startswith("class ", start) and not _any_within(deep, pending, end):
+        elif (
+            source.startswith("class ", start)
+            and not _any_within(deep, pending, end)
+            and not _any_within(offsets, start, source.find("\n", start))  # an autograd.Function: backward matters
+        ):
             kept.append(_blank_methods(block, pending, offsets, left_out))
         else:
             kept.append(block)

@@ -71,14 +71,22 @@ def resolve(targets: tuple[str, ...]) -> Resolved:
         path = Path(target)
         if target.endswith((".zip", ".whl")) and path.is_file():
             _add_archive(resolved, str(path), PurePosixPath(), "")
-        elif path.exists() or os.sep in target or target.endswith(".py"):
+        elif (path.exists() and not _is_only_a_name(path)) or os.sep in target or target.endswith(".py"):
             _add_path(resolved, path)
-        elif not _add_dotted(resolved, target) and not _add_distribution(resolved, target):
+        elif not (_add_dotted(resolved, target) or _add_distribution(resolved, target)):
+            if path.exists():
+                _add_path(resolved, path)
+                continue
             raise UsageError(
                 f"There is no file, module or installed package called {target!r}.",
                 hint="Give a path, or run the Python that has the package: python -m gradscope scan ...",
             )
     return resolved
+
+
+def _is_only_a_name(path: Path) -> bool:
+    """Tell whether a folder holds no Python at all: ``timm``, where the user keeps weights, hides no package."""
+    return path.is_dir() and next(path.rglob("*.py"), None) is None
 
 
 # --- paths -------------------------------------------------------------------------------------------
@@ -194,8 +202,20 @@ def _find_first(name: str) -> ModuleSpec | None:
 
 def _locations(spec: ModuleSpec) -> list[str]:
     found = spec.submodule_search_locations
+    if spec.origin and "." not in spec.name and found and _is_spread(spec.origin):
+        return list(dict.fromkeys([*found, *filter(os.path.isdir, (os.path.join(at, spec.name) for at in sys.path))]))
     # A namespace package's own object would look its parent up in sys.modules when it is iterated.
     return list(getattr(found, "_path", None) or found or ())
+
+
+def _is_spread(init: str) -> bool:
+    """Tell an old namespace package, whose ``__init__`` adds the folders of its name elsewhere on the path."""
+    try:
+        with open(init, "rb") as stream:
+            text = stream.read(4000)
+    except OSError:
+        return False
+    return b"extend_path" in text or b"declare_namespace" in text
 
 
 def _add_spec(resolved: Resolved, spec: ModuleSpec, module: str) -> None:

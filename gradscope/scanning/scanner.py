@@ -22,7 +22,7 @@ from gradscope.scanning.collect import Collected, Collector, Settings, Text, def
 from gradscope.scanning.judge import ClassReport, Judge, Judgement
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Entry
-from gradscope.scanning.reading import decode, headers
+from gradscope.scanning.reading import decode, headers, hides_text
 from gradscope.scanning.resolve import Resolved, resolve
 from gradscope.session import Session
 
@@ -108,7 +108,7 @@ def _scanned(collector: Collector, resolved: Resolved, targets: tuple[str, ...],
     skipped += [
         (text.facts.path, text.facts.skipped) for text in collector.collected.texts.values() if text.facts.skipped
     ]
-    if len(skipped) >= len(collector.collected.texts) and skipped:
+    if skipped and all(text.facts.skipped for text in collector.collected.texts.values()):
         path, reason = skipped[0]
         raise NotAnalysedError(
             f"Nothing could be scanned: {short_path(path)} {reason}.",
@@ -129,15 +129,19 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     asked = tuple(f"{word} {name.split('.')[0]}" for name in wanted for word in ("class", "def"))
     settings = Settings(names=asked)
     needles = settings.needles()
-    collector.read(settings, lambda text: needles.are_in(text.data))
+    collector.read(settings, lambda text: needles.are_in(text.data) or hides_text(text.data))
     texts = collector.collected.texts.values()
     for text in texts:
         if not text.facts.parsed and not text.facts.skipped:
             _note_headers(text)
-    wrappers = tuple(sorted(item for text in texts for item in text.facts.wrappers.items()))
-    if wrappers:
-        settings = Settings(asked, wrappers)
-        collector.read(settings, _holding({name.rpartition(".")[2] for name, _ in wrappers}))
+    wrappers: tuple[tuple[str, str], ...] = ()
+    for _ in range(MOST_ROUNDS):  # a wrapper may be made of another one
+        known = {name for name, _ in wrappers}
+        wrappers = tuple(sorted({*wrappers, *(item for text in texts for item in text.facts.wrappers.items())}))
+        new = {name.rpartition(".")[2] for name, _ in wrappers if name not in known}
+        if not new:
+            break
+        collector.read(Settings(asked, wrappers), _holding(new))
     judge = Judge(Package(text.facts for text in texts))
     goals = _goals(judge, errors_only=sum(len(text.data) for text in texts) > LARGE)
     seen: dict[str, set[str]] = {}
@@ -199,7 +203,7 @@ def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
             else:
                 calls.setdefault(f".{name}(", set()).update(owners)
         elif name and not owner:
-            calls[f"{name}("] = set()
+            calls[name] = set()  # also without a call: self.run = helper
     return calls
 
 
@@ -240,7 +244,7 @@ def _session(
 
 
 def _without_ignored(findings: list[Finding], collected: Collected) -> tuple[list[Finding], list[str]]:
-    """Leave out what a ``# gradscope: ignore[...]`` on the line, or on a line of its own above, is about.
+    """Leave out what a ``# gradscope: ignore[...]`` in the statement, or on a line of its own above, is about.
 
     Returns what is left, and remarks on the comments: how many findings they hid, which hid none.
     """
@@ -252,7 +256,7 @@ def _without_ignored(findings: list[Finding], collected: Collected) -> tuple[lis
     for text in collected.texts.values():
         path = short_path(text.facts.path)
         for ignore in text.facts.ignores:
-            meant = by_place.get((path, ignore.line), []) or by_place.get((path, ignore.line + 1), [])
+            meant = [each for line in range(ignore.first, ignore.last + 1) for each in by_place.get((path, line), ())]
             try:
                 chosen = codes(ignore.codes) if ignore.codes else None
             except UsageError as error:

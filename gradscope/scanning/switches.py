@@ -15,7 +15,8 @@ MECHANISMS = {**OFF, "enable_grad": "enable_grad", "set_grad_enabled": "set_grad
               "_set_grad_enabled": "set_grad_enabled"}  # fmt: skip
 # The torch modules that export them (torch/__init__.py, torch/autograd/__init__.py, grad_mode.py, _C).
 HOMES = {"torch", "torch.autograd", "torch.autograd.grad_mode", "torch._C", "torch.inference_mode"}
-NEUTRAL = {"contextlib.nullcontext", "nullcontext", "contextlib.suppress"}
+NOT_TRAINING = "only outside training"
+FOLLOWS = "off only where nothing requires a gradient"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,15 @@ class Switch:
     """What an expression does to grad mode once it is entered, called or applied.
 
     ``disables`` is None where a value known only at run time decides; ``wrapper`` is the dotted name of
-    the package's own wrapper; ``called`` says that the expression is an instance, not the class itself.
+    the package's own wrapper; ``called`` says that the expression is an instance, not the class itself;
+    ``harmless`` why gradients are off only where nobody wants any.
     """
 
     mechanism: str
     disables: bool | None
     wrapper: str = ""
     called: bool = False
+    harmless: str = ""
 
 
 class Names:
@@ -62,7 +65,10 @@ class Names:
         if isinstance(node, ast.Call):
             return self._called(node)
         if isinstance(node, ast.IfExp):
-            return _either(self.switch(node.body), self.switch(node.orelse))
+            return _either(node.test, self.switch(node.body), self.switch(node.orelse))
+        if isinstance(node, ast.Lambda):
+            inner = self.switch(node.body)
+            return replace(inner, called=False) if inner else None
         if isinstance(node, ast.BoolOp):
             found = [switch for switch in map(self.switch, node.values) if switch]
             return replace(found[0], disables=None) if found else None
@@ -73,8 +79,22 @@ class Names:
             return self.switch(node.value)
         return None
 
+    def applied(self, node: ast.expr) -> Switch | None:
+        """Return the switch that a call wraps a function in: ``torch.no_grad()(run)``, ``torch.no_grad(run)``."""
+        if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
+            return None
+        func = node.func
+        if isinstance(func, ast.Call):
+            switch = self.switch(func)
+            return switch if switch and switch.called and switch.disables is not False else None
+        # Without the second pair of brackets only no_grad takes a function: the others take a mode.
+        is_bare = "no_grad" in (getattr(func, "attr", ""), self.imports.get(getattr(func, "id", ""), "")[-7:])
+        return self._named(func) if is_bare and isinstance(func, (ast.Name, ast.Attribute)) else None
+
     def _named(self, node: ast.Name | ast.Attribute) -> Switch | None:
-        dotted = self.dotted(node)
+        return self._meant_by(self.dotted(node))
+
+    def _meant_by(self, dotted: str) -> Switch | None:
         home, _, last = dotted.rpartition(".")
         if last in MECHANISMS and home in HOMES:
             mechanism = MECHANISMS[last]
@@ -87,11 +107,14 @@ class Names:
         if not self.wrappers or not dotted:
             return None
         here = f"{self.module.removesuffix('.__init__')}.{dotted}"
+        starred = [f"{base}.{dotted}" for key, base in self.imports.items() if key.startswith("*")]
         last = dotted.rpartition(".")[2]
         root = self.module.partition(".")[0]
         for name, mechanism in self.wrappers.items():
             same_name = name.rpartition(".")[2] == last
-            if name in (here, dotted) or (same_name and (dotted.startswith((f"{root}.", "self.", "super()")))):
+            if name in (here, dotted, *starred) or (
+                same_name and (dotted.startswith((f"{root}.", "self.", "super()")))
+            ):
                 return Switch(mechanism, True, wrapper=name)
         return None
 
@@ -109,9 +132,10 @@ class Names:
         if dotted.endswith("ContextManagers"):
             found = [switch for switch in map(self.switch, node.args) if switch]
             return found[0] if found else None
-        inner = self.switch(node.func)
-        if inner is None or inner.called:
-            return None  # switch()(function) is an application, see ``walk``
+        inner = self._meant_by(dotted) if dotted else self.switch(node.func)
+        takes_function = inner is not None and inner.mechanism == "no_grad" and not inner.wrapper and node.args
+        if inner is None or inner.called or takes_function:
+            return None  # switch()(function) and no_grad(function) are applications
         return _instance(inner, node)
 
 
@@ -122,17 +146,37 @@ def _instance(switch: Switch | None, call: ast.Call) -> Switch:
         given = arguments[0].value if isinstance(arguments[0], ast.Constant) else None
         off = switch.mechanism == "inference_mode"
         disables = None if given is None else (bool(given) if off else not given)
-        return replace(switch, disables=disables, called=True)
+        if not off and _is_current_mode(arguments[0]):
+            disables = False
+        harmless = "" if off else off_when_not_wanted(arguments[0], False)
+        return replace(switch, disables=disables, called=True, harmless=harmless)
     return replace(switch, called=True)
 
 
-def _either(first: Switch | None, second: Switch | None) -> Switch | None:
+def _is_current_mode(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "is_grad_enabled"
+
+
+def off_when_not_wanted(test: ast.expr, first_arm: bool) -> str:
+    """Return why gradients are off only where nobody wants them, if they are off when ``test`` is ``first_arm``."""
+    while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test, first_arm = test.operand, not first_arm
+    if first_arm:
+        return ""
+    name = getattr(test, "attr", "") or getattr(test, "id", "")
+    if name == "training" or _is_current_mode(test):
+        return NOT_TRAINING
+    asks = any(isinstance(part, ast.Attribute) and part.attr == "requires_grad" for part in ast.walk(test))
+    return FOLLOWS if asks and not isinstance(test, ast.BoolOp) else ""
+
+
+def _either(test: ast.expr, first: Switch | None, second: Switch | None) -> Switch | None:
     """Return what a conditional expression may be: off in one arm and not in the other is conditional."""
     if first and second and first.disables == second.disables:
         return first
-    off = [switch for switch in (first, second) if switch and switch.disables is not False]
-    if off:
-        return replace(off[0], disables=None)
+    for switch, arm in ((first, True), (second, False)):
+        if switch and switch.disables is not False:
+            return replace(switch, disables=None, harmless=off_when_not_wanted(test, arm))
     return first or second
 
 

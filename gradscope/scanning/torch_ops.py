@@ -13,6 +13,9 @@ INDEX_VALUED = frozenset(
     "long int bool short byte linear_sum_assignment count_nonzero histc nms batched_nms box_iou unique "
     "unique_consecutive greater less greater_equal less_equal".split()
 )
+INTEGER_TYPES = frozenset(
+    f"torch.{name}" for name in "bool uint8 int8 int16 int32 int64 short int long LongTensor IntTensor".split()
+)
 # The gradient exists and is zero.
 PIECEWISE_CONSTANT = frozenset(["round", "floor", "ceil", "trunc", "sign", "sgn", "frac_", "bernoulli"])
 # A new tensor that takes shape, dtype or device of another and none of its numbers.

@@ -7,7 +7,7 @@ on and whether it is a tensor, and reports what it meets on the way to its owner
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gradscope.scanning import torch_ops
@@ -97,10 +97,29 @@ class Expressions:
         )
         return value.atoms | {f"cut:{line}"}
 
+    def _silently(self, nodes: Sequence[ast.expr]) -> list[Value]:
+        """Return the values of expressions that were evaluated before: nothing is noted twice."""
+        kept = (self.calls, self.sites, set(self.reads))
+        self.calls, self.sites = [], []
+        found = [self.value(node) for node in nodes]
+        self.calls, self.sites, self.reads = kept
+        return found
+
+    # --- what a subclass does with it -------------------------------------------------------------
+
+    def note_output(self, target: ast.expr, atoms: Atoms, kind: str = "unknown") -> None:
+        """Take note that a target holds a new value."""
+
+    def suspend(self, node: ast.Yield | ast.YieldFrom | ast.Await, value: Value) -> None:
+        """Take note of a value given out, or awaited, in the middle of the function."""
+
     # --- names and attributes -------------------------------------------------------------------
 
     def _name(self, node: ast.Name) -> Value:
-        return self.env.get(node.id, UNKNOWN)
+        value = self.env.get(node.id, UNKNOWN)
+        if value.kind == "function":  # given to somebody who calls it
+            self.calls.append(Call(node.id, node.lineno, sometimes=self.sometimes))
+        return value
 
     def _attribute(self, node: ast.Attribute, written: bool = False) -> Value:
         if isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -129,142 +148,12 @@ class Expressions:
         kind = {"parameter": "tensor", "module": "module"}.get(known, "unknown")
         return Value(frozenset({f"attr:{name}"}), kind)
 
-    # --- calls ----------------------------------------------------------------------------------
+    def call(self, node: ast.Call) -> Value:
+        """Return what the result of a call depends on."""
+        raise NotImplementedError
 
-    def _call(self, node: ast.Call) -> Value:
-        if isinstance(node.func, ast.Name) and node.func.id == "self" and self.klass is not None:
-            return self._called_itself(node, self.klass)
-        given = [self.value(argument) for argument in node.args]
-        given += [self.value(keyword.value) for keyword in node.keywords]
-        dotted = self.names.dotted(node.func)
-        root = dotted.partition(".")[0]
-        is_local = root in self.env or root == "self"
-        if root == "super()" or (dotted and not is_local):
-            self._note_call(dotted, node)
-        if root in ("torch", "torchvision") and not is_local:
-            return self._torch_call(node, dotted.rpartition(".")[2], given)
-        if isinstance(node.func, ast.Attribute) and root != "super()":
-            if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
-                self._note_call(dotted, node)
-                return self._own_call(node, node.func.attr, given)
-            if root == "self" and dotted.count(".") == 2:
-                self._note_call(dotted, node)
-            if is_local or not dotted or root not in self.names.imports.values():
-                return self._method(node, node.func, given)
-        return self._function(node, dotted, given)
-
-    def _called_itself(self, node: ast.Call, klass: Class) -> Value:
-        """``self(x)`` is ``self.forward(x)``."""
-        given = [self.value(argument) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
-        name = "__call__" if "__call__" in klass.methods else "forward"
-        self._note_call(f"self.{name}", node)
-        return Value(self._own_call(node, name, given).atoms, "tensor")
-
-    def _note_call(self, target: str, node: ast.Call) -> None:
-        self.calls.append(Call(target, node.lineno, used=node is not self.discarded, sometimes=self.sometimes))
-
-    def _own_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
-        self.reads.add(name)
-        known = self.klass.attributes.get(name, "") if self.klass else ""
-        atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
-        # What is called on self and is no method of the class is a module, as far as the class shows.
-        is_module = known == "module" or (not known and self.klass is not None and name not in self.klass.methods)
-        return Value(atoms, "tensor" if is_module else "unknown")
-
-    def _torch_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
-        value = joined(given)
-        if name in torch_ops.SHAPE_ONLY:
-            return Value(NOTHING, "tensor")
-        if name in torch_ops.INDEX_VALUED:
-            self._index_valued(node, name, value)
-            return INDEX
-        if name in torch_ops.PIECEWISE_CONSTANT:
-            self.report(node, "GS402", name, value)
-        if name in ("tensor", "from_numpy") and value.atoms:
-            if value.kind == "tensor":
-                return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
-            return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "tensor")
-        if name == "checkpoint" and any(
-            keyword.arg == "use_reentrant" and getattr(keyword.value, "value", None) is True
-            for keyword in node.keywords
-        ):
-            self.report(node, "GS604", "checkpoint(use_reentrant=True)", value)
-        return Value(value.atoms, "tensor")
-
-    def _index_valued(self, node: ast.Call, name: str, value: Value) -> None:
-        if value.kind == "tensor" and name in ("argmax", "argmin", "multinomial"):
-            self.report(node, "GS401", name, value)
-        elif value.kind == "tensor" and name in ("long", "int"):
-            self.report(node, "GS403", f".{name}()", value)
-
-    def _function(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
-        value = joined(given)
-        if dotted in torch_ops.PLAIN_FUNCTIONS:
-            return PLAIN
-        if dotted in ("float", "int", "round"):
-            if value.kind == "tensor" and dotted == "float":
-                self.report(node, "GS302", "float()", value)
-            return PLAIN
-        last = dotted.rpartition(".")[2]
-        if last == "deepcopy":
-            return Value(NOTHING, value.kind)  # a copy is a leaf of its own
-        if last in _INDEX_FUNCTIONS:
-            return INDEX
-        if last == "Parameter" and given and value.kind == "tensor" and value.atoms:
-            self.report(node, "GS203", "nn.Parameter", value)
-        if isinstance(node.func, ast.Name) and node.func.id in self.env:
-            callee = self.env[node.func.id]
-            atoms = value.atoms | callee.atoms
-            if node.func.id in self.parameters:
-                self._note_call(node.func.id, node)
-                atoms |= {f"call:{node.func.id}"}
-            return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
-        if not dotted:
-            callee = self.value(node.func)
-            return Value(value.atoms | callee.atoms, "tensor" if callee.kind == "module" else "unknown")
-        return Value(_through(node, dotted, given) | {f"call:{dotted}"}, "unknown")
-
-    def _method(self, node: ast.Call, func: ast.Attribute, given: list[Value]) -> Value:
-        base = self.value(func.value)
-        name = func.attr
-        if name in torch_ops.PLAIN_METHODS:
-            return PLAIN if name not in ("pop", "keys") else Value(base.atoms, "unknown")
-        if name in torch_ops.PARAMETER_LISTS:
-            return Value(base.atoms, "tensor")
-        if name in torch_ops.MODULE_LISTS:
-            return Value(base.atoms, "module")
-        if name in torch_ops.SHAPE_ONLY:
-            return Value(NOTHING, base.kind)
-        if base.kind == "plain":
-            return Value(joined(given).atoms, "plain")
-        if name in _ESCAPES and base.kind != "module":
-            return self._escape(node, name, base)
-        if name in torch_ops.INDEX_VALUED and base.kind != "module":
-            self._index_valued(node, name, base)
-            return INDEX
-        if name in torch_ops.PIECEWISE_CONSTANT and base.kind == "tensor":
-            self.report(node, "GS402", name, base)
-        if name == "requires_grad_" and node.args and getattr(node.args[0], "value", None) is False:
-            self.report(node, "GS901", "requires_grad_(False)", base, "frozen, and frozen is not blocked")
-        value = joined([base, *given, *self._forward_of(func)])
-        return Value(value.atoms, "tensor" if base.kind in ("tensor", "module") else "unknown")
-
-    def _forward_of(self, func: ast.Attribute) -> list[Value]:
-        """``self.part.forward(x)`` runs a module, like ``self.part(x)``."""
-        part = self.names.dotted(func.value) if func.attr == "forward" else ""
-        return [Value(frozenset({f"call:self.{part.split('.')[1]}"}), "tensor")] if part.startswith("self.") else []
-
-    def _escape(self, node: ast.Call, name: str, base: Value) -> Value:
-        rule = _ESCAPES[name]
-        sure = base.kind == "tensor"
-        if name in ("detach", "detach_"):
-            if node.args or base.kind not in ("tensor", "unknown"):
-                return base
-            return Value(self.report(node, rule, f".{name}()", base), "tensor")
-        if not sure:
-            return Value(base.atoms, "unknown")
-        cut = self.report(node, rule, f".{name}()", base)
-        return Value(cut, {"sample": "tensor", "numpy": "unknown"}.get(name, "plain"))
+    def _evaluated_call(self, node: ast.Call) -> Value:
+        return self.call(node)
 
     # --- the rest -------------------------------------------------------------------------------
 
@@ -300,10 +189,16 @@ class Expressions:
     def _walrus(self, node: ast.NamedExpr) -> Value:
         value = self.value(node.value)
         self.bind(node.target, value)
+        self.note_output(node.target, value.atoms)
         return value
 
     def _lambda(self, node: ast.Lambda) -> Value:
-        return self.value(node.body)
+        return Value(self.value(node.body).atoms, "lambda")
+
+    def _suspension(self, node: ast.Yield | ast.YieldFrom | ast.Await) -> Value:
+        value = self.value(node.value)
+        self.suspend(node, value)
+        return value if isinstance(node, ast.Await) else UNKNOWN
 
     def _dict(self, node: ast.Dict) -> Value:
         return joined([self.value(item) for item in node.values]) if node.values else UNKNOWN
@@ -321,26 +216,13 @@ class Expressions:
 
 # Kept outside the objects: bound methods in them would make cycles that hold every syntax tree in memory.
 _RULES: dict[type[ast.AST], Callable[[Expressions, Any], Value]] = {
-    ast.Name: Expressions._name, ast.Attribute: Expressions._attribute, ast.Call: Expressions._call,
+    ast.Name: Expressions._name, ast.Attribute: Expressions._attribute, ast.Call: Expressions._evaluated_call,
     ast.BinOp: Expressions._binary, ast.Subscript: Expressions._subscript, ast.Compare: Expressions._compare,
     ast.IfExp: Expressions._conditional, ast.NamedExpr: Expressions._walrus, ast.Lambda: Expressions._lambda,
     ast.Dict: Expressions._dict, ast.ListComp: Expressions._comprehension, ast.SetComp: Expressions._comprehension,
     ast.GeneratorExp: Expressions._comprehension, ast.DictComp: Expressions._comprehension,
+    ast.Yield: Expressions._suspension, ast.YieldFrom: Expressions._suspension, ast.Await: Expressions._suspension,
 }  # fmt: skip
-_INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
-_ESCAPES = {
-    "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",
-}  # fmt: skip
-
-
-def _through(node: ast.Call, target: str, given: list[Value]) -> Atoms:
-    """Return the atoms of a call's arguments, each marked with its way into the function called."""
-    ways = [*map(str, range(len(node.args))), *(keyword.arg or "*" for keyword in node.keywords)]
-    return frozenset(
-        atom if atom.startswith(("arg:", "cut:")) else f"arg:{target}:{way}:{atom}"
-        for way, value in zip(ways, given, strict=True)
-        for atom in value.atoms
-    )
 
 
 def gives_indices(node: ast.expr) -> bool:

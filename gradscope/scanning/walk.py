@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
-import tokenize
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from gradscope.scanning.body import Body, FunctionNode, add_imports
-from gradscope.scanning.facts import Class, FileFacts, Ignore, Site
+from gradscope.scanning.body import Body, add_imports
+from gradscope.scanning.facts import Class, FileFacts, Site
+from gradscope.scanning.ignores import ignores
 from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, parse
-from gradscope.scanning.switches import Names, rule_of
+from gradscope.scanning.regions import FunctionNode
+from gradscope.scanning.switches import Names, Switch, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
-
-IGNORE = re.compile(r"#\s*gradscope:\s*ignore(?:\[([^\]]*)\])?")
 
 
 class FileReader:
@@ -29,6 +28,8 @@ class FileReader:
         self._deep: list[int] = []
         self._switches: list[int] = []
         self._left_out: dict[str, list[str]] = {}
+        self._source = ""
+        self._applied: list[tuple[Site, str, str]] = []
 
     def read(self, source: str, needles: Needles) -> FileFacts:
         """Fill the facts from the source; a file that cannot be parsed says so in ``skipped``."""
@@ -41,6 +42,7 @@ class FileReader:
         if tree is None:
             return self.facts
         self._left_out = parsed.left_out
+        self._source = source
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
         self._deep = line_numbers(source, deep)
@@ -51,18 +53,17 @@ class FileReader:
         loose = self._top_level(tree.body)
         if any(_within(self._lines, node) for node in loose):
             self._module_body(loose)
-        if "custom_op" in source:
-            self._custom_ops(tree, source)
+        self._land_applied()
         self.facts.sites = list({(site.line, site.column, site.rule): site for site in self.facts.sites}.values())
         self.facts.sites.sort(key=lambda site: (site.line, site.column))
         return self.facts
 
     # --- the top level --------------------------------------------------------------------------
 
-    def _top_level(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
+    def _top_level(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
         """Read definitions; return the statements that run when the module is imported."""
         loose: list[ast.stmt] = []
-        for node in statements:
+        for node in body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 add_imports(self.names.imports, node, self.names.module)
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -74,6 +75,8 @@ class FileReader:
                     continue
                 for part in _branches(node):
                     loose += self._top_level(part)
+            elif any(isinstance(part, _DEFINITIONS) for part in statements(getattr(node, "body", ()))):
+                loose += self._top_level(node.body)  # type: ignore[attr-defined]
             elif _within(self._lines, node):
                 self._module_alias(node)
                 loose.append(node)
@@ -87,7 +90,7 @@ class FileReader:
         for target in node.targets:
             if switch is not None and isinstance(target, ast.Name):
                 self.names.aliases[target.id] = switch
-                if switch.disables:
+                if switch.disables and not switch.called:
                     self.facts.wrappers[f"{self.facts.module}.{target.id}"] = switch.mechanism
 
     def _module_body(self, loose: list[ast.stmt]) -> None:
@@ -98,7 +101,7 @@ class FileReader:
         template.end_lineno = max(node.end_lineno or 0 for node in loose)
         body = Body(template, self.names, None, "", None)
         body.read()
-        self.facts.sites += body.sites
+        self._take(body)
 
     # --- functions and classes ------------------------------------------------------------------
 
@@ -110,6 +113,7 @@ class FileReader:
             if mechanism:
                 self.facts.wrappers[f"{self.facts.module}.{node.name}"] = mechanism
                 return
+        self._custom_op(node)
         self._read_function(node, None, node.name)
 
     def _read_function(self, node: FunctionNode, klass: Class | None, name: str) -> None:
@@ -118,7 +122,23 @@ class FileReader:
             known = self.facts.functions.get(fact.name)
             if known is None or fact.kind != "overload":
                 self.facts.functions[fact.name] = fact
+        self._take(body)
+
+    def _take(self, body: Body) -> None:
         self.facts.sites += body.sites
+        self._applied += body.applied
+        self.facts.classes.update({klass.name: klass for klass in body.classes})
+
+    def _land_applied(self) -> None:
+        """Move the site of ``self.forward = no_grad()(self.forward)`` to the function that is switched off by it."""
+        for site, name, new in self._applied:
+            function = self.facts.functions.get(name)
+            if function is not None:
+                self.facts.sites.remove(site)
+                conditional = site.conditional or name != new
+                if "." not in new and name != new:
+                    self.facts.imports[new] = name
+                self.facts.sites.append(replace(site, function=name, depends=function.returns, conditional=conditional))
 
     def _class(self, node: ast.ClassDef, prefix: str) -> None:
         if not _within(self._lines, node):
@@ -137,6 +157,8 @@ class FileReader:
         methods = [item for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))]
         klass.methods = (*(method.name for method in methods), *(self._left_out.get(name, ())))
         self._attributes(node, klass, methods, deep)
+        outside = self.names.aliases
+        self.names.aliases = {**outside, **(self._kept_switches(node, methods) if deep else {})}
         for method in methods:
             if not (deep or _within(self._lines, method)):
                 continue
@@ -145,11 +167,28 @@ class FileReader:
                 self.facts.wrappers[f"{self.facts.module}.{name}.{method.name}"] = mechanism
             else:
                 self._read_function(method, klass, f"{name}.{method.name}")
+        self.names.aliases = outside
         for item in node.body:
             if isinstance(item, ast.ClassDef):
                 self._class(item, f"{name}.")
         if any(base.endswith("autograd.Function") or base == "Function" for base in bases):
             self._autograd_function(node, name, methods)
+
+    def _kept_switches(self, node: ast.ClassDef, methods: list[FunctionNode]) -> dict[str, Switch]:
+        """Return the switches that a class keeps under names of its own: ``self.guard = torch.no_grad()``."""
+        kept: dict[str, Switch] = {}
+        for part in (*node.body, *(each for method in methods for each in statements(method.body))):
+            if isinstance(part, ast.Assign) and isinstance(part.value, (ast.Name, ast.Attribute, ast.Call, ast.IfExp)):
+                switch = self.names.switch(part.value)
+                for target in part.targets if switch else ():
+                    name = self.names.dotted(target)
+                    own = name if name.startswith("self.") else f"self.{name}"
+                    if switch and (part in node.body or name == own):
+                        known = kept.get(own, switch)
+                        kept[own] = switch if known.disables == switch.disables else replace(switch, disables=None)
+                        if part in node.body:
+                            kept[name] = kept[own]
+        return kept
 
     def _is_deep(self, node: ast.ClassDef) -> bool:
         """Tell whether a class is to be read whole: a switch in ``_init_weights`` alone is no reason."""
@@ -179,9 +218,26 @@ class FileReader:
                 klass.attributes.setdefault(item.targets[0].id, "plain")
         for method in methods if deep else ():
             if method.name in ("__init__", "build", "setup", "_build", "post_init"):
+                self._kept_functions(method, klass)
                 typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
                 for part in statements(method.body):
                     self._attribute(part, klass, typed)
+
+    def _kept_functions(self, method: FunctionNode, klass: Class) -> None:
+        """``self.run = self._run``, ``self.run = helper``: a callable kept under another name."""
+        own = {argument.arg for argument in (*method.args.args, *method.args.kwonlyargs)}
+        for part in statements(method.body):
+            if not isinstance(part, ast.Assign) or not isinstance(part.value, (ast.Name, ast.Attribute)):
+                continue
+            dotted = self.names.dotted(part.value)
+            root, _, rest = dotted.partition(".")
+            meant = f"{klass.name}.{rest}" if root == "self" and rest in klass.methods else dotted
+            for target in part.targets:
+                name = self.names.dotted(target).removeprefix("self.")
+                if isinstance(target, ast.Attribute) and name.isidentifier() and meant and meant.split(".")[0] not in (
+                    *own, "self", "config"
+                ):  # fmt: skip
+                    klass.aliases.setdefault(name, meant)
 
     def _attribute(self, node: ast.AST, klass: Class, typed: Mapping[str, ast.expr]) -> None:
         if isinstance(node, ast.Expr):
@@ -240,24 +296,27 @@ class FileReader:
         line = node.lineno if backward is None else backward.lineno
         self.facts.sites.append(Site("GS501", line, 1, line, name, f"{node.name} {what}", "call"))
 
-    def _custom_ops(self, tree: ast.Module, source: str) -> None:
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef):
-                for item in node.decorator_list:
-                    target = item.func if isinstance(item, ast.Call) else item
-                    if self.names.dotted(target).endswith("library.custom_op") and (
-                        f"{node.name}.register_autograd" not in source
-                    ):
-                        mechanism = f"custom_op {node.name} without register_autograd"
-                        self.facts.sites.append(
-                            Site("GS502", item.lineno, item.col_offset + 1, item.lineno, node.name, mechanism, "call")
-                        )
+    def _custom_op(self, node: FunctionNode) -> None:
+        for item in node.decorator_list:
+            target = item.func if isinstance(item, ast.Call) else item
+            if not self.names.dotted(target).endswith("library.custom_op"):
+                continue
+            first = item.args[0] if isinstance(item, ast.Call) and item.args else None
+            name = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+            if f"{node.name}.register_autograd" not in self._source and not re.search(
+                rf"register_autograd\(\s*[\"']{re.escape(name)}[\"']", self._source
+            ):
+                mechanism = f"custom_op {node.name} without register_autograd"
+                self.facts.sites.append(
+                    Site("GS502", item.lineno, item.col_offset + 1, item.lineno, node.name, mechanism, "call")
+                )
 
 
 _REGISTERED = {
     "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
 }  # fmt: skip
 _CERTAIN = ("module", "parameter", "buffer")
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def line_numbers(source: str, offsets: list[int]) -> list[int]:
@@ -269,22 +328,6 @@ def line_numbers(source: str, offsets: list[int]) -> list[int]:
         at = offset
         lines.append(line)
     return lines
-
-
-def ignores(source: str) -> list[Ignore]:
-    """Return the ignore comments of a file (comments only, not strings that look like one)."""
-    if "gradscope:" not in source:
-        return []
-    found: list[Ignore] = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            match = IGNORE.search(token.string) if token.type == tokenize.COMMENT else None
-            if match:
-                codes = tuple(part.strip() for part in (match[1] or "").split(",") if part.strip())
-                found.append(Ignore(token.start[0], codes))
-    except (tokenize.TokenError, SyntaxError):
-        pass
-    return found
 
 
 def _within(lines: list[int], node: ast.stmt) -> bool:

@@ -53,11 +53,20 @@ def _disabling(node: ast.expr, names: Names) -> str:
 
 
 def _around_yield(node: FunctionNode, names: Names) -> str:
+    """``with torch.no_grad(): yield``, or ``set_grad_enabled(False)`` and a yield after it."""
+    called = ""
     for part in ast.walk(node):
         if isinstance(part, ast.With):
             found = [mechanism for item in part.items if (mechanism := _disabling(item.context_expr, names))]
             if found and any(isinstance(inner, ast.Yield) for inner in ast.walk(part)):
                 return found[0]
+    for statement in statements(node.body):
+        value = statement.value if isinstance(statement, ast.Expr) else None
+        if isinstance(value, ast.Yield) and called:
+            return called
+        switch = names.switch(value) if isinstance(value, ast.Call) else None
+        if switch is not None and switch.mechanism == "set_grad_enabled":
+            called = switch.mechanism if switch.disables else ""
     return ""
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ SOURCE = "import torch\n\n@torch.no_grad()\ndef f(model, x):\n    return model(x
         (b"# -*- coding: latin-1 -*-\n# \xe9\n" + SOURCE.encode(), ""),
         (SOURCE.replace("\n", "\r\n").encode(), ""),
         (SOURCE.replace("\n", "\r").encode(), ""),
+        (b"\f" + SOURCE.replace("\n", "\n\f", 1).encode(), ""),
         (b"# \xe9\n" + SOURCE.encode(), "cannot be decoded"),
         (b"# coding: no-such-codec\n", "cannot be decoded"),
         (SOURCE.encode() + b"\0", "NUL"),
@@ -92,3 +94,22 @@ def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
     methods = [{name: set(each.methods) for name, each in facts.classes.items()} for facts in (blanked, whole)]
     assert methods[0] == methods[1]
     assert blank(source, [], [])[0].count("\n") == source.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (SOURCE.encode("utf-16"), "NUL"),
+        (b"# coding: rot13\n" + codecs.encode(SOURCE, "rot13").encode(), "cannot be decoded"),
+    ],
+)
+def test_a_file_whose_bytes_hide_its_text_is_not_clean(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "odd.py").write_bytes(data)
+    (tmp_path / "plain.py").write_text("import torch\n")
+    assert reason in scan(str(tmp_path), cache=False).unseen[0]
+
+
+def test_a_file_in_utf_7_is_read(tmp_path: Path) -> None:
+    hidden = SOURCE.replace("no_grad", "no+AF8-grad")
+    (tmp_path / "odd.py").write_text("# coding: utf-7\n" + hidden)
+    assert [each.function for each in scan(str(tmp_path), cache=False).findings] == ["f"]

@@ -168,3 +168,47 @@ def test_nothing_to_read_is_not_clean(tmp_path: Path) -> None:
         scan(str(tmp_path), cache=False)
     with pytest.raises(NotAnalysedError):
         scan("math", cache=False)
+
+
+def test_an_old_namespace_package_over_two_folders(site: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    spread = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n" + TRAP
+    for root, module in ((site, "left"), (other, "right")):
+        folder = package(root, "trap_old", module)
+        (folder / "__init__.py").write_text(spread)
+    sys.path.append(str(other))
+    try:
+        assert modules("trap_old") == {"trap_old", "trap_old.left", "trap_old.right"}
+        assert modules("trap_old.right") == {"trap_old.right"}
+    finally:
+        sys.path.remove(str(other))
+
+
+def test_a_folder_without_python_hides_no_package(
+    site: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(site, "trap_model", "net")
+    work = tmp_path_factory.mktemp("work")
+    (work / "trap_model").mkdir()
+    (work / "trap_model" / "weights.bin").write_bytes(b"")
+    monkeypatch.chdir(work)
+    assert modules("trap_model") == {"trap_model", "trap_model.net"}
+
+
+def test_folders_that_link_to_each_other_are_read(tmp_path: Path) -> None:
+    for here in ("left", "right"):
+        (tmp_path / here).mkdir()
+    (tmp_path / "left" / "right").symlink_to(tmp_path / "right")
+    (tmp_path / "right" / "left").symlink_to(tmp_path / "left")
+    (tmp_path / "left" / "net.py").write_text("import torch\n")
+    session = scan(str(tmp_path), cache=False)
+    assert len(session.unseen) == 2 and session.stats["files"] == 2
+
+
+def test_a_module_of_the_users_folder_is_not_run_by_the_command(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text(TRAP)
+    (tmp_path / "net.py").write_text("import torch\n")
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "gradscope", "scan", "net.py", "--no-cache"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, check=False)
+    assert done.returncode == 0 and not (tmp_path / "json.ran").exists()

@@ -1,0 +1,226 @@
+"""What the result of a call depends on, and which calls lose a gradient: of torch, of tensors, of ``self``."""
+
+from __future__ import annotations
+
+import ast
+
+from gradscope.scanning import torch_ops
+from gradscope.scanning.facts import NOTHING, Atoms, Call, Class
+from gradscope.scanning.switches import Switch
+from gradscope.scanning.values import INDEX, PLAIN, Expressions, Value, joined
+
+
+class Calls(Expressions):
+    """Evaluates calls."""
+
+    def call(self, node: ast.Call) -> Value:
+        """Return what the result of a call depends on."""
+        applied = self.names.applied(node)
+        if applied is not None:
+            return self.apply(node, applied)
+        if isinstance(node.func, ast.Name) and node.func.id == "self" and self.klass is not None:
+            return self._called_itself(node, self.klass)
+        given = [self.value(argument) for argument in node.args]
+        given += [self.value(keyword.value) for keyword in node.keywords]
+        dotted = self.names.dotted(node.func)
+        if dotted.endswith(_CALL_THEIR_ARGUMENT):
+            self._note_callback(node)
+        root = dotted.partition(".")[0]
+        is_local = root in self.env or root == "self"
+        if root == "super()" or (dotted and not is_local):
+            self._note_call(dotted, node)
+        if root in ("torch", "torchvision") and not is_local:
+            return self._torch_call(node, dotted.rpartition(".")[2], given)
+        if isinstance(node.func, ast.Attribute) and root != "super()":
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
+                self._note_call(dotted, node)
+                return self._own_call(node, node.func.attr, given)
+            if root == "self" and dotted.count(".") == 2:
+                self._note_call(dotted, node)
+            if is_local or not dotted or root not in self.names.imports.values():
+                return self._method(node, node.func, given)
+        return self._function(node, dotted, given)
+
+    def _called_itself(self, node: ast.Call, klass: Class) -> Value:
+        """``self(x)`` is ``self.forward(x)``."""
+        given = [self.value(argument) for argument in (*node.args, *(keyword.value for keyword in node.keywords))]
+        name = "__call__" if "__call__" in klass.methods else "forward"
+        self._note_call(f"self.{name}", node)
+        return Value(self._own_call(node, name, given).atoms, "tensor")
+
+    def _note_call(self, target: str, node: ast.Call) -> None:
+        self.calls.append(Call(target, node.lineno, used=node is not self.discarded, sometimes=self.sometimes))
+
+    def _note_callback(self, node: ast.Call) -> None:
+        """``checkpoint(self.run, x)`` calls ``self.run``."""
+        given = node.args[0] if node.args else None
+        if isinstance(given, ast.Attribute) and given.attr == "__call__":
+            given = given.value
+        target = self.names.dotted(given) if isinstance(given, (ast.Name, ast.Attribute)) else ""
+        if target and target not in self.env:
+            self._note_call(target, node)
+
+    def _own_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
+        if name == "requires_grad_" and _switches_off(node):
+            self.report(node, "GS901", "requires_grad_(False)", harmless=FROZEN)
+        self.reads.add(name)
+        known = self.klass.attributes.get(name, "") if self.klass else ""
+        atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
+        # What is called on self and is no method of the class is a module, as far as the class shows.
+        is_module = known == "module" or (not known and self.klass is not None and name not in self.klass.methods)
+        return Value(atoms, "tensor" if is_module else "unknown")
+
+    def _torch_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
+        value = joined(given)
+        if name in torch_ops.SHAPE_ONLY:
+            return Value(NOTHING, "tensor")
+        if name in torch_ops.INDEX_VALUED:
+            self._index_valued(node, name, value)
+            return INDEX
+        if name in torch_ops.PIECEWISE_CONSTANT:
+            self.report(node, "GS402", name, value)
+        if name == "detach":
+            return Value(self.report(node, "GS201", "torch.detach()", value), "tensor")
+        if name in ("tensor", "from_numpy") and value.atoms:
+            if value.kind == "tensor":
+                return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
+            return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "tensor")
+        if name == "checkpoint" and _is_reentrant(node):
+            self.report(node, "GS604", "reentrant checkpoint", value)
+        return Value(value.atoms, "tensor")
+
+    def _index_valued(self, node: ast.Call, name: str, value: Value) -> None:
+        if value.kind == "tensor" and name in ("argmax", "argmin", "multinomial"):
+            self.report(node, "GS401", name, value)
+        elif value.kind == "tensor" and name in ("long", "int"):
+            self.report(node, "GS403", "integer cast", value)
+
+    def _is_integer_type(self, node: ast.expr) -> bool:
+        return self.names.dotted(node) in torch_ops.INTEGER_TYPES
+
+    def _hard_mask(self, node: ast.Compare) -> None:
+        """``(score > 0.5).float()``: numbers again, and no gradient into the score."""
+        compared = joined(self._silently([node.left, *node.comparators]))
+        if compared.kind == "tensor" and compared.atoms:
+            self.report(node, "GS402", "comparison", compared)
+
+    def _function(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
+        value = joined(given)
+        if dotted in torch_ops.PLAIN_FUNCTIONS:
+            return PLAIN
+        if dotted in ("float", "int", "round"):
+            if value.kind == "tensor" and dotted == "float":
+                self.report(node, "GS302", "float()", value)
+            return PLAIN
+        last = dotted.rpartition(".")[2]
+        if last == "deepcopy":
+            return Value(NOTHING, value.kind)  # a copy is a leaf of its own
+        if last in _INDEX_FUNCTIONS:
+            return INDEX
+        if last == "Parameter" and given and value.kind == "tensor" and value.atoms:
+            self.report(node, "GS203", "nn.Parameter", value)
+        if isinstance(node.func, ast.Name) and node.func.id in self.env:
+            return self._local(node, node.func.id, value)
+        if not dotted:
+            callee = self.value(node.func)
+            return Value(value.atoms | callee.atoms, "tensor" if callee.kind == "module" else "unknown")
+        return Value(_through(node, dotted, given) | {f"call:{dotted}"}, "unknown")
+
+    def _local(self, node: ast.Call, name: str, value: Value) -> Value:
+        """Return the value of calling a parameter, a function defined here, or whatever else a local name holds."""
+        callee = self.env[name]
+        atoms = value.atoms | callee.atoms
+        if callee.kind == "function" or name in self.parameters:
+            self._note_call(name, node)
+        if name in self.parameters:
+            atoms |= {f"call:{name}"}
+        return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
+
+    def _method(self, node: ast.Call, func: ast.Attribute, given: list[Value]) -> Value:
+        base = self.value(func.value)
+        name = func.attr
+        if name in torch_ops.PLAIN_METHODS:
+            return PLAIN if name not in ("pop", "keys") else Value(base.atoms, "unknown")
+        if name in torch_ops.PARAMETER_LISTS:
+            return Value(base.atoms, "tensor")
+        if name in torch_ops.MODULE_LISTS:
+            return Value(base.atoms, "module")
+        if name in torch_ops.SHAPE_ONLY:
+            return Value(NOTHING, base.kind)
+        if base.kind == "plain":
+            return Value(joined(given).atoms, "plain")
+        if name in _ESCAPES and base.kind != "module":
+            return self._escape(node, name, base)
+        if name in torch_ops.INDEX_VALUED and base.kind != "module":
+            self._index_valued(node, name, base)
+            return INDEX
+        if name in torch_ops.PIECEWISE_CONSTANT and base.kind == "tensor":
+            self.report(node, "GS402", name, base)
+        return self._tensor_method(node, func, base, given)
+
+    def _tensor_method(self, node: ast.Call, func: ast.Attribute, base: Value, given: list[Value]) -> Value:
+        name = func.attr
+        if name == "requires_grad_" and _switches_off(node):
+            self.report(node, "GS901", "requires_grad_(False)", base, FROZEN)
+        if name in ("to", "type") and any(map(self._is_integer_type, (*node.args, *(k.value for k in node.keywords)))):
+            self._index_valued(node, "long", base)
+            return INDEX
+        if name == "new_tensor" and given and given[0].kind == "tensor" and given[0].atoms:
+            return Value(self.report(node, "GS203", ".new_tensor()", given[0]), "tensor")
+        if name in ("float", "to", "type_as", "double", "half") and isinstance(func.value, ast.Compare):
+            self._hard_mask(func.value)
+        value = joined([base, *given, *self._forward_of(func)])
+        return Value(value.atoms, "tensor" if base.kind in ("tensor", "module") else "unknown")
+
+    def _forward_of(self, func: ast.Attribute) -> list[Value]:
+        """``self.part.forward(x)`` runs a module, like ``self.part(x)``."""
+        part = self.names.dotted(func.value) if func.attr == "forward" else ""
+        return [Value(frozenset({f"call:self.{part.split('.')[1]}"}), "tensor")] if part.startswith("self.") else []
+
+    def _escape(self, node: ast.Call, name: str, base: Value) -> Value:
+        rule = _ESCAPES[name]
+        sure = base.kind == "tensor"
+        if name in ("detach", "detach_"):
+            if node.args or base.kind not in ("tensor", "unknown"):
+                return base
+            return Value(self.report(node, rule, f".{name}()", base), "tensor")
+        if not sure:
+            return Value(base.atoms, "unknown")
+        cut = self.report(node, rule, f".{name}()", base)
+        return Value(cut, {"sample": "tensor", "numpy": "unknown"}.get(name, "plain"))
+
+    def apply(self, node: ast.Call, switch: Switch) -> Value:
+        """Take note of a switch around a function; return what stands for the result."""
+        raise NotImplementedError
+
+
+_CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
+_INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
+_ESCAPES = {
+    "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",
+}  # fmt: skip
+
+
+FROZEN = "frozen, and frozen is not blocked"
+
+
+def _switches_off(node: ast.Call) -> bool:
+    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    return len(given) == 1 and getattr(given[0], "value", None) is False
+
+
+def _is_reentrant(node: ast.Call) -> bool:
+    """Tell whether a checkpoint is, or may be, the reentrant kind, which is what torch takes if nothing is said."""
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    said = given.get("use_reentrant")
+    return getattr(said, "value", None) is True if said else None not in given and len(node.args) > 1
+
+
+def _through(node: ast.Call, target: str, given: list[Value]) -> Atoms:
+    """Return the atoms of a call's arguments, each marked with its way into the function called."""
+    ways = [*map(str, range(len(node.args))), *(keyword.arg or "*" for keyword in node.keywords)]
+    return frozenset(
+        atom if atom.startswith(("arg:", "cut:")) else f"arg:{target}:{way}:{atom}"
+        for way, value in zip(ways, given, strict=True)
+        for atom in value.atoms
+    )

@@ -6,6 +6,7 @@ node itself does), so that what is seen in the graph can be told as a line of th
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -124,9 +125,7 @@ def _operators_without_backward() -> set[str]:
 
 def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
     """Tell whether what a node saved for backward was changed since."""
-    for name in dir(node):
-        if not name.startswith("_saved_") and name != "saved_tensors":
-            continue
+    for name in _names_of_saved(node.__class__):
         try:
             saved = getattr(node, name)
         except RuntimeError as error:
@@ -140,6 +139,11 @@ def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
                     words = f"it changes a value that {node.name()} saved, where autograd does not look."
                     return Refusal("GS603", words, silent=True, write=write.operation)
     return None
+
+
+@functools.cache
+def _names_of_saved(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
 
 
 def _first_sentence(text: str) -> str:

@@ -41,6 +41,7 @@ class _Drawing:
         self.edges: dict[tuple[str, str], FlowStatus] = {}
         self.carrying = self._carrying_values()
         self.names: dict[str, list[str]] = {}
+        self.owned = self._owned_leaves()
         self.containers = {scope.parent for scope in recording.scopes}
 
     def graph(self, described: tuple[str, ...]) -> FlowGraph:
@@ -125,8 +126,7 @@ class _Drawing:
             self._add(FlowNode(node_id, label, "region", "none", above, path=path, line=line, finding=self.ids[site]))
             return
         label = scope.module.removeprefix(f"{parent.module}." if parent and parent.module else "") or scope.label
-        prefix = f"{scope.module}."
-        owned = [n for n in self.recording.leaves if scope.module and n.startswith(prefix)]
+        owned = self.owned.get(scope.module, ())
         detail = self.recording.values[scope.outputs[0]].detail if scope.outputs else ""
         self._add(
             FlowNode(
@@ -170,6 +170,15 @@ class _Drawing:
             if carrying.intersection(operation.inputs):
                 carrying.update(operation.outputs)
         return carrying
+
+    def _owned_leaves(self) -> dict[str, list[str]]:
+        """Return, for every module, the names of the sources inside it."""
+        owned: dict[str, list[str]] = {}
+        for name in self.recording.leaves:
+            for end, letter in enumerate(name):
+                if letter == ".":
+                    owned.setdefault(name[:end], []).append(name)
+        return owned
 
     def _status(self, value: int) -> FlowStatus:
         if value not in self.carrying:

@@ -7,8 +7,9 @@ numbers came from, as far as that can be told; what cannot be told is counted an
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -232,24 +233,37 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested tuples, lists, dicts, dataclasses and plain objects such as model outputs."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif value is None or isinstance(value, (str, bytes, int, float, torch.dtype, torch.device, nn.Module, type)):
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists, dicts, dataclasses and plain objects such as model outputs."""
+    found: list[torch.Tensor] = []
+    _gather(value, found, 0)
+    return found
+
+
+# What holds no tensors, or (a module) none that are given on.
+PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Module, type)
+# Most of them, told by one look: these calls are the trace's busiest.
+PLAINEST = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+
+
+def _gather(value: Any, found: list[torch.Tensor], depth: int) -> None:
+    if type(value) in PLAINEST:
         return
-    elif depth < DEEPEST:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif depth < DEEPEST and not isinstance(value, PLAIN):
         for item in _parts(value):
-            yield from tensors_in(item, depth + 1)
+            _gather(item, found, depth + 1)
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, (tuple, list, set, frozenset)):
-        yield from value
-    elif isinstance(value, Mapping):
-        yield from value.values()
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from (getattr(value, field.name, None) for field in fields(value))
+        return value
+    if isinstance(value, Mapping):
+        return value.values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in fields(value)]
+    return ()
 
 
 def results_in(value: Any) -> Iterator[torch.Tensor]:
@@ -274,7 +288,10 @@ def _held(value: Any, depth: int = 0) -> Iterator[Any]:
 
 def describe(tensor: torch.Tensor) -> str:
     """Return shape and dtype in words, such as ``1x256x1024 bfloat16``."""
-    if tensor.is_nested:
-        return f"nested {str(tensor.dtype).removeprefix('torch.')}"
-    shape = "x".join(str(int(size)) for size in tensor.shape) or "scalar"
-    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+    return _in_words(None if tensor.is_nested else tensor.shape, tensor.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_words(shape: torch.Size | None, dtype: torch.dtype) -> str:
+    sizes = "nested" if shape is None else "x".join(str(int(size)) for size in shape) or "scalar"
+    return f"{sizes} {str(dtype).removeprefix('torch.')}"

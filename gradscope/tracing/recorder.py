@@ -6,11 +6,12 @@ into the graph under test.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Site
 from gradscope.tracing.subject import Caller
 
+P = ParamSpec("P")
+
 
 class _Here(threading.local):
     """What is open in the present thread: regions, scopes, module calls. Grad mode is a thread's own too."""
@@ -46,6 +49,17 @@ class _Here(threading.local):
         self.regions: list[tuple[object, Region, int]] = []
         self.scopes: list[int] = []
         self.module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
+
+
+def _unwatched(method: Callable[P, None]) -> Callable[P, None]:
+    """Keep what a method itself asks of tensors from being reported: ten calls for each tensor that it looks at."""
+
+    @functools.wraps(method)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> None:
+        with torch._C.DisableTorchFunction():
+            method(*args, **kwargs)
+
+    return quiet
 
 
 def nothing_written(tensor: torch.Tensor) -> None:
@@ -103,6 +117,7 @@ class Recorder(TorchFunctionMode):
 
     # --- leaves -----------------------------------------------------------------------------
 
+    @_unwatched
     def add_leaf(self, name: str, tensor: torch.Tensor, *, outside: bool = False) -> None:
         """Name a tensor that a gradient may be wanted for (``outside``: not part of the model)."""
         value = self.provenance.add_leaf(tensor)
@@ -113,6 +128,7 @@ class Recorder(TorchFunctionMode):
                 self.recording.hooks[value.id] = place
         (self.recording.outside if outside else self.recording.leaves)[name] = value.id
 
+    @_unwatched
     def add_constant(self, tensor: torch.Tensor, name: str = "") -> None:
         """Know a tensor that was there before the run; named where it is no buffer, whose origin nobody says."""
         if not self.provenance.is_known(tensor):
@@ -271,7 +287,7 @@ class Recorder(TorchFunctionMode):
         provenance.place = place
         if name in AS_ANOTHER or name == "__deepcopy__":  # the memo of a deepcopy holds all copies made so far
             args, kwargs = args[:1], {}
-        inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((args, kwargs)))
+        inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((*args, *kwargs.values())))
         if provenance.has_escapes:
             inputs += provenance.scalars_in((*args, *kwargs.values()))
         operation = Operation(len(self.recording.operations), name, inputs, (), place, self._scope, self._active)
@@ -354,6 +370,7 @@ class Recorder(TorchFunctionMode):
         yield
         self._pop_scope(scope)
 
+    @_unwatched
     def enter_module(self, module: nn.Module, args: Any) -> None:
         """Note the call of a module."""
         name = self.module_names.get(id(module), "")
@@ -364,6 +381,7 @@ class Recorder(TorchFunctionMode):
         scope = self._push_scope("module", label, module=name, type=kind)
         self._here.module_calls.append((module, scope, given))
 
+    @_unwatched
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
         while self._here.module_calls:

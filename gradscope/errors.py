@@ -31,6 +31,12 @@ class GradscopeError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
+def in_words(error: BaseException) -> str:
+    """Return the class of an exception and the first line of what it says, where it says anything."""
+    first = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class UsageError(GradscopeError):
     """The request itself cannot be carried out (unknown name, unreadable input, missing package)."""
 

@@ -32,26 +32,6 @@ def guess_inputs(model: nn.Module) -> Guess | None:
     return None
 
 
-def sentence_about(model: nn.Module, entry: str | None) -> str:
-    """Return what the signature of the method entered says, in a sentence."""
-    method = getattr(model, entry or "forward", None)
-    try:
-        names = list(inspect.signature(method).parameters) if method is not None else []
-    except (TypeError, ValueError):
-        names = []
-    first = next(
-        (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding))), None
-    )
-    shape = ""
-    if isinstance(first, nn.Conv2d):
-        shape = f"; its first convolution takes [B, {first.in_channels}, H, W]"
-    elif isinstance(first, nn.Linear):
-        shape = f"; its first linear layer takes [..., {first.in_features}]"
-    elif isinstance(first, nn.Embedding):
-        shape = f"; its first embedding takes integers below {first.num_embeddings}"
-    return f"Its {entry or 'forward'} takes ({', '.join(names)}){shape}."
-
-
 def _for_transformers(model: Any) -> Guess | None:
     """Read the sizes in a transformers configuration (``main_input_name`` says which input is the main one)."""
     config, main = model.config, model.main_input_name

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradscope.errors import NotAnalysedError, UsageError
-from gradscope.targets.guesses import Guess, guess_inputs, sentence_about
+from gradscope.errors import NotAnalysedError, UsageError, in_words
+from gradscope.targets.guesses import Guess, guess_inputs
 from gradscope.targets.modules import asked_inputs, question_of
 from gradscope.targets.spec import Request
-from gradscope.tracing.borrowed import made_subject
+from gradscope.tracing.borrowed import made_subject, sentence_about
 from gradscope.tracing.structural import hollow
 from gradscope.tracing.subject import Subject, Workshop
 
@@ -46,7 +50,10 @@ def library_subject(library: str, name: str, request: Request) -> Subject:
             return workshop.materialise(lambda filled: _built(name, factory))
 
     remarks = tuple(filter(None, (said, "The weights are random: where gradients flow does not depend on them.")))
-    return made_subject(f"{library}:{name}", prepare, args, kwargs, question_of(request, remarks), type(pattern))
+    question = question_of(request, remarks)
+    subject = made_subject(f"{library}:{name}", prepare, args, kwargs, question, type(pattern))
+    weight = 4 * sum(parameter.numel() for parameter in pattern.parameters())
+    return replace(subject, takes=sentence_about(pattern, request.entry), weight=weight)
 
 
 def _built(name: str, factory: Callable[[], nn.Module]) -> nn.Module:
@@ -55,8 +62,7 @@ def _built(name: str, factory: Callable[[], nn.Module]) -> nn.Module:
     except UsageError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise NotAnalysedError(f"{name} cannot be built: {type(error).__name__}: {first}") from error
+        raise NotAnalysedError(f"{name} cannot be built: {in_words(error)}.") from error
 
 
 def _library(name: str) -> Any:
@@ -113,13 +119,29 @@ def _for_torchvision(models: Any, name: str) -> Guess:
     return Guess((torch.rand(shape),), f"Input {words}, from the transforms of its weights.")
 
 
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub client from telling every retry: what came of them is reported."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _transformers(name: str) -> Recipe:
     transformers = _library("transformers")
+    folder = Path(name).expanduser()
+    if (folder.exists() or name[:1] in ("", ".", "/", "~")) and not (folder / "config.json").is_file():
+        raise UsageError(f"There is no config.json in {name or 'hf:'}.", hint="Give a folder that has one, or an ID.")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        with _quiet_hub():
+            config = transformers.AutoConfig.from_pretrained(str(folder) if folder.exists() else name)
     except Exception as error:
         raise UsageError(
-            f"transformers finds no configuration at {name!r}.",
+            f"transformers finds no configuration at {name!r}: {in_words(error)}.",
             hint="Give a folder with a config.json, or an ID that can be reached.",
         ) from error
     architecture = next(iter(getattr(config, "architectures", None) or ()), "")

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradscope.errors import NotAnalysedError, UsageError
-from gradscope.targets.guesses import guess_inputs, sentence_about
+from gradscope.errors import NotAnalysedError, UsageError, in_words
+from gradscope.paths import short_path
+from gradscope.targets.guesses import guess_inputs
 from gradscope.targets.inputs import make_input, parse_input
 from gradscope.targets.spec import Request
-from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.borrowed import Question, sentence_about, subject_of
+from gradscope.tracing.frames import raised_at
+from gradscope.tracing.holding import held_model
 from gradscope.tracing.subject import Subject
 
 
 def module_subject(target: str, request: Request) -> Subject:
     """Return the subject of a target.
 
-    The attribute is a module, a class of modules, or a factory that gives a module or ``(module, inputs)``.
+    The attribute is a module, a class of modules, or a factory that gives a module or ``(module, inputs)``; in the
+    place of a module also an object that holds some (a pipeline).
 
     Raises:
         UsageError: no such file, module or attribute, or it is none of these.
@@ -31,21 +37,25 @@ def module_subject(target: str, request: Request) -> Subject:
     """
     made = _built(target, load_attribute(target))
     inputs: Any = ()
-    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+    if isinstance(made, tuple) and len(made) == 2:
         made, inputs = made
-    if not isinstance(made, nn.Module):
+    try:
+        model, entry = held_model(made, request.entry)
+    except UsageError as error:
         raise UsageError(
-            f"{target} gives a {type(made).__name__}, not an nn.Module.",
+            f"{target} gives no nn.Module, but {type(made).__name__}. {error.message}",
             hint="Name a module, its class, or a function that returns one (or a module and its inputs).",
-        )
-    args, kwargs, said = _arguments(made, inputs, request)
-    question = question_of(request, said)
-    return subject_of(made, args, kwargs, question, name=target)
+        ) from error
+    args, kwargs, said = _arguments(model, inputs, request)
+    question = replace(question_of(request, said), entry=entry)
+    return subject_of(model, args, kwargs, question, name=target)
 
 
 def question_of(request: Request, said: tuple[str, ...]) -> Question:
     """Return what is asked, with the loss loaded."""
     loss = load_attribute(request.loss) if request.loss else None
+    if loss is not None and not callable(loss):
+        raise UsageError(f"--loss {request.loss} is no function.", hint="It takes the output and returns a tensor.")
     return Question(request.entry, request.wrt, request.trainable, loss, said)
 
 
@@ -61,10 +71,17 @@ def load_attribute(target: str) -> Any:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            known = [name for name in vars(module) if not name.startswith("_")][:12]
-            raise UsageError(f"{where} has no {attribute!r}.", hint=f"It has: {', '.join(known)}.")
+            raise UsageError(f"{where} has no {attribute!r}.", hint=f"It has: {', '.join(_names_in(module)[:12])}.")
         found = getattr(found, part)
     return found
+
+
+def _names_in(module: Any) -> list[str]:
+    """Return the public names of a module: what it defines, and where that is nothing, whatever it has."""
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    home = module.__name__.partition(".")[0]
+    own = [name for name, value in public.items() if str(getattr(value, "__module__", "")).partition(".")[0] == home]
+    return own or list(public)
 
 
 def _import_file(path: Path) -> Any:
@@ -77,10 +94,8 @@ def _import_file(path: Path) -> Any:
     try:
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise NotAnalysedError(
-            f"{path} cannot be imported: {type(error).__name__}: {error}.", hint="Run it with Python to see why."
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise NotAnalysedError(f"{path} cannot be imported: {_told(error)}.", hint=f"See: python {path}") from error
     finally:
         sys.path.pop(0)
     return module
@@ -96,14 +111,17 @@ def _import_name(name: str) -> Any:
                 f"There is no module {name!r} here.", hint="Check the name, or install the package."
             ) from error
         raise NotAnalysedError(f"{name} cannot be imported: {error}.", hint="Install what it needs.") from error
-    except Exception as error:
-        raise NotAnalysedError(f"{name} cannot be imported: {type(error).__name__}: {error}.") from error
+    except (Exception, SystemExit) as error:
+        raise NotAnalysedError(
+            f"{name} cannot be imported: {_told(error)}.", hint=f'See: python -c "import {name}"'
+        ) from error
     finally:
         sys.path.pop(0)
 
 
 def _built(target: str, found: Any) -> Any:
-    if isinstance(found, nn.Module) or not callable(found):
+    is_factory = inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial)
+    if not is_factory:
         return found
     try:
         needed = [
@@ -119,10 +137,20 @@ def _built(target: str, found: Any) -> Any:
             f"{target} needs arguments to be built: {', '.join(needed)}.",
             hint="Write a function without arguments that returns the model, and name that.",
         )
+    return _called(found, f"{target} cannot be built")
+
+
+def _called(function: Any, failure: str) -> Any:
     try:
-        return found()
-    except Exception as error:
-        raise NotAnalysedError(f"{target} cannot be built: {type(error).__name__}: {error}.") from error
+        return function()
+    except (Exception, SystemExit) as error:
+        raise NotAnalysedError(f"{failure}: {_told(error)}.", hint="Mend that line, or name another target.") from error
+
+
+def _told(error: BaseException) -> str:
+    """Return what an exception says and the line of the user's that it came through."""
+    place = raised_at(error)
+    return in_words(error) + (f" at {short_path(place[0])}:{place[1]}" if place else "")
 
 
 def _arguments(
@@ -152,7 +180,10 @@ def asked_inputs(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
     kwargs: dict[str, Any] = {}
     for text in request.inputs:
         if ".py:" in text:
-            made = load_attribute(text)()
+            made = load_attribute(text)
+            made = _called(made, f"--input {text} failed") if callable(made) else made
+            if made is None:
+                raise UsageError(f"--input {text} gives None.", hint="Return a tensor, a tuple of inputs, or a dict.")
             if isinstance(made, dict):
                 kwargs.update(made)
             else:

@@ -36,6 +36,7 @@ def subject_of(
     """Return the subject for a model that exists; the run leaves it as it is."""
     own = model.name if isinstance(model, Holder) else type(model).__name__
     subject = made_subject(name or own, lambda workshop: model, args, kwargs, question, type(model))
+    subject = replace(subject, takes=sentence_about(model, question.entry))
     return replace(subject, entry=model.entry) if isinstance(model, Holder) else subject
 
 
@@ -73,13 +74,34 @@ def made_subject(
     )
 
 
+def sentence_about(model: nn.Module, entry: str | None) -> str:
+    """Return what the signature of the method entered says, in a sentence."""
+    method = getattr(model, entry or "forward", None)
+    try:
+        names = list(inspect.signature(method).parameters) if method is not None else []
+    except (TypeError, ValueError):
+        names = []
+    first = next(
+        (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding))), None
+    )
+    shape = ""
+    if isinstance(first, nn.Conv2d):
+        shape = f"; its first convolution takes [B, {first.in_channels}, H, W]"
+    elif isinstance(first, nn.Linear):
+        shape = f"; its first linear layer takes [..., {first.in_features}]"
+    elif isinstance(first, nn.Embedding):
+        shape = f"; its first embedding takes integers below {first.num_embeddings}"
+    return f"Its {entry or 'forward'} takes ({', '.join(names)}){shape}."
+
+
 def _entry(kind: type[nn.Module], asked: str | None) -> tuple[str, tuple[str, ...]]:
     """Return the method to enter, and what to say where it was guessed."""
     if asked is not None:
         if not callable(getattr(kind, asked, None)):
-            public = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")]
-            own = [name for name in public if name not in vars(nn.Module)]
-            raise UsageError(f"{kind.__name__} has no method {asked!r}.", hint=f"It has: {', '.join(own[:12])}.")
+            own = [name for base in kind.__mro__ if base not in nn.Module.__mro__ for name, value in vars(base).items()
+                   if inspect.isroutine(value) and not name.startswith("_")]  # fmt: skip
+            known = ", ".join(list(dict.fromkeys(own))[:12]) or "none of its own"
+            raise UsageError(f"{kind.__name__} has no method {asked!r}.", hint=f"It has: {known}.")
         return asked, ()
     if kind.forward is not nn.Module.forward or kind.__call__ is not nn.Module.__call__:
         return "forward", ()

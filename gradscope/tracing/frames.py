@@ -75,6 +75,17 @@ def is_running(code: CodeType, frame: FrameType | None) -> bool:
     return False
 
 
+def raised_at(error: BaseException) -> tuple[str, int] | None:
+    """Return the innermost file and line of user code that an exception came through."""
+    found = None
+    step = error.__traceback__
+    while step is not None:
+        if is_user_file(step.tb_frame.f_code.co_filename):
+            found = (step.tb_frame.f_code.co_filename, step.tb_lineno)
+        step = step.tb_next
+    return found
+
+
 def call_chain(frame: FrameType | None) -> tuple[str, ...]:
     """Return the user functions that are active above ``frame``, outermost first.
 

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from gradscope.errors import NotAnalysedError
+from gradscope.paths import short_path
 from gradscope.session import Session
 from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.frames import raised_at
 from gradscope.tracing.holding import held_model
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.tracer import trace_subject
+from gradscope.tracing.unanalysed import CannotTell, MixedDevices, refuse_too_big
 from gradscope.tracing.workshops import open_workshop
 
 Mode = Literal["auto", "structural", "real"]
@@ -67,24 +70,42 @@ def trace_in_mode(
     subject: Subject, mode: str, device: str, dtype: str | None = None, *, verify: bool = True, numeric: bool = False
 ) -> Session:
     """Trace in one mode; ``auto`` is structural, and real where numbers are asked for or cannot be done without."""
+
+    def traced(asked: Subject, chosen: str, place: str) -> Session:
+        # Nobody asked for a dtype: the model and its inputs have theirs.
+        workshop = open_workshop(chosen, place, dtype or "float32", casts=dtype is not None)
+        return trace_subject(asked, workshop, verify=verify, numeric=numeric)
+
     with warnings.catch_warnings():
         # The traced libraries' own warnings are not about the gradient and would bury the report.
         warnings.simplefilter("ignore")
         if numeric and mode == "auto":
             mode, device = "real", _computing(device)
         if mode != "auto":
-            return trace_subject(subject, open_workshop(mode, device, dtype), verify=verify, numeric=numeric)
+            return traced(subject, mode, device)
         try:
-            return trace_subject(subject, open_workshop("structural", device, dtype), verify=verify, numeric=numeric)
+            return traced(subject, "structural", device)
+        except MixedDevices:
+            raise
         except NotAnalysedError as error:
-            why = f"{type(error.__cause__).__name__}" if error.__cause__ else error.message
+            why = _reason(error)
+            refuse_too_big(subject, why)
         remark = f"Structural mode could not follow this model ({why}), so it was computed."
         subject = dataclasses.replace(subject, remarks=(*subject.remarks, remark))
-        return trace_subject(subject, open_workshop("real", _computing(device), dtype), verify=verify, numeric=numeric)
+        return traced(subject, "real", _computing(device))
 
 
 def _computing(device: str) -> str:
     return device if device != "cuda" or torch.cuda.is_available() else "cpu"
+
+
+def _reason(error: NotAnalysedError) -> str:
+    cause = error.__cause__
+    if cause is None:
+        return error.message.rstrip(".")
+    place = raised_at(cause)
+    what = "it needs computed numbers" if isinstance(error, CannotTell) else type(cause).__name__
+    return f"{what} at {short_path(place[0])}:{place[1]}" if place else what
 
 
 def assert_gradients_flow(

@@ -20,6 +20,7 @@ from gradscope.tracing.provenance import left_torch, results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.restoring import attributes_of, put_back, untouched_state
+from gradscope.tracing.structural import hushed
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
 Pass: TypeAlias = Literal["none", "plain", "watched"]
@@ -67,7 +68,7 @@ class Runner:
         the user's own run; else everything does, so that every source can be told about. ``dispatched``: see also
         what no torch function shows.
         """
-        with untouched_state(), put_back(self.subject.given), torch.compiler.set_stance("force_eager"):
+        with hushed(), untouched_state(), put_back(self.subject.given), torch.compiler.set_stance("force_eager"):
             origin = self._prepare()
             lent = self.workshop.lent(origin) if self.subject.borrowed else nullcontext(nothing_written)
             with lent as before_write:
@@ -118,7 +119,7 @@ class Runner:
             recording.left_open = recorder.open_regions
             if self.subject.loss is not None:
                 result = self.subject.loss(result)
-        except Exception as error:  # the target's own: the tracer judges whether autograd is its cause
+        except (Exception, SystemExit) as error:  # the target's own: the tracer judges whether autograd is its cause
             recording.error = error
             return
         finally:

@@ -7,8 +7,9 @@ CUDA device: connection is read from ``grad_fn``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -18,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from gradscope.errors import UsageError
 from gradscope.tracing.calls import is_in_place
 from gradscope.tracing.provenance import tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
+SAME_DTYPE = frozenset("linear matmul __matmul__ __rmatmul__ mm bmm mv dot addmm addmv baddbmm addbmm".split())
 ROOM = frozenset({"zeros", "ones", "empty", "full"})
 # What hands out the memory itself; a kernel that is given the null pointer of a fake tensor ends the process.
 MEMORY = frozenset({"data_ptr", "__cuda_array_interface__", "__dlpack__"})
@@ -42,17 +45,35 @@ class CannotFollow(RuntimeError):
     """Structural mode would have to know numbers that it does not compute."""
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep fake tensors from logging a traceback for every call that they refuse: the refusal is reported."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class PretendedDevice:
     """Run torch calls as if ``device`` were there."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
+        if self.device.type == "mps" and not torch.backends.mps.is_built():  # torch would end the whole process
+            raise UsageError(
+                "This torch was built without mps, and cannot pretend it either.", hint="Use --device cpu."
+            )
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, under fake tensors where it takes one or asks for the device."""
         if getattr(func, "__name__", "") in MEMORY and _has_fake(args, kwargs):
             raise CannotFollow("the memory of a tensor that has none is asked for")
+        if getattr(func, "__name__", "") in SAME_DTYPE:
+            self._refuse_mixed_dtypes(args, kwargs)
         if self._asks_for_device(args, kwargs) or _has_fake(args, kwargs) or self._makes_room(func, kwargs):
             if args and _is_real(args[0]) and is_in_place(getattr(func, "__name__", "")):
                 raise CannotFollow("numbers that do not exist are written into a tensor that does")
@@ -86,6 +107,14 @@ class PretendedDevice:
             if isinstance(tensor, nn.Parameter):
                 return nn.Parameter(fake, requires_grad=tensor.requires_grad)
             return fake
+
+    def _refuse_mixed_dtypes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise as the device would: fake tensors multiply matrices of any two dtypes."""
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors_in((args, kwargs))}
+        if len(dtypes) > 1 and not torch.is_autocast_enabled(self.device.type):
+            raise RuntimeError(
+                f"matrices are multiplied that are {' and '.join(sorted(dtypes))}: expected the same dtype"
+            )
 
     def _makes_room(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Tell ``torch.zeros(...)`` and the like on a pretended CPU: made to be written into, so it is made fake."""

@@ -11,9 +11,12 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from gradscope.errors import UsageError
 from gradscope.session import Remedy
 
 Module = TypeVar("Module", bound=nn.Module)
+
+MOST_SHOWN = 8
 
 # Runs one torch function: ``(function, args, kwargs) -> result``.
 Caller: TypeAlias = "Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]"
@@ -70,7 +73,8 @@ class Subject:
     detaches is seen as well. ``borrowed`` says that the model is the caller's and has to stay as it is.
     ``wrt`` and ``trainable`` are patterns of source names (``fnmatch``): what is asked about, and which
     parameters count as trained; ``loss`` turns the result into what is differentiated. ``given`` are the
-    caller's arguments: objects among them are put back after a run.
+    caller's arguments: objects among them are put back after a run. ``takes`` says in a sentence what the
+    model takes, ``weight`` how many bytes it will need once it is built for real.
     """
 
     name: str
@@ -86,6 +90,8 @@ class Subject:
     trainable: tuple[str, ...] = ()
     loss: Callable[[Any], Any] | None = None
     given: tuple[Any, ...] = ()
+    takes: str = ""
+    weight: int = 0
 
     def asked_for(
         self, names: Iterable[str], parameters: set[str], frozen: set[str], wanted: frozenset[str]
@@ -94,6 +100,10 @@ class Subject:
 
         An input counts where its ``requires_grad`` was on. Where nothing trains, everything is asked about.
         """
+        names = list(names)
+        for option, patterns, known in (("wrt", self.wrt, names), ("trainable", self.trainable, sorted(parameters))):
+            found = {pattern: any(matches(name, (pattern,)) for name in known) for pattern in patterns}
+            _refuse_unknown(patterns, found, option, known)
         if self.wrt:
             return frozenset(name for name in names if matches(name, self.wrt))
         trained = {name for name in parameters if not self.is_frozen(name, frozen)} | wanted
@@ -107,3 +117,13 @@ class Subject:
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Tell whether a source is named by one of the patterns, itself or with what it is part of."""
     return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
+
+
+def _refuse_unknown(patterns: tuple[str, ...], matching: dict[str, bool], option: str, names: list[str]) -> None:
+    """Raise where a pattern names no source: what was asked about would silently be something else."""
+    unknown = [pattern for pattern in patterns if not matching[pattern]]
+    if unknown:
+        more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+        raise UsageError(
+            f"No source matches {option} {unknown[0]!r}.", hint=f"There are: {', '.join(names[:MOST_SHOWN])}{more}."
+        )

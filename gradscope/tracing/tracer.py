@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import torch
 
 from gradscope._version import version
-from gradscope.errors import NotAnalysedError
 from gradscope.findings import SEVERITIES, Finding, Source
 from gradscope.paths import short_path
 from gradscope.session import Session
@@ -17,9 +16,9 @@ from gradscope.tracing.confirm import confirm
 from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.refused import is_autograds
 from gradscope.tracing.runner import Runner
 from gradscope.tracing.subject import Subject, Workshop, matches
+from gradscope.tracing.unanalysed import refuse_unanalysed
 from gradscope.tracing.verify import Proof, prove
 from gradscope.tracing.wording import finding_of, outside_findings, severity_of
 
@@ -34,7 +33,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
     started = time.perf_counter()
     proof = prove(Runner(subject, workshop), verify=verify)
     recording = proof.first.recording
-    _refuse_unanalysed(subject, recording)
+    refuse_unanalysed(subject, recording)
     said = confirm(subject, proof) if numeric else []
     ids = {site: f"F{index}" for index, site in enumerate(_by_severity(proof), start=1)}
     findings = [finding_of(proof.cuts[site], ids, proof) for site in ids]
@@ -49,7 +48,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
             "torch": torch.__version__,
             "platform": platform.system().lower(),
         },
-        target=_target(subject, workshop),
+        target=_target(subject, workshop, recording),
         sources=sources,
         findings=findings,
         fix_set=[ids[site] for site in proof.fix],
@@ -75,20 +74,6 @@ def _by_severity(proof: Proof) -> list[Site]:
 # --- the parts of a session ------------------------------------------------------------------------
 
 
-def _refuse_unanalysed(subject: Subject, recording: Recording) -> None:
-    error = recording.error
-    if error is not None and not is_autograds(error):
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotAnalysedError(
-            f"{subject.name} could not be run: its forward pass raised {type(error).__name__}: {first_line}",
-            hint="Check the input (`--input`), the device and the mode (`--mode real` runs without pretending).",
-        ) from error
-    if error is None and not recording.sinks:
-        raise NotAnalysedError(
-            f"{subject.name}.{subject.entry} returned no floating-point tensor: there is nothing to ask a gradient of."
-        )
-
-
 def _verdict(proof: Proof, findings: list[Finding]) -> str:
     if proof.first.recording.error is not None or _raising(proof) is not None:
         return "crashes"
@@ -103,13 +88,15 @@ def _raising(proof: Proof) -> Cut | None:
     return next((cut for cut in proof.cuts.values() if cut.raises and cut.touched & proof.asked), None)
 
 
-def _target(subject: Subject, workshop: Workshop) -> dict[str, object]:
+def _target(subject: Subject, workshop: Workshop, recording: Recording) -> dict[str, object]:
+    first = next(iter(recording.leaves.values()), None)
+    dtype = recording.values[first].detail.rpartition(" ")[2] if subject.borrowed and first is not None else ""
     return {
         "name": subject.name,
         "entry": subject.entry,
         "mode": workshop.mode,
         "device": workshop.device.type,
-        "dtype": str(workshop.dtype).removeprefix("torch."),
+        "dtype": dtype or str(workshop.dtype).removeprefix("torch."),
         "inputs": list(subject.inputs),
     }
 

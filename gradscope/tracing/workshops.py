@@ -28,7 +28,7 @@ class RealWorkshop:
 
     mode: Literal["real", "structural"] = "real"
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False) -> None:
         kind = torch.device(device).type
         if not _is_there(kind):
             raise UsageError(
@@ -37,6 +37,7 @@ class RealWorkshop:
             )
         self.device = torch.device(device)
         self.dtype = dtype
+        self._casts = casts
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function."""
@@ -51,12 +52,19 @@ class RealWorkshop:
         return real.to(device=self.device, dtype=self.dtype)
 
     def like(self, real: torch.Tensor) -> torch.Tensor:
-        """Return the tensor on the device of the run, without its history."""
-        return real.detach().to(self.device)
+        """Return the tensor on the device of the run, without its history; in its dtype where one was asked for."""
+        dtype = self.dtype if self._casts and real.is_floating_point() else real.dtype
+        return real.detach().to(self.device, dtype)
 
     def lent(self, model: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
-        """Keep the model as it is: what is written in place is copied before."""
-        return kept(model)
+        """Keep the model as it is: what is written in place is copied before; elsewhere, lend it copies."""
+        tensors = [*model.parameters(), *model.buffers()]
+        at_home = all(tensor.device.type == self.device.type for tensor in tensors)
+        return kept(model) if at_home and not self._casts else swapped(model, self._moved)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        moved = self.like(tensor)
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 class StructuralWorkshop:
@@ -64,7 +72,8 @@ class StructuralWorkshop:
 
     mode: Literal["real", "structural"] = "structural"
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False) -> None:
+        self._casts = casts
         self._pretended = PretendedDevice(device)
         self.run = self._pretended.run
         self.device = self._pretended.device
@@ -82,7 +91,7 @@ class StructuralWorkshop:
         """Return a fake of a floating tensor; integers and masks stay, so that branches on them run as they would."""
         if self.device.type == "cpu" and not real.is_floating_point():
             return real
-        return self._pretended.pretend(real, real.dtype)
+        return self._pretended.pretend(real, self.dtype if self._casts else real.dtype)
 
     @contextmanager
     def lent(self, model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
@@ -93,11 +102,13 @@ class StructuralWorkshop:
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cpu" and not tensor.is_floating_point():
             return tensor
-        return self._pretended.pretend(tensor, tensor.dtype)
+        return self._pretended.pretend(tensor, self.dtype if self._casts else tensor.dtype)
 
 
-def open_workshop(mode: str, device: str, dtype: str | None = None) -> Workshop:
+def open_workshop(mode: str, device: str, dtype: str | None = None, *, casts: bool = False) -> Workshop:
     """Return the workshop for a mode and a device; ``auto`` means structural on pretended CUDA.
+
+    ``casts``: a caller's own model and inputs are brought to the dtype as well.
 
     Without a wish for the dtype it is bfloat16 on an accelerator and float32 on the CPU, as the
     libraries traced here choose themselves.
@@ -106,5 +117,5 @@ def open_workshop(mode: str, device: str, dtype: str | None = None) -> Workshop:
         device = "cuda" if mode != "real" or torch.cuda.is_available() else "cpu"
     chosen: torch.dtype = getattr(torch, dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16"))
     if mode == "real":
-        return RealWorkshop(device, chosen)
-    return StructuralWorkshop(device, chosen)
+        return RealWorkshop(device, chosen, casts=casts)
+    return StructuralWorkshop(device, chosen, casts=casts)

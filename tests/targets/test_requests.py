@@ -1,0 +1,180 @@
+"""What a user may ask wrongly, from the command line: one sentence, what to do next, and the exit code for it."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradscope.cli.main import main
+
+MODELS = """
+    import sys
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 8)
+            self.second = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    class Mixed(Net):
+        def forward(self, x):
+            h = self.first(x)
+            h = h * torch.ones(8)  # on the CPU
+            return self.second(h)
+
+    class Moved(Net):
+        def forward(self, x):
+            return self.second(self.first(x) * torch.ones(8).to(x.device))
+
+    class Branching(Net):
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h) if h.sum() > 0 else h
+
+    class Exits(Net):
+        def forward(self, x):
+            sys.exit(5)
+
+    class Asserts(Net):
+        def forward(self, x):
+            assert x.shape[0] == 77
+            return x
+
+    class Pipe:
+        def __init__(self):
+            self.net = Net()
+
+        @torch.no_grad()
+        def __call__(self, x):
+            return self.net(x)
+
+    pipe = Pipe()
+    number = 3
+
+    def raises():
+        raise FileNotFoundError("weights.bin is not here.")
+
+    def exits():
+        sys.exit("no configuration given")
+
+    def nothing():
+        return None
+
+    def no_input():
+        return None
+
+    def bad_input():
+        return {}["x"]
+
+    def bad_loss(out):
+        return out["logits"]
+
+    def text_loss(out):
+        return "lost"
+"""
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    (tmp_path / "models.py").write_text(textwrap.dedent(MODELS))
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "models", raising=False)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["gradscope", "trace", *args])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return run
+
+
+def line_of(text: str) -> int:
+    return next(i for i, line in enumerate(MODELS.splitlines(), start=1) if text in line)
+
+
+BAD = [
+    ("models.py:raises", 3, "cannot be built: FileNotFoundError: weights.bin is not here at models.py:LINE",
+     "raise FileNotFound"),
+    ("models.py:exits", 3, "SystemExit: no configuration given", ""),
+    ("models.py:nothing", 2, "gives no nn.Module, but NoneType", ""),
+    ("models.py:number", 2, "gives no nn.Module, but int", ""),
+    ("models.py:absent", 2, "It has: Net, Mixed", ""),
+    ("exits.py:f", 3, "exits.py cannot be imported: SystemExit", ""),
+    ("models.py:Net --input 2x5", 3, "with 2x5 float32: RuntimeError: mat1 and mat2 shapes", ""),
+    ("models.py:Net --input 2x5", 3, "at models.py:LINE", "return self.second(self.first(x))"),
+    ("models.py:Net --input 2x5", 3, "first linear layer takes [..., 4]", ""),
+    ("models.py:Net --input 2x4:float64", 3, "same dtype", ""),
+    ("models.py:Net --input 2x4:float64 --mode structural", 3, "same dtype", ""),
+    ("models.py:Net --input y=2x4", 3, "unexpected keyword argument 'y'", ""),
+    ("models.py:Net --input 2x4 --entry absent", 2, "It has: forward.", ""),
+    ("models.py:Net --input models.py:bad_input", 3, "failed: KeyError: 'x' at models.py:LINE", 'return {}["x"]'),
+    ("models.py:Net --input models.py:no_input", 2, "gives None", ""),
+    ("models.py:Net --input 2x4 --wrt encoder.*", 2, "There are: first.weight", ""),
+    ("models.py:Net --input 2x4 --trainable encoder", 2, "No source matches trainable 'encoder'", ""),
+    ("models.py:Net --input 2x4 --loss models.py:number", 2, "is no function", ""),
+    ("models.py:Net --input 2x4 --loss models.py:bad_loss", 3, "at models.py:LINE", 'out["logits"]'),
+    ("models.py:Net --input 2x4 --loss models.py:text_loss", 3, "The loss of models.py:Net returned no floating", ""),
+    ("models.py:Exits --input 2x4", 3, "SystemExit: 5", ""),
+    ("models.py:Asserts --input 2x4", 3, "AssertionError at models.py:LINE", "== 77"),
+    ("models.py:Branching --input 2x4 --mode structural", 3, "needs computed numbers at models.py:LINE", "h.sum() > 0"),
+    ("models.py:Mixed --input 2x4 --device cuda", 3, "mixes devices at models.py:LINE", "# on the CPU"),
+    ("torchvision:resnet18 --entry absent", 2, "It has: forward.", ""),
+    ("hf:./absent", 2, "no config.json", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("request_", "code", "words", "line"), BAD)
+def test_what_cannot_be_done_is_said_in_a_sentence(ask, request_: str, code: int, words: str, line: str) -> None:  # type: ignore[no-untyped-def]
+    if line:
+        words = words.replace("LINE", str(line_of(line)))
+    found, out, err = ask(*request_.split())
+    assert (found, out) == (code, "")
+    assert words in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 2, "what happened, and what to do next"
+
+
+@pytest.mark.skipif(torch.backends.mps.is_built(), reason="needs a torch without mps")
+def test_a_device_that_cannot_even_be_pretended_does_not_end_the_process(ask) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = ask("models.py:Net", "--input", "2x4", "--device", "mps")
+    assert code == 2
+    assert "without mps" in err
+
+
+def test_falling_back_to_real_mode_says_why_and_where(ask) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = ask("models.py:Branching", "--input", "2x4")
+    assert code == 0
+    assert "real on cpu" in out
+    assert f"it needs computed numbers at models.py:{line_of('h.sum() > 0')}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("mode", ["structural", "real"])
+def test_the_dtype_asked_for_is_that_of_the_model_and_its_inputs(ask, mode: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = ask("models.py:Net", "--input", "2x4", "--dtype", "bfloat16", "--mode", mode)
+    assert code == 0
+    assert "2x8 bfloat16" in out and f"{mode} on cpu, bfloat16" in " ".join(out.split())
+
+
+def test_a_pretended_device_takes_what_is_moved_to_it(ask) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = ask("models.py:Moved", "--input", "2x4", "--device", "cuda")
+    assert code == 0
+    assert "structural on cuda, float32" in " ".join(out.split())
+
+
+def test_a_pipeline_is_a_target(ask) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = ask("models.py:pipe", "--input", "2x4")
+    assert code == 1
+    assert "GS102" in out and "Pipe.__call__" in out
+    code, out, _ = ask("models.py:Pipe", "--input", "2x4")
+    assert code == 1

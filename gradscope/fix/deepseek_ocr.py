@@ -177,7 +177,8 @@ class DifferentiableEncoder(nn.Module):
                 hint="Use the towers of DeepSeek-OCR.",
             )
         tokens = features.flatten(2).transpose(1, 2).contiguous()
-        encoded = self.clip_tr(self.clip_pre(tokens + self._positions(features.shape[2], features.shape[3])))
+        positions = self._positions(features.shape[2], features.shape[3])
+        encoded = self.clip_tr(self.clip_pre(tokens + positions))
         total: torch.Tensor = tokens + encoded
         return total
 

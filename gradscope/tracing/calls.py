@@ -24,7 +24,7 @@ SHAPE_ONLY = MAKES_ROOM | frozenset(
     "element_size nelement is_nonzero data_ptr __hash__ __format__ __repr__ __dir__".split()
 )
 # Of those, the calls that autograd may refuse.
-MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad"})
+MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad", "__set__"})
 # Calls that take the shape or dtype of their second tensor, and numbers of the first one only.
 AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_"})
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.

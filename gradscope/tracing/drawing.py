@@ -215,17 +215,36 @@ class _Drawing:
 
     def _finish(self) -> None:
         self._connect_untraced_inputs()
-        for index, value in enumerate(self.recording.sinks):
-            node_id = f"output.{index}"
-            detail = self.recording.values[value].detail
-            self._add(FlowNode(node_id, node_id, "output", self._status(value), detail=detail))
-            if value in self.home:
-                pair = self._siblings(self.home[value], node_id)
-                if pair is not None:
-                    self.edges[pair] = self._status(value)
+        if self.recording.error is not None:
+            self._add_crash(self.recording.error)
+        else:
+            for index, value in enumerate(self.recording.sinks):
+                detail = self.recording.values[value].detail
+                self._add(FlowNode(f"output.{index}", f"output.{index}", "output", self._status(value), detail=detail))
+                self._lead_to(f"output.{index}", value)
         for node in self.nodes.values():
             if os.path.isabs(node.path):
                 node.path = short_path(node.path)
+
+    def _add_crash(self, error: BaseException) -> None:
+        """End the picture with the call that raised."""
+        pending = self.recording.pending
+        place = pending.place if pending is not None else None
+        modules = [scope.label for scope in self.recording.ancestors(pending.scope) if scope.module] if pending else []
+        where = modules[-1] if modules else expression(place) if place else ""
+        label = f"{where or 'the run'}  raises {type(error).__name__}"
+        node = FlowNode("crash", label, "output", "blocked")
+        node.path, node.line = (place.code.co_filename, place.line) if place else ("", 0)
+        self._add(node)
+        for value in pending.inputs if pending is not None else ():
+            self._lead_to("crash", value)
+
+    def _lead_to(self, node_id: str, value: int) -> None:
+        """Draw an edge from where a value comes from to one of the last nodes."""
+        if value in self.home:
+            pair = self._siblings(self.home[value], node_id)
+            if pair is not None:
+                self.edges[pair] = self._status(value)
 
     def _connect_untraced_inputs(self) -> None:
         """Lead an image to the first step of the forward pass."""

@@ -172,26 +172,24 @@ class Recorder(TorchFunctionMode):
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that moves no numbers; a tensor that it makes is new and known."""
         name = func.__name__
-        if name == "__get__" or (self._over and name == "__set__"):
-            return func(*args, **kwargs)
-        if name == "__set__":
-            self._begin(name, args[:1], {}, user_place(sys._getframe(2)))
-            func(*args, **kwargs)
-            self.recording.pending = None
-            return None
-        if name == "register_hook" and not self._over:
+        if name in MAKES_ROOM:
+            return self._make_room(name, self._run(func, args, kwargs))
+        if name == "data_ptr":
+            if not self._over:
+                self.provenance.exposed(args[0], user_place(sys._getframe(2)))
+            return self._run(func, args, kwargs)
+        if self._over or name not in MAY_BE_REFUSED:
+            return func(*args, **kwargs)  # asks the tensor itself: no mode of the run is needed for that
+        if name == "register_hook":
             self._note_hook(args[0])
-        if name == "data_ptr" and not self._over:
-            self.provenance.exposed(args[0], user_place(sys._getframe(2)))
-        if name in MAY_BE_REFUSED and not self._over:
-            self._begin(name, args, kwargs, user_place(sys._getframe(2)))
-            result = self._run(func, args, kwargs)
-            self.recording.pending = None
-            return result
-        result = self._run(func, args, kwargs)
-        if isinstance(result, torch.Tensor) and name in MAKES_ROOM:
-            filled = name in FILLS and self.provenance.has_escapes and result.is_floating_point()
-            if filled:
+        self._begin(name, args[:1], {}, user_place(sys._getframe(2)))
+        result = func(*args, **kwargs)
+        self.recording.pending = None
+        return result
+
+    def _make_room(self, name: str, result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            if name in FILLS and self.provenance.has_escapes and result.is_floating_point():
                 self.provenance.entered(result)
             else:
                 self.provenance.remember(result).room = True

@@ -121,6 +121,8 @@ class Runner:
                 result = self.subject.loss(result)
         except (Exception, SystemExit) as error:  # the target's own: the tracer judges whether autograd is its cause
             recording.error = error
+            if recording.pending is not None:  # what was computed up to there is still worth showing
+                recording.sinks = recording.pending.inputs
             return
         finally:
             recorder.forward_is_over()

@@ -93,8 +93,10 @@ class PretendedDevice:
         made: dict[int, torch.Tensor] = {}
         for owner in module.modules():
             for store in ("_parameters", "_buffers"):
+                # On a pretended CPU a buffer keeps its numbers: index tables, on which code branches.
+                keeps = self.device.type == "cpu" and store == "_buffers"
                 for name, tensor in list(owner.__dict__[store].items()):
-                    if tensor is not None and (self.device.type != "cpu" or tensor.is_meta):
+                    if tensor is not None and (tensor.is_meta or not keeps):
                         owner.__dict__[store][name] = made.setdefault(id(tensor), self.pretend(tensor, dtype))
         return module
 

@@ -133,7 +133,7 @@ def _minimise(runner: Runner, proof: Proof) -> None:
     for site in proof.fix:
         if len(kept) == 1:
             break
-        if proof.diagnosis.needs(site):
+        if proof.first.recording.error is None and proof.diagnosis.needs(site):
             continue  # the first run itself shows it: no further run can say otherwise
         without = frozenset(kept) - {site}
         run = runner.run(without, as_given=bool(proof.as_given))

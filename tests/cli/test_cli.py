@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gradscope.cli import output
+from gradscope.errors import UsageError
+from gradscope.session import Session
 
 
 def gradscope(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -29,6 +34,7 @@ def gradscope(*args: str, cwd: Path | None = None) -> subprocess.CompletedProces
         (["trace", "--model", "deepseek-ocr", "--input", "1x3x100x100"], 2, "multiples of 64"),
         (["trace", "--model", "deepseek-ocr", "--weights", "./no/such/folder"], 2, "no checkpoint folder"),
         (["trace", "--model", "deepseek-ocr", "-o", "x.bmp"], 2, "names no format"),
+        (["trace", "--model", "deepseek-ocr", "-o", "no/such/folder/x.svg"], 2, "no folder"),
         (["trase"], 2, "No such command"),
         (["trace"], 2, "--model"),
     ],
@@ -53,6 +59,36 @@ def test_a_trace_writes_its_reports_and_overwrites_nothing(tmp_path: Path) -> No
     again = gradscope(*args, *files, cwd=tmp_path)
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+def test_the_default_trace_keeps_to_its_budget(tmp_path: Path) -> None:
+    wait4 = getattr(os, "wait4", None)
+    if wait4 is None or sys.platform == "darwin":
+        pytest.skip("needs wait4, which counts kilobytes on Linux")
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "gradscope", "trace", "--model", "deepseek-ocr"], stdout=out)
+        _, status, usage = wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 1
+    assert usage.ru_maxrss < 1.2e6
+    assert usage.ru_utime + usage.ru_stime < 20  # 6 on an idle machine
+
+
+def test_where_no_renderer_draws_the_source_and_the_report_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(source: str, fmt: str) -> bytes:
+        raise UsageError("No Graphviz renderer is installed.", hint="Install one.")
+
+    monkeypatch.setattr(output.dot, "render", refuse)
+    session = Session("trace", "flows", target={"name": "m", "entry": "forward", "inputs": [], "mode": "real",
+                      "device": "cpu", "dtype": "float32"})  # fmt: skip
+    files = [tmp_path / "graph.svg", tmp_path / "session.json"]
+    with pytest.raises(UsageError, match=r"No Graphviz renderer .*graph\.dot was written in place of graph\.svg"):
+        output.write(session, "text", files, color="never", full=False)
+    assert (tmp_path / "graph.dot").read_text().startswith("digraph")
+    assert (tmp_path / "session.json").exists()
+    assert "flows  the gradient arrives" in capsys.readouterr().out
 
 
 def test_help_imports_no_torch() -> None:

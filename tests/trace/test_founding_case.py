@@ -83,6 +83,12 @@ def test_a_trainable_head_crashes_and_the_decorator_is_blamed() -> None:
     assert session.crash["module"] == "head"  # type: ignore[index]
     assert session.findings[0].line == decorator_lines()["encode"]
     assert session.fix_verified
+    steps = [node.label for node in session.graph.nodes if node.kind != "operation"]
+    assert steps[0] == "image 1024x1024"
+    assert {"sam", "clip_pre", "clip_tr"} < set(steps)
+    assert steps[-1] == "head  raises RuntimeError"
+    (last,) = [edge for edge in session.graph.edges if edge.target == "crash"]
+    assert last.status == "blocked"
 
 
 def test_the_fixer_heals_it() -> None:

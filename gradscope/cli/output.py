@@ -30,28 +30,57 @@ def format_of(path: Path, formats: Sequence[str] = FORMATS) -> str:
 
 
 def check_outputs(outputs: Sequence[Path], formats: Sequence[str], *, force: bool) -> None:
-    """Refuse, before any work is done, outputs of no known format and files that are there already."""
+    """Refuse, before any work is done, outputs of no known format and files that cannot or should not be written."""
     for path in outputs:
         format_of(path, formats)
+        if not path.parent.is_dir():
+            raise UsageError(f"There is no folder {path.parent} to write {path.name} into.", hint="Make it first.")
         if path.exists() and not force:
             raise UsageError(f"{path} exists already.", hint="Choose another name, or add --force.")
 
 
 def write(session: Session, fmt: str, outputs: Sequence[Path], *, color: str, full: bool) -> None:
-    """Write the report to stdout and to every file asked for."""
+    """Write the report to stdout and to every file asked for; a file that fails takes nothing else with it.
+
+    Raises:
+        UsageError: when all else is written, what went wrong first.
+    """
+    failures: list[UsageError] = []
     for path in outputs:
-        content = _render(session, format_of(path), full=full)
         try:
-            path.write_bytes(content)
-        except OSError as error:
-            raise UsageError(f"Cannot write {path}: {error.strerror}.") from error
-        click.echo(f"wrote {path}", err=True)
+            _write_file(session, path, full=full)
+        except UsageError as error:
+            failures.append(error)
     if fmt == "text":
         _print(session, _console(color), full=full)
     elif fmt == "png" and sys.stdout.isatty():
         raise UsageError("A PNG picture cannot go to a terminal.", hint="Use `-o picture.png`.")
     else:
         sys.stdout.buffer.write(_render(session, fmt, full=full))
+    if failures:
+        sys.stdout.flush()
+        raise failures[0]
+
+
+def _write_file(session: Session, path: Path, *, full: bool) -> None:
+    """Write one report; where a picture cannot be drawn its source is written, and the error says so."""
+    undrawn: UsageError | None = None
+    try:
+        content = _render(session, format_of(path), full=full)
+    except UsageError as error:
+        source = path.with_suffix(".dot")
+        if source.exists():
+            raise
+        said = f"{error.message} {source} was written in place of {path.name}."
+        undrawn = UsageError(said, hint=error.hint)
+        path, content = source, _render(session, "dot", full=full)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"Cannot write {path}: {error.strerror}.") from error
+    click.echo(f"wrote {path}", err=True)
+    if undrawn is not None:
+        raise undrawn
 
 
 def _render(session: Session, fmt: str, *, full: bool) -> bytes:

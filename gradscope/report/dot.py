@@ -23,10 +23,11 @@ SECONDS_TO_RENDER = 120
 def build(session: Session, *, full: bool = False) -> graphviz.Digraph:
     """Return the folded graph of a session as DOT, one cluster for each open region and module."""
     dot = graphviz.Digraph("gradscope")
-    title = f"{session.target.get('name', '')}.{session.target.get('entry', '')}: {session.verdict}"
+    # Spaces around every label: renderers measure the letters of a font that they do not draw with.
+    title = f"    {session.target.get('name', '')}.{session.target.get('entry', '')}: {session.verdict}    "
     dot.attr(rankdir="TB", fontname=FONT, label=title, labelloc="t", fontsize="18", nodesep="0.25",
              ranksep="0.32", compound="true", bgcolor="white")  # fmt: skip
-    dot.attr("node", fontname=FONT, fontsize="11", shape="box", style="rounded,filled", margin="0.22,0.08")
+    dot.attr("node", fontname=FONT, fontsize="11", shape="box", style="rounded,filled", margin="0.28,0.08")
     dot.attr("edge", fontname=FONT, arrowsize="0.7")
     views = fold(session.graph, None if full else MOST_BOXES)
     for view in views:
@@ -44,16 +45,12 @@ def render(source: str, fmt: str) -> bytes:
     Raises:
         UsageError: none of the three is there, or the renderer failed.
     """
-    system = shutil.which("dot")
-    if system is None:
-        try:
-            import pygraphviz
-        except ImportError:
-            pass
-        else:
-            drawn: bytes = pygraphviz.AGraph(string=source).draw(format=fmt, prog="dot")
+    executable = shutil.which("dot")
+    if executable is None:
+        drawn = _by_pygraphviz(source, fmt)
+        if drawn is not None:
             return drawn
-    executable = system or _pure_executable()
+        executable = _pure_executable()
     if executable is None:
         raise UsageError(
             "No Graphviz renderer is installed.",
@@ -72,6 +69,8 @@ def render(source: str, fmt: str) -> bytes:
             f"{executable} did not draw the graph within {SECONDS_TO_RENDER} seconds.",
             hint="Ask for the source instead (-o graph.dot), or leave out --full.",
         ) from None
+    except OSError as error:
+        raise UsageError(f"{executable} cannot be run: {error.strerror or error}.") from error
     if done.returncode or not done.stdout:
         reason = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
         raise UsageError(f"{executable} could not draw the graph: {reason[0]}")
@@ -79,6 +78,17 @@ def render(source: str, fmt: str) -> bytes:
 
 
 # --- the parts -------------------------------------------------------------------------------------
+
+
+def _by_pygraphviz(source: str, fmt: str) -> bytes | None:
+    """Return the picture, or None where pygraphviz is not there or cannot do it (some versions call ``dot``)."""
+    try:
+        import pygraphviz
+
+        drawn: bytes = pygraphviz.AGraph(string=source).draw(format=fmt, prog="dot")
+    except Exception:  # a C library behind it: what it raises differs from version to version
+        return None
+    return drawn or None
 
 
 def _pure_executable() -> str | None:
@@ -102,7 +112,7 @@ def _place(dot: graphviz.Digraph, view: ViewNode, session: Session) -> None:
             cluster.attr(label=label, color="#c62828", fontcolor="#c62828", penwidth="2.5",
                          style="rounded", fontsize="13", labeljust="l", margin="16")  # fmt: skip
         else:
-            label = "  " + _text(view).replace("\n", "    ") + "    "
+            label = "".join(f"  {line}        \\l" for line in _text(view).split("\n"))
             cluster.attr(label=label, color=LINE[node.status], style="rounded", fontsize="11", labeljust="l",
                          penwidth="1", margin="14")  # fmt: skip
         for child in view.children:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from gradscope.flow import FlowGraph, FlowNode
 
 MOST_LINES = 44
+# Further in, indents leave no room for words; and Python's own stack ends somewhere.
+DEEPEST_LEVEL = 40
 
 
 @dataclass(slots=True)
@@ -32,10 +34,7 @@ def fold(graph: FlowGraph, most_lines: int | None = MOST_LINES) -> list[ViewNode
     Where it is too long, the deepest modules are closed first; regions stay open, since they are
     where the gradient breaks.
     """
-    children: dict[str | None, list[FlowNode]] = {}
-    for node in graph.nodes:
-        children.setdefault(node.parent, []).append(node)
-    whole = _build(children, None)
+    whole = _build(_children(graph), None)
     if most_lines is None:
         return whole
     for depth in (3, 2, 1, 0):
@@ -46,6 +45,20 @@ def fold(graph: FlowGraph, most_lines: int | None = MOST_LINES) -> list[ViewNode
 
 
 # --- the parts -------------------------------------------------------------------------------------
+
+
+def _children(graph: FlowGraph) -> dict[str | None, list[FlowNode]]:
+    """Return the nodes by parent; what lies deeper than ``DEEPEST_LEVEL`` stands beside its parent."""
+    children: dict[str | None, list[FlowNode]] = {}
+    placed: dict[str | None, tuple[str | None, int]] = {None: (None, -1)}
+    for node in graph.nodes:
+        parent = node.parent
+        above, level = placed.get(parent, (None, 0))
+        if level == DEEPEST_LEVEL:
+            parent, level = above, level - 1
+        placed[node.id] = (parent, level + 1)
+        children.setdefault(parent, []).append(node)
+    return children
 
 
 def _build(children: dict[str | None, list[FlowNode]], parent: str | None) -> list[ViewNode]:

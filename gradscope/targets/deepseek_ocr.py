@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradscope.errors import UsageError
+from gradscope.errors import NotAnalysedError, UsageError
 from gradscope.session import Remedy
 from gradscope.targets.deepseek_towers import build_towers, load_checkpoint
 from gradscope.targets.inputs import default_page, describe, make_input, parse_input
@@ -27,8 +27,8 @@ __all__ = ["build_towers", "preset"]
 PACKAGE = "deepseek-ocr-encoder"
 HEAD_WIDTH = 1280
 REMEDY = Remedy(
-    before="DeepSeekOCREncoder.encode(image)   no gradient reaches sam, clip_pre, clip_tr or the image",
-    after="DifferentiableEncoder(encoder)(image)   the gradient reaches them all, same tokens",
+    before="encoder.encode(image)   no gradient to sam, clip_pre, clip_tr, image",
+    after="DifferentiableEncoder(encoder)(image)   gradient to all, same tokens",
     code=(
         "from gradscope.fix.deepseek_ocr import DifferentiableEncoder\n"
         'encoder = DifferentiableEncoder(encoder, trainable="all")\n'
@@ -55,7 +55,8 @@ def preset(request: Request) -> Subject:
 
     def prepare(workshop: Workshop) -> nn.Module:
         if request.weights is not None:
-            return load_checkpoint(request.weights, dtype=workshop.dtype, device=workshop.device)
+            loaded = load_checkpoint(request.weights, dtype=workshop.dtype)
+            return workshop.materialise(lambda filled: loaded)
         return workshop.materialise(lambda filled: build_towers("full", seed=request.seed, initialise=filled))
 
     def build(workshop: Workshop, towers: nn.Module) -> Built:
@@ -126,7 +127,13 @@ def _build(
     tensor_path = isinstance(image, torch.Tensor)
     if tensor_path and _takes_tensors(encoder_class):
         options["skip_default_preprocessing"] = True
-    encoder = encoder_class(towers, **options)
+    try:
+        encoder = encoder_class(towers, **options)
+    except (AttributeError, TypeError) as error:
+        raise NotAnalysedError(
+            f"{encoder_class.__name__} cannot be built around {request.weights or 'these towers'}: {error}",
+            hint="It takes a DeepSeek-OCR checkpoint: sam_model, and a vision_model with CLIP's parts.",
+        ) from error
     inputs: dict[str, torch.Tensor] = {}
     argument = image
     if tensor_path:
@@ -160,6 +167,8 @@ def _remarks(request: Request, entry: str, image: Any) -> tuple[str, ...]:
         remarks.append(f"{PACKAGE} {version(PACKAGE)}, entered at {entry}.")
     if request.weights is None:
         remarks.append("The weights are random: where gradients flow does not depend on them.")
+    else:
+        remarks.append(f"The weights are those of {request.weights}.")
     if not torch.cuda.is_available() and not request.fixed:
         remarks.append("pin_memory was passed over (it needs a CUDA driver and moves no number).")
     if entry == "_forward_core":

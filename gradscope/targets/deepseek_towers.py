@@ -7,8 +7,10 @@ these have the same shapes (SAM ViT-B with the 512/1024 convolution compressor, 
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -146,8 +148,8 @@ def build_towers(
     return towers.to(dtype)
 
 
-def load_checkpoint(id_or_dir: str, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load a real checkpoint through the package's own way, running the checkpoint's own code.
+def load_checkpoint(id_or_dir: str, *, dtype: torch.dtype) -> nn.Module:
+    """Load a real checkpoint on the CPU through the package's own way, running the checkpoint's own code.
 
     Raises:
         UsageError: a folder that is not there.
@@ -163,21 +165,37 @@ def load_checkpoint(id_or_dir: str, *, dtype: torch.dtype, device: torch.device)
     from transformers import AutoModel  # a second of imports that the random towers do without
 
     try:
-        model: Any = AutoModel.from_pretrained(
-            str(folder) if looks_local else id_or_dir,
-            trust_remote_code=True,
-            use_safetensors=True,
-            torch_dtype=dtype,
-        )
-    except (OSError, ImportError, ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        with _quiet("huggingface_hub", "transformers"):
+            model: Any = AutoModel.from_pretrained(
+                str(folder) if looks_local else id_or_dir,
+                trust_remote_code=True,
+                use_safetensors=True,
+                torch_dtype=dtype,
+                attn_implementation="eager",
+            )
+    except Exception as error:  # its own code runs: it may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotAnalysedError(
             f"The checkpoint {id_or_dir} could not be loaded: {reason}",
             hint="Its code needs transformers < 4.48 and access to its files; "
             "without --weights the diagnosis is the same, on random weights.",
         ) from error
-    loaded: nn.Module = model.eval().to(device=device, dtype=dtype)
+    loaded: nn.Module = model.eval().to(dtype)
     return loaded
+
+
+@contextmanager
+def _quiet(*libraries: str) -> Iterator[None]:
+    """Keep libraries from telling of every retry: what comes of it is told once."""
+    loggers = [logging.getLogger(library) for library in libraries]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _fill(towers: nn.Module, generator: torch.Generator) -> None:

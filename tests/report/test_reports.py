@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from gradscope.errors import UsageError
 from gradscope.findings import Finding, Source
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode
 from gradscope.report import dot, terminal
@@ -98,12 +102,51 @@ def test_a_thousand_nodes_fit_the_screen() -> None:
     assert sum(1 for top in views for _ in top.walk()) <= 60
 
 
+def test_a_very_deep_graph_is_shown_and_drawn(session: Session) -> None:
+    nodes = [node(f"n{i}", "region", f"n{i - 1}" if i else None, finding="F1") for i in range(1500)]
+    session.graph = FlowGraph([*nodes, node("last", "operation", "n1499")], [])
+    for most in (None, 40):
+        views = fold(session.graph, most)
+        assert sum(1 for top in views for _ in top.walk()) == (most or 1501)
+    assert "last" in dot.build(session, full=True).source
+    assert "n40" in shown(session)
+
+
 def test_the_picture_clusters_regions(session: Session) -> None:
     source = dot.build(session).source
     assert "cluster_r" in source
     assert "blocks.0-11  x12" in source
     assert dot.render(source, "png").startswith(b"\x89PNG")
     assert b"tokens + x_tok" in dot.render(source, "svg")
+
+
+def test_a_renderer_that_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scripts = {"slow": "sleep 30", "broken": "echo no such font >&2; exit 1"}
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "unrunnable").write_bytes(b"\x00\x01")
+    (tmp_path / "unrunnable").chmod(0o755)
+    monkeypatch.setattr(dot, "SECONDS_TO_RENDER", 0.2)
+    for name, words in (("slow", "within 0.2 seconds"), ("broken", "no such font"), ("unrunnable", "cannot be run")):
+        monkeypatch.setattr(dot.shutil, "which", lambda program, path=str(tmp_path / name): path)
+        with pytest.raises(UsageError, match=words):
+            dot.render("digraph {}", "svg")
+
+
+def test_a_pygraphviz_that_fails_leaves_it_to_the_next_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AGraph:
+        def __init__(self, string: str) -> None: ...
+
+        def draw(self, **options: object) -> bytes:
+            raise ValueError("Program dot not found in path.")
+
+    monkeypatch.setitem(sys.modules, "pygraphviz", SimpleNamespace(AGraph=AGraph))
+    monkeypatch.setattr(dot.shutil, "which", lambda program: None)
+    assert dot.render("digraph { a }", "svg").lstrip().startswith(b"<")
+    monkeypatch.setattr(dot, "_pure_executable", lambda: None)
+    with pytest.raises(UsageError, match="No Graphviz renderer"):
+        dot.render("digraph { a }", "svg")
 
 
 def test_a_break_inside_one_of_many_blocks_is_not_folded_away() -> None:

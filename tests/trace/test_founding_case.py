@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from deepseek_ocr_encoder import DeepSeekOCREncoder, encoder
+from rich.console import Console
 
+from gradscope.report import terminal
 from gradscope.session import Session
 from gradscope.targets.deepseek_ocr import preset
 from gradscope.targets.spec import Request
@@ -127,6 +130,18 @@ def test_a_failing_forward_also_leaves_torch_as_it_was(monkeypatch: pytest.Monke
         trace()
     assert inference_mode.__enter__ is before
     assert torch.is_grad_enabled()
+
+
+def test_the_readme_shows_what_is_printed(default: Session) -> None:
+    if TAKES_TENSORS:
+        pytest.skip("the README shows the lines of deepseek-ocr-encoder 0.1.0")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("```text\n")[2].partition("```")[0].splitlines()
+    console = Console(file=io.StringIO(), width=100, no_color=True)
+    terminal.render(default, console)
+    printed = iter(console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    assert len(shown) > 20
+    assert [line for line in shown if line not in printed] == []  # each in its turn: shortened, and nothing else
 
 
 def test_a_session_survives_saving(default: Session, tmp_path: Path) -> None:

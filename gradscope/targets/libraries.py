@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 from collections.abc import Callable, Iterator
@@ -80,15 +81,20 @@ Recipe = tuple[Callable[[], nn.Module], Callable[[nn.Module], "Guess | None"]]
 def _timm(name: str) -> Recipe:
     timm = _library("timm")
     if not timm.is_model(name.partition(".")[0]):
-        near = timm.list_models(f"*{name[:6]}*")[:6]
-        raise UsageError(f"timm has no model {name!r}.", hint=f"Near it: {', '.join(near)}." if near else "")
+        raise UsageError(f"timm has no model {name!r}.", hint=_near(name, timm.list_models(), "timm.list_models()"))
     return lambda: timm.create_model(name, pretrained=False), guess_inputs
+
+
+def _near(name: str, known: list[str], call: str) -> str:
+    near = difflib.get_close_matches(name, known, 6)
+    return f"Near it: {', '.join(near)}." if near else f"{call} lists what there is."
 
 
 def _torchvision(name: str) -> Recipe:
     models = _library("torchvision.models")
     if name not in models.list_models():
-        raise UsageError(f"torchvision has no model {name!r}.", hint="torchvision.models.list_models() lists them.")
+        hint = _near(name, models.list_models(), "torchvision.models.list_models()")
+        raise UsageError(f"torchvision has no model {name!r}.", hint=hint)
     options = {"weights": None}
     if any(part in name for part in ("rcnn", "retinanet", "fcos", "ssd", "deeplab", "fcn", "lraspp", "keypoint")):
         options["weights_backbone"] = None

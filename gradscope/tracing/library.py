@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gradscope.errors import NotAnalysedError
+from gradscope.errors import NotAnalysedError, in_words
 from gradscope.paths import short_path
 from gradscope.session import Session
 from gradscope.tracing.borrowed import Question, subject_of
@@ -71,7 +71,9 @@ def trace_in_mode(
 ) -> Session:
     """Trace in one mode; ``auto`` is structural, and real where numbers are asked for or cannot be done without."""
 
-    def traced(asked: Subject, chosen: str, place: str) -> Session:
+    def traced(asked: Subject, chosen: str, place: str, why: str = "it is to run for real") -> Session:
+        if chosen == "real":
+            refuse_too_big(subject, why)
         # Nobody asked for a dtype: the model and its inputs have theirs.
         workshop = open_workshop(chosen, place, dtype or "float32", casts=dtype is not None)
         return trace_subject(asked, workshop, verify=verify, numeric=numeric)
@@ -89,10 +91,9 @@ def trace_in_mode(
             raise
         except NotAnalysedError as error:
             why = _reason(error)
-            refuse_too_big(subject, why)
         remark = f"Structural mode could not follow this model ({why}), so it was computed."
         subject = dataclasses.replace(subject, remarks=(*subject.remarks, remark))
-        return traced(subject, "real", _computing(device))
+        return traced(subject, "real", _computing(device), why)
 
 
 def _computing(device: str) -> str:
@@ -104,7 +105,7 @@ def _reason(error: NotAnalysedError) -> str:
     if cause is None:
         return error.message.rstrip(".")
     place = raised_at(cause)
-    what = "it needs computed numbers" if isinstance(error, CannotTell) else type(cause).__name__
+    what = "it needs computed numbers" if isinstance(error, CannotTell) else in_words(cause)
     return f"{what} at {short_path(place[0])}:{place[1]}" if place else what
 
 

@@ -131,6 +131,8 @@ BAD = [
     ("models.py:Mixed --input 2x4 --device cuda", 3, "mixes devices at models.py:LINE", "# on the CPU"),
     ("torchvision:resnet18 --entry absent", 2, "It has: forward.", ""),
     ("hf:./absent", 2, "no config.json", ""),
+    ("torchvision:resnet19", 2, "Near it: resnet18", ""),
+    ("torchvision:nothing-like-it", 2, "list_models() lists what there is", ""),
 ]  # fmt: skip
 
 
@@ -143,6 +145,18 @@ def test_what_cannot_be_done_is_said_in_a_sentence(ask, request_: str, code: int
     assert words in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 2, "what happened, and what to do next"
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"), [("--mode real", "it is to run for real"), ("--input 1x4x64x64", "3 channels, but got 4")]
+)
+def test_what_does_not_fit_into_the_machine_is_not_computed(  # type: ignore[no-untyped-def]
+    ask, monkeypatch: pytest.MonkeyPatch, request_: str, why: str
+) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)
+    code, _, err = ask("torchvision:resnet18", *request_.split())
+    assert code == 3
+    assert "its weights alone take" in err and why in err
 
 
 @pytest.mark.skipif(torch.backends.mps.is_built(), reason="needs a torch without mps")

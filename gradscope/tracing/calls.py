@@ -35,6 +35,13 @@ IN_PLACE = frozenset(
     "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
     "__ior__ __ixor__ __ilshift__ __irshift__".split()
 )
+# Collectives write into their first argument and give out nothing (``torch.distributed``; its ``nn`` has gradients).
+COLLECTIVES = frozenset(
+    "all_gather all_gather_into_tensor all_gather_single all_reduce broadcast reduce_scatter reduce_scatter_tensor "
+    "all_to_all all_to_all_single".split()
+)
+# What gives out nothing: the result is the first argument.
+WRITES_FIRST = COLLECTIVES | {"__setitem__", "__set__"}
 # With a rounding mode these are piecewise constant.
 ROUNDING = frozenset({"div", "div_", "divide", "true_divide"})
 _STATISTICS = frozenset({"batch_norm", "instance_norm"})
@@ -50,6 +57,8 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     written: list[Any] = []
     if is_in_place(name) or kwargs.get("inplace") is True:
         written = list(args[:1])
+    elif name in COLLECTIVES:
+        written = list(args[0]) if isinstance(args[0], list) else list(args[:1])
     elif name in _STATISTICS:  # running mean and variance
         written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):

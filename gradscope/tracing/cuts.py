@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gradscope.tracing.calls import COLLECTIVES
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.recording import Loss, Operation, Recording, Refusal, Site
 
 _COMPARISONS = "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isclose bucketize searchsorted"
 _INDICES = "argmax argmin argsort multinomial one_hot nonzero topk sort max min histc bincount"
 _SCALARS = "item tolist __float__ __int__ __index__"
-_COLLECTIVES = "all_gather all_reduce broadcast reduce all_gather_into_tensor"
 
 # How an operation that stops the gradient by itself is called in the catalogue.
 RULE_OF_OPERATION = {
@@ -19,7 +19,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("tensor", "new_tensor", "Parameter", "shared memory", "pickle", "__deepcopy__"), "GS203"),
     **dict.fromkeys(("load_state_dict", "as_tensor", "asarray", "Tensor", "as_subclass"), "GS203"),
     **dict.fromkeys(("sample",), "GS205"),
-    **dict.fromkeys(_COLLECTIVES.split(), "GS206"),
+    **dict.fromkeys(COLLECTIVES, "GS206"),
     **dict.fromkeys(("numpy", "__array__"), "GS301"),
     **dict.fromkeys(_SCALARS.split(), "GS302"),
     **dict.fromkeys(_INDICES.split(), "GS401"),
@@ -107,7 +107,7 @@ def cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
         if operation.custom
         else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
     )
-    cut = cuts.setdefault(site, Cut(site, rule, chain=(code_name(operation.place.code),)))
+    cut = cuts.setdefault(site, Cut(site, rule, chain=operation.chain or (code_name(operation.place.code),)))
     cut.module = _module_path(recording, operation)
     return cut
 

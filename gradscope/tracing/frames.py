@@ -27,6 +27,10 @@ FIXER_FOLDER = os.path.join(OWN_FOLDER, "fix") + os.sep
 CALLERS = frozenset(os.path.join(OWN_FOLDER, "tracing", name) for name in ("runner.py", "numeric.py"))
 
 
+# Libraries whose frames only pass a call on.
+WRAPPERS = frozenset({"typing_extensions.py", "decorator.py", "wrapt", "beartype", "jaxtyping", "typeguard"})
+
+
 @functools.lru_cache(maxsize=4096)
 def is_user_file(filename: str) -> bool:
     """Tell whether a file belongs to the model or a library, and not to torch or to the tracer."""
@@ -34,7 +38,9 @@ def is_user_file(filename: str) -> bool:
         return True
     if filename.startswith(STDLIB_FOLDER) and "site-packages" not in filename:
         return False
-    return not filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<"))
+    return not filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<")) and not WRAPPERS.intersection(
+        filename.split(os.sep)
+    )
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:

@@ -28,10 +28,12 @@ from gradscope.tracing.calls import (
     REPLACEABLE,
     ROUNDING,
     SHAPE_ONLY,
+    WRITES_FIRST,
     operation_name,
     writes,
 )
-from gradscope.tracing.frames import function_place, is_running, source_site, user_place
+from gradscope.tracing.cuts import RULE_OF_OPERATION
+from gradscope.tracing.frames import call_chain, function_place, is_running, source_site, user_place
 from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Site
 from gradscope.tracing.subject import Caller
@@ -165,7 +167,7 @@ class Recorder(TorchFunctionMode):
             result = self._run(func, args, kwargs)
         finally:
             self._here.calls -= 1
-        self._finish(pending, args[0] if name in ("__setitem__", "__set__") else result)
+        self._finish(pending, args[0] if name in WRITES_FIRST else result)
         self._note_crossing(pending, name, result, in_place)
         return result
 
@@ -234,6 +236,7 @@ class Recorder(TorchFunctionMode):
         made = {value for operation in inside for value in operation.outputs}
         pending.inputs = tuple(dict.fromkeys((*pending.inputs, *sorted(taken - made))))
         self._finish(pending, result)
+        pending.chain = call_chain(sys._getframe(2))
         self.provenance.made_by_function.update(dict.fromkeys(pending.outputs, pending.index))
         return result
 
@@ -289,6 +292,8 @@ class Recorder(TorchFunctionMode):
         if provenance.has_escapes:
             inputs += provenance.scalars_in((*args, *kwargs.values()))
         operation = Operation(len(self.recording.operations), name, inputs, (), place, self._scope, self._active)
+        if name in RULE_OF_OPERATION:
+            operation.chain = call_chain(sys._getframe(2))
         self.recording.pending = operation
         return operation
 

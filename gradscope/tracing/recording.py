@@ -127,6 +127,7 @@ class Operation:
     """One torch call: what it took in, what it gave out, where, and under which regions.
 
     ``custom`` marks what autograd cannot look into either: an ``autograd.Function``, a scripted module.
+    ``chain`` holds the callers of those that may stop a gradient, outermost first.
     """
 
     index: int
@@ -138,6 +139,7 @@ class Operation:
     regions: tuple[Region, ...] = ()
     custom: bool = False
     refusal: Refusal | None = None
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -88,12 +88,19 @@ def _first(runner: Runner) -> tuple[Run, Diagnosis, str, int]:
 def _run_back(runner: Runner, *, as_given: bool) -> tuple[Run, int]:
     """Run forward and backward; where something came from nowhere or came to nothing, again with a closer look."""
     run = runner.run(backward="plain", as_given=as_given)
-    statuses = diagnose(run.recording).statuses if run.strangers else {}
-    lost_sight = runner.workshop.mode == "real" and any(statuses.get(name) == "unused" for name in run.asked)
+    lost_sight = _lost_sight(runner, run)
     if not (run.troubled or lost_sight):
         return run, 1
     look: Pass = "watched" if run.troubled else "plain"
     return runner.run(backward=look, as_given=as_given, dispatched=lost_sight), 2
+
+
+def _lost_sight(runner: Runner, run: Run) -> bool:
+    """Tell whether to look closer: something asked about seems unused, and something came from nowhere."""
+    if not run.strangers or runner.workshop.mode == "structural":
+        return False
+    statuses = diagnose(run.recording).statuses
+    return any(statuses.get(name) == "unused" for name in run.asked)
 
 
 def _said(error: BaseException) -> str:

@@ -8,11 +8,13 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed.nn.functional
+from torch import distributed, nn
 from two import Between, Two, arriving, given, named, traced
 
 import gradscope
@@ -286,6 +288,45 @@ def test_a_look_alike_is_no_cut(between: Between, mode: str) -> None:
     assert all(source.status == "flows" for source in session.sources.values())
 
 
+# --- collectives ---------------------------------------------------------------------------------------------
+
+
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    everywhere = [torch.zeros_like(x)]
+    distributed.all_gather(everywhere, x)
+    return torch.cat(everywhere)
+
+
+def gathered_and_put_back(x: torch.Tensor) -> torch.Tensor:
+    everywhere = [torch.zeros_like(x)]
+    distributed.all_gather(everywhere, x)
+    everywhere[distributed.get_rank()] = x
+    return torch.cat(everywhere)
+
+
+def gathered_with_gradient(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat(distributed.nn.functional.all_gather(x))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_a_collective_without_gradient_is_named() -> None:
+    assert arriving(gathered)["first.weight"] is None
+    for mode in ("real", "structural"):
+        assert named(traced(gathered, mode), gathered) == [("error", "GS206", 2)]
+    for between in (gathered_and_put_back, gathered_with_gradient):
+        assert arriving(between)["first.weight"].any()
+        assert named(traced(between, "real"), between) == []
+
+
 # --- switched off for whatever follows -----------------------------------------------------------------------
 
 
@@ -350,3 +391,15 @@ def test_it_works_in_a_thread_and_inside_another_trace() -> None:
     outer = gradscope.trace(Outer(), given(), mode="real")
     assert (outer.verdict, outer.findings) == ("flows", [])
     assert [each.rule for each in inner[0].findings] == ["GS201"]
+
+
+def test_the_callers_of_a_cut_are_told() -> None:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x) * 2
+
+    (finding,) = traced(outer).findings
+    names = [name.rpartition(".")[2] for name in finding.chain]
+    assert names[-3:] == ["forward", "outer", "inner"]

@@ -8,6 +8,7 @@ in the backward pass) are put aside meanwhile.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,11 +113,13 @@ def _put_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     try:
         for tensor, _, _ in kept:
             tensor.grad = None
-            tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            tensor._post_accumulate_grad_hooks = OrderedDict()
         yield
     finally:
         for tensor, grad, hooks in kept:
             tensor.grad = grad
+            # None is only noted by Python: autograd would go on calling the hooks it has. An empty table it does take.
+            tensor._post_accumulate_grad_hooks = OrderedDict()
             tensor._post_accumulate_grad_hooks = hooks
 
 

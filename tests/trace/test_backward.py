@@ -359,6 +359,14 @@ def test_gradients_and_their_hooks_are_left_as_they_were() -> None:
     assert sorted(steps) == sorted(before)
 
 
+@pytest.mark.parametrize("mode", ["structural", "real"])
+def test_a_model_that_was_traced_still_gets_its_gradients(mode: Any) -> None:
+    model = Two(torch.tanh)
+    gradscope.trace(model, given(), mode=mode)
+    model(given()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_batch_statistics_are_left_as_they_were_by_a_checkpoint_that_computes_again() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

@@ -52,7 +52,7 @@ from gradscope.targets.spec import Request, load_preset, load_target
 @click.option("--seed", default=0, show_default=True)
 @gate_options()
 @report_options(FORMATS)
-@click.option("--full", is_flag=True, help="Show the whole tree, unfolded.")
+@click.option("--full", is_flag=True, help="Show the whole tree, however long; repeats stay folded.")
 def command(
     target: str | None, model: str | None, entry: str | None, inputs: tuple[str, ...], mode: str, device: str,
     dtype: str | None, weights: str | None, wrt: tuple[str, ...], trainable: tuple[str, ...], loss: str | None,

@@ -73,6 +73,11 @@ class StructuralWorkshop:
     mode: Literal["real", "structural"] = "structural"
 
     def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False) -> None:
+        if torch.device(device).type == "mps" and not torch.backends.mps.is_built():
+            raise UsageError(
+                f"torch {torch.__version__} is built without MPS here, so that {device} cannot even be pretended.",
+                hint="Use `--device cuda` or `--device cpu`: gradients flow the same way on all of them.",
+            )
         self._casts = casts
         self._pretended = PretendedDevice(device)
         self.run = self._pretended.run

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gradscope.cli import output
+from gradscope.cli.main import group
 from gradscope.errors import UsageError
 from gradscope.session import Session
 
@@ -23,6 +24,7 @@ def gradscope(*args: str, cwd: Path | None = None) -> subprocess.CompletedProces
         check=False,
         cwd=cwd,
         timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # the same answers where there is a GPU
     )
 
 
@@ -30,8 +32,6 @@ def gradscope(*args: str, cwd: Path | None = None) -> subprocess.CompletedProces
     ("args", "code", "words"),
     [
         (["trace", "--model", "nothing"], 2, "no preset called"),
-        (["trace", "--model", "deepseek-ocr", "--input", "3x3"], 2, "takes a float tensor"),
-        (["trace", "--model", "deepseek-ocr", "--input", "1x3x100x100"], 2, "multiples of 64"),
         (["trace", "--model", "deepseek-ocr", "--weights", "./no/such/folder"], 2, "no checkpoint folder"),
         (["trace", "--model", "deepseek-ocr", "-o", "x.bmp"], 2, "names no format"),
         (["trace", "--model", "deepseek-ocr", "-o", "no/such/folder/x.svg"], 2, "no folder"),
@@ -44,6 +44,31 @@ def test_a_bad_request_is_one_sentence(args: list[str], code: int, words: str) -
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--input 3x3", "takes a float tensor"),
+        ("--input 1x3x100x100", "multiples of 64"),
+        ("--input 1x3x64x64:int64", "takes a float tensor"),
+        ("--input 1x3x64x64 --input 1x3x64x64", "takes one image"),
+        ("--input empty.png", "cannot be read as an image"),
+        ("--device cuda --mode real", "finds none here"),
+        ("--device mps", "cannot even be pretended"),
+    ],
+)
+def test_a_bad_request_of_the_preset_says_what_is_wrong(
+    options: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.png").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_built", lambda: False)
+    with pytest.raises(UsageError, match=words) as caught:
+        group.main(["trace", "--model", "deepseek-ocr", *options.split()], standalone_mode=False)
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 2
 
 
 def test_a_trace_writes_its_reports_and_overwrites_nothing(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Body(Regions):
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
         for target in targets:
-            self.bind(target, value)
+            self.bind(target, self._as_computed(value))
             self.note_output(target, value.atoms, value.kind)
             self._keep_applied(target, node)
             if isinstance(target, ast.Tuple) and len(target.elts) == 2 and gives_indices(node):
@@ -177,7 +177,7 @@ class Body(Regions):
         self.gives_value = self.gives_value or something
         if self._gives_integers:
             value = INDEX
-        self.returned |= value.atoms
+        self.returned |= self._as_computed(value).atoms
         if value.kind in ("function", "lambda"):
             return  # it runs later, when the region is long closed
         for region in self._effective_regions():

@@ -220,7 +220,7 @@ def _through(node: ast.Call, target: str, given: list[Value]) -> Atoms:
     """Return the atoms of a call's arguments, each marked with its way into the function called."""
     ways = [*map(str, range(len(node.args))), *(keyword.arg or "*" for keyword in node.keywords)]
     return frozenset(
-        atom if atom.startswith(("arg:", "cut:")) else f"arg:{target}:{way}:{atom}"
+        atom if "arg:" in atom or "cut:" in atom else f"arg:{target}:{way}:{atom}"
         for way, value in zip(ways, given, strict=True)
         for atom in value.atoms
     )

@@ -8,6 +8,7 @@ package are joined.
 - ``call:self.x``, ``call:dotted.name``: the result of a call
 - ``arg:self.x:0:param:y``: the first argument of such a call was ``y``
 - ``cut:12``: what a detach or the like on line 12 gave out
+- ``off:...``: any of these, computed where gradients are switched off
 """
 
 from __future__ import annotations

@@ -131,7 +131,9 @@ class Judge:
         """Return the sites of module classes in which every public compute method is stopped."""
         found: dict[tuple[Place, Site], Chain] = {}
         for report in self.reports:
-            closed = report.is_module and all(entry.status == "blocked" for entry in report.entries)
+            closed = report.is_module and all(
+                entry.status == "blocked" and entry.chain and not entry.chain.partly for entry in report.entries
+            )
             if closed and self._is_known(report.place) and not self._only_generates(report):
                 for chain in (entry.chain for entry in report.entries if entry.chain):
                     for place, site in chain.sites:
@@ -156,9 +158,12 @@ class Judge:
             klass = facts.classes.get(place.name)
             if klass is None:
                 continue
-            public = (name for name in klass.methods if not name.startswith("_") or name in FORWARDS)
-            if any(f"{place.name}.{name}" not in facts.functions for name in public):
+            public = [name for name in klass.methods if not name.startswith("_") or name in FORWARDS]
+            read = {name: facts.functions.get(f"{place.name}.{name}") for name in public}
+            if any(function is None for function in read.values()):
                 return False
+            if any(function and not function.gives_value for name, function in read.items() if name in FORWARDS):
+                return False  # abstract: the way in is a subclass's
         return True
 
     # --- one site -----------------------------------------------------------------------------------
@@ -193,7 +198,8 @@ class Judge:
         way = self._reached.get(place)
         only = self._only_way.get((place, site))
         if only is not None and not site.conditional:
-            message = f"{_where(site)}, and every public way through {place.name.rpartition('.')[0]} leads here."
+            through = place.name.rpartition(".")[0] or only.steps[0].name.rpartition(".")[0]
+            message = f"{_where(site)}, and every public way through {through} leads here."
             return Judgement(facts, site, "error", "certain", message, only.steps)
         if way is not None:
             return self._in_forward(facts, site, place, way)

@@ -33,12 +33,18 @@ MODULE_API = frozenset(
 class Chain:
     """A way from an entry to regions: the functions in order, and the sites with the function each is in.
 
-    ``sometimes``: ``self.training`` decides whether it is taken.
+    ``sometimes``: ``self.training`` decides whether it is taken; ``partly``: a gradient also gets past it.
     """
 
     steps: list[Place]
     sites: list[tuple[Place, Site]]
     sometimes: bool = False
+    partly: bool = False
+
+    @property
+    def conditional(self) -> bool:
+        """Whether only run time decides about every switch on the way."""
+        return all(site.conditional for _, site in self.sites)
 
 
 @dataclass(slots=True)
@@ -57,6 +63,7 @@ class Reach:
     def __init__(self, package: Package, harmless: dict[tuple[Place, Site], str]) -> None:
         self.package = package
         self.harmless = harmless
+        self._flows: dict[tuple[Place, Place | None], bool] = {}
         self._touches: dict[tuple[Place, Place | None], bool] = {}
         self.regions: dict[Place, list[Site]] = {}
         for facts in package.files.values():
@@ -78,6 +85,8 @@ class Reach:
 
     def _is_live(self, atom: str, place: Place, owner: Place | None) -> bool:
         kind, _, name = atom.partition(":")
+        if kind == "off":
+            return self._is_live(name, place, owner)
         if kind == "param":
             return True
         if kind == "arg":
@@ -90,6 +99,24 @@ class Reach:
             return owner is not None and self._computes(owner, name[5:])
         function = self.package.function(place)
         return function is not None and name in function.parameters
+
+    def flows(self, place: Place, owner: Place | None) -> bool:
+        """Tell whether some of what a function gives back is computed with gradients on, here and in what it calls."""
+        key = (place, owner)
+        if key not in self._flows:
+            self._flows[key] = False  # a cycle adds nothing
+            function = self.package.function(place)
+            self._flows[key] = function is None or any(self._flows_out(a, place, owner) for a in function.returns)
+        return self._flows[key]
+
+    def _flows_out(self, atom: str, place: Place, owner: Place | None) -> bool:
+        kind, _, name = atom.partition(":")
+        if kind == "off" or ":off:" in atom or not self._is_live(atom, place, owner):
+            return False
+        target = self.package.target(name.partition(":")[0], place, owner) if kind in ("call", "arg") else None
+        if target is None or self.package.function(target) is None:
+            return True
+        return self.flows(target, self.owner_for(target, owner))
 
     def _is_passed_on(self, way: str, place: Place, owner: Place | None) -> bool:
         """Tell whether an argument is live and comes out again of the function it was given to."""
@@ -188,7 +215,7 @@ class Reach:
             steps += path[1:]
             seen.update(path)
             sites += [(path[-1], site) for site in self.blockers(path[-1])]
-        return Chain(steps, sites, self._is_sometimes(steps, owner)) if sites else None
+        return Chain(steps, sites, self._is_sometimes(steps, owner), self.flows(entry, owner)) if sites else None
 
     def _is_sometimes(self, steps: list[Place], owner: Place | None) -> bool:
         for here, there in pairwise(steps):
@@ -306,7 +333,9 @@ class Reach:
             if chain is not None and name == "forward":
                 status = "blocked"
             others = clean
-            if chain is not None and chain.sometimes:
+            if chain is not None and chain.partly and chain.conditional:
+                status, others = "inference-only", [f"{name} where the condition of the switch does not hold"]
+            elif chain is not None and chain.sometimes:
                 status, others = "inference-only", [f"{name} in the other mode (train or eval)"]
             entries.append(Entry(method, status, chain, others if status == "inference-only" else []))
         return entries

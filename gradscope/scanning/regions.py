@@ -88,6 +88,12 @@ class Regions(Calls):
                     if part.id == "self":
                         region.effects |= atoms
 
+    def _as_computed(self, value: Value) -> Value:
+        """Return a value with its atoms marked where gradients are off."""
+        if not self._effective_regions():
+            return value
+        return Value(frozenset(atom if atom.startswith("off:") else f"off:{atom}" for atom in value.atoms), value.kind)
+
     def _note_cached(self, target: ast.expr, atoms: Atoms, regions: list[Region]) -> None:
         """What is kept on ``self`` inside ``inference_mode`` stays an inference tensor outside of it."""
         while isinstance(target, ast.Subscript):

@@ -181,3 +181,27 @@ def test_an_ignore_comment_is_about_one_statement(case: str, findings: Callable[
     text, hides = IGNORES[case]
     found = findings(net(f"def forward(self, x):\n    {text}\n        return self.layer(x)"))
     assert [each.rule for each in found] == ([] if hides else ["GS104"])
+
+
+ANOTHER_WAY = {
+    "a switch that a flag decides": "def forward(self, x):\n    if self.flag:\n        with torch.no_grad():\n            return self.layer(x)\n    return self.layer(x)",
+    "a side result": "def forward(self, x):\n    with torch.no_grad():\n        scale = self.layer(x)\n    return self.layer(x) * scale",
+    "an abstract forward": "def forward(self, x):\n    raise NotImplementedError",
+}
+
+
+@pytest.mark.parametrize("case", ANOTHER_WAY)
+def test_an_inference_method_is_no_error_beside_a_forward_that_lets_a_gradient_past(
+    case: str, findings: Callable[[str], list[Finding]]
+) -> None:
+    generate = "@torch.no_grad()\ndef generate(self, x):\n    return self.layer(x)\n"
+    found = {each.function: each.severity for each in findings(net(generate + ANOTHER_WAY[case]))}
+    assert found["Net.generate"] == "warning"
+    shut = findings(net(generate + "@torch.no_grad()\ndef forward(self, x):\n    return self.layer(x)"))
+    assert {each.severity for each in shut} == {"error"}
+
+
+def test_atoms_do_not_grow_with_the_calls(findings: Callable[[str], list[Finding]]) -> None:
+    steps = "\n".join(f"    x, y = self.f{n}(x, y), self.g{n}(y, x)" for n in range(40))
+    found = findings(net(f"@torch.no_grad()\ndef forward(self, x, y):\n{steps}\n    return x"))
+    assert [each.severity for each in found] == ["error"]

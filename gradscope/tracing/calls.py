@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -47,9 +48,17 @@ ROUNDING = frozenset({"div", "div_", "divide", "true_divide"})
 _STATISTICS = frozenset({"batch_norm", "instance_norm"})
 
 
+@functools.lru_cache(maxsize=4096)
 def is_in_place(name: str) -> bool:
     """Tell by a call's name whether it changes its first argument."""
     return (name[-1] == "_" and name[-2:] != "__") or name in IN_PLACE
+
+
+def _takes_statistics(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a normalisation uses the statistics of its input: only then it updates the running ones."""
+    if len(args) > 5:
+        return bool(args[5])
+    return bool(kwargs.get("training", False) if name == "batch_norm" else kwargs.get("use_input_stats", True))
 
 
 def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -59,7 +68,7 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
         written = list(args[:1])
     elif name in COLLECTIVES:
         written = list(args[0]) if isinstance(args[0], list) else list(args[:1])
-    elif name in _STATISTICS:  # running mean and variance
+    elif name in _STATISTICS and _takes_statistics(name, args, kwargs):  # running mean and variance
         written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
         written = [kwargs.get("weight"), *args[1:2]]

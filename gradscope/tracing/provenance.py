@@ -242,28 +242,35 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 # What holds no tensors, or (a module) none that are given on.
 PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Module, type)
-# Most of them, told by one look: these calls are the trace's busiest.
-PLAINEST = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 
 
 def _gather(value: Any, found: list[torch.Tensor], depth: int) -> None:
-    if type(value) in PLAINEST:
-        return
-    if isinstance(value, torch.Tensor):
+    kind = _kind(type(value))  # type: ignore[arg-type]
+    if kind == "tensor":
         found.append(value)
-    elif depth < DEEPEST and not isinstance(value, PLAIN):
+    elif kind and depth < DEEPEST:
         for item in _parts(value):
             _gather(item, found, depth + 1)
 
 
+@functools.lru_cache(maxsize=4096)
+def _kind(cls: type) -> str:
+    """Tell what values of a class are to :func:`tensors_in`; looked up for every argument of every call."""
+    if issubclass(cls, torch.Tensor):
+        return "tensor"
+    if issubclass(cls, PLAIN):
+        return ""
+    if issubclass(cls, (tuple, list, set, frozenset)):
+        return "sequence"
+    return "mapping" if issubclass(cls, Mapping) else "dataclass" if is_dataclass(cls) else ""
+
+
 def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return value
-    if isinstance(value, Mapping):
-        return value.values()
-    if is_dataclass(value) and not isinstance(value, type):
+    kind = _kind(type(value))  # type: ignore[arg-type]
+    if kind == "dataclass":
         return [getattr(value, field.name, None) for field in fields(value)]
-    return ()
+    parts: Iterable[Any] = value if kind == "sequence" else value.values() if kind == "mapping" else ()
+    return parts
 
 
 def results_in(value: Any) -> Iterator[torch.Tensor]:

@@ -148,7 +148,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = operation_name(func)
         if name is None:  # shape, dtype, device: nine calls of ten
-            return self._pass(func, args, kwargs)
+            return func(*args) if func.__name__ == "__get__" else self._pass(func, args, kwargs)
         if name in ROUNDING and kwargs.get("rounding_mode"):
             name = "floor_divide"
         place = user_place(sys._getframe(1)) if self._neutralised or not self._over else None

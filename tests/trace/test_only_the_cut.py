@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import gradscope
+from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.runner import Runner
+from gradscope.tracing.workshops import open_workshop
 
 Forward = Callable[["Block", torch.Tensor], torch.Tensor]
 
@@ -54,3 +57,16 @@ def test_the_cut_and_nothing_else_is_named(case: Forward) -> None:
     said = {name: source.status == "flows" for name, source in session.sources.items() if name in truth}
     assert said == truth == {name: name.startswith("second") for name in truth}
     assert {finding.source.endswith("# the cut") for finding in session.findings} == {True}
+
+
+def normalised_with_old_statistics(block: Block, x: torch.Tensor) -> torch.Tensor:
+    old = torch.zeros(4), torch.ones(4)
+    h = block.second(block.first(x) * old[1])
+    return nn.functional.batch_norm(h, *old, training=False)
+
+
+def test_statistics_that_are_only_read_are_not_written() -> None:
+    model = Block(normalised_with_old_statistics)
+    workshop = open_workshop("real", "cpu")
+    run = Runner(subject_of(model, (torch.randn(3, 4),), {}, Question()), workshop).run()
+    assert run.recording.writes == []

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradscope.errors import GradscopeError
-from gradscope.targets.guesses import guess_inputs
+from gradscope.errors import GradscopeError, UsageError
+from gradscope.session import Session
+from gradscope.targets.guesses import Guess, guess_inputs
 from gradscope.targets.libraries import LIBRARIES
 from gradscope.targets.spec import Request, load_target
-from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.borrowed import Question, made_subject
 from gradscope.tracing.library import trace_in_mode
 from gradscope.tracing.structural import hollow
+from gradscope.tracing.subject import Workshop
 
 # Small sizes for every configuration of transformers, as its own tests use them.
 SMALL = {
@@ -47,6 +49,8 @@ SMALL = {
 }  # fmt: skip
 
 
+# Address space of a process: a configuration that stays big raises MemoryError instead of taking the machine.
+MOST_MEMORY = 24 << 30
 # Models checked by one process before the next one starts.
 A_PROCESS = 60
 
@@ -65,75 +69,98 @@ def check(library: str, name: str) -> dict[str, Any]:
     """Trace one model and compare it with a plain run."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     started = time.perf_counter()
     row: dict[str, Any] = {"name": name}
     try:
-        session, plain = _transformers(name) if library == "transformers" else _named(library, name)
-        row.update(mode=session.target["mode"], verdict=session.verdict, parameters=len(session.sources))
-        row["why"] = next((text for text in session.remarks if "could not follow" in text), "")
-        row["findings"] = [[f.severity, f.rule, f"{f.path}:{f.line}", list(f.cuts[:2])] for f in session.findings]
-        row["unseen"] = session.unseen
-        reached = plain()
-        if reached is None:
-            row["alone"] = "a plain run fails too"
-        else:
-            said = {each.name: each.status for each in session.sources.values() if each.kind == "parameter"}
-            arriving = ("flows", "partial", "nondifferentiable")
-            row["differs"] = [n for n, status in said.items() if status != "nondifferentiable"
-                              and (status in arriving) != (n in reached)][:5]  # fmt: skip
-            row["statuses"] = dict(Counter(said.values()))
-            row["false_break"] = session.verdict != "flows" and set(said) <= reached
-    except GradscopeError as error:
-        row["failed"] = f"{error.message}"[:200]
+        traced, plain = _transformers(name) if library == "transformers" else _named(library, name)
+        try:
+            row |= _compared(traced(), plain())
+        except GradscopeError as error:
+            row |= {"failed": error.message[:200], "ours": plain() is not None}
+    except GradscopeError as error:  # it cannot be built, or nothing says what it takes
+        row |= {"failed": error.message[:200], "ours": False}
     except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error)[:160]}"
-        row["ours"] = not isinstance(error, (ImportError, NotImplementedError))
+        row |= {"failed": f"{type(error).__name__}: {str(error)[:160]}", "ours": not isinstance(error, ImportError)}
     row["seconds"] = round(time.perf_counter() - started, 2)
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # of this process so far
     return row
 
 
-def _named(library: str, name: str) -> tuple[Any, Callable[[], set[str] | None]]:
+def _compared(session: Session, reached: set[str] | None) -> dict[str, Any]:
+    """Return what was said, and where it differs from what a plain run reached (None: it could not be run)."""
+    row: dict[str, Any] = {"mode": session.target["mode"], "verdict": session.verdict}
+    row["why"] = next((text for text in session.remarks if "could not follow" in text), "")
+    row["findings"] = [[f.severity, f.rule, f"{f.path}:{f.line}", list(f.cuts[:2])] for f in session.findings]
+    row["unseen"] = session.unseen
+    said = {each.name: each.status for each in session.sources.values() if each.kind == "parameter"}
+    row["statuses"] = dict(Counter(said.values()))
+    if reached is None:
+        return row | {"alone": "a plain run fails"}
+    row["differs"] = [name for name, status in said.items() if status != "nondifferentiable"
+                      and (status in ("flows", "partial", "zero")) != (name in reached)][:5]  # fmt: skip
+    return row | {"false_break": session.verdict not in ("flows", "partial") and set(said) <= reached}
+
+
+Case = tuple[Callable[[], Session], Callable[[], "set[str] | None"]]
+
+
+def _named(library: str, name: str) -> Case:
     subject = load_target(f"{library}:{name}", Request())
-    session = trace_in_mode(subject, "auto", "cpu", verify=False)
+    factory, guess = LIBRARIES[library](name)
 
     def plain() -> set[str] | None:
-        factory, guess = LIBRARIES[library](name)
         model = hollow(factory)
         found = guess(model)
         assert found is not None
-        reached = reached_plainly(model, found.args, found.kwargs)
-        return reached if reached is not None else reached_really(factory(), found.args, found.kwargs)
+        return reached_plainly(model, factory, found)
 
-    return session, plain
+    return lambda: trace_in_mode(subject, "auto", "cpu", verify=False), plain
 
 
-def _transformers(name: str) -> tuple[Any, Callable[[], set[str] | None]]:
+def _transformers(name: str) -> Case:
     transformers = importlib.import_module("transformers")
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
-    kind = getattr(transformers, auto.CONFIG_MAPPING_NAMES[name])
-    config = kind(**{key: value for key, value in SMALL.items() if key in inspect.signature(kind).parameters})
+    config = small(getattr(transformers, auto.CONFIG_MAPPING_NAMES[name]))
     config._attn_implementation = "eager"
 
-    def model() -> nn.Module:
-        torch.manual_seed(0)
+    def factory() -> nn.Module:
         made: nn.Module = transformers.AutoModel.from_config(config)
         return made
 
-    pattern = model()
+    pattern = hollow(factory)
     found = guess_inputs(pattern)
     if found is None:
-        raise NotImplementedError("what it takes is not known")
-    subject = subject_of(pattern, found.args, found.kwargs, Question(), name=name)
-    session = trace_in_mode(subject, "auto", "cpu", verify=False)
-    return session, lambda: reached_really(model(), found.args, found.kwargs)
+        raise UsageError("what it takes is not known")
+
+    def prepare(workshop: Workshop) -> nn.Module:
+        return workshop.materialise(lambda filled: factory())
+
+    subject = made_subject(name, prepare, found.args, found.kwargs, Question(), type(pattern))
+
+    def plain() -> set[str] | None:
+        return reached_plainly(hollow(factory), factory, found)
+
+    return lambda: trace_in_mode(subject, "auto", "cpu", verify=False), plain
+
+
+def small(kind: Any) -> Any:
+    """Return a configuration of a class of transformers with small sizes, its parts included."""
+    sizes: dict[str, Any] = {key: size for key, size in SMALL.items() if key in inspect.signature(kind).parameters}
+    for part, cls in getattr(kind, "sub_configs", {}).items():
+        if cls.__name__ != "AutoConfig":
+            sizes[part] = small(cls).to_dict()
+    return kind(**sizes)
 
 
 # --- the oracle --------------------------------------------------------------------------------------
 
 
-def reached_plainly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str] | None:
-    """Return the parameters that autograd reaches in a run on fake tensors of this script's own; None if it fails."""
+def reached_plainly(model: nn.Module, factory: Callable[[], nn.Module], given: Guess) -> set[str] | None:
+    """Return the parameters that autograd reaches in a run of this script's own: on fake tensors, else computed.
+
+    None where both fail.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -144,16 +171,13 @@ def reached_plainly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(fake, parameter.requires_grad))
     try:
         with mode:
-            output = model(*_faked(mode, args), **{key: _faked(mode, value) for key, value in kwargs.items()})
+            kwargs = {key: _faked(mode, value) for key, value in given.kwargs.items()}
+            return walked(model, model(*_faked(mode, given.args), **kwargs))
     except Exception:
-        return None
-    return walked(model, output)
-
-
-def reached_really(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str] | None:
-    """Return the parameters that autograd reaches in a plain run that computes."""
+        pass
     try:
-        return walked(model, model(*args, **kwargs))
+        model = factory()
+        return walked(model, model(*given.args, **given.kwargs))
     except Exception:
         return None
 
@@ -192,6 +216,21 @@ def _faked(mode: FakeTensorMode, value: Any) -> Any:
     return {key: _faked(mode, item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
+def checked(library: str, names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
+    """Check models in processes of their own, so that memory does not add up; one that kills its process is told."""
+    while names:
+        done = 0
+        try:
+            with ProcessPoolExecutor(jobs) as pool:
+                for row in pool.map(partial(check, library), names):
+                    done += 1
+                    yield row
+        except BrokenExecutor:
+            yield {"name": names[done], "failed": "the process was ended", "ours": True, "seconds": 0.0, "peak_gb": 0.0}
+            done += 1
+        names = names[done:]
+
+
 def main() -> None:
     """Sweep and print."""
     parser = argparse.ArgumentParser()
@@ -206,10 +245,9 @@ def main() -> None:
     started = time.perf_counter()
     rows = []
     for first in range(0, len(names), A_PROCESS * options.j):
-        with ProcessPoolExecutor(options.j) as pool:  # anew, so that memory does not add up
-            for row in pool.map(partial(check, options.library), names[first : first + A_PROCESS * options.j]):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+        for row in checked(options.library, names[first : first + A_PROCESS * options.j], options.j):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     traced = [row for row in rows if "failed" not in row]
     print(f"\n{len(names)} models in {time.perf_counter() - started:.0f} s: {len(traced)} traced", file=sys.stderr)
     print("by mode", dict(Counter(row["mode"] for row in traced)), file=sys.stderr)

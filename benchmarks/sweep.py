@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradscope.errors import GradscopeError, UsageError
+from gradscope.errors import UsageError
 from gradscope.session import Session
 from gradscope.targets.guesses import Guess, guess_inputs
 from gradscope.targets.libraries import LIBRARIES
@@ -74,14 +74,13 @@ def check(library: str, name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name}
     try:
         traced, plain = _transformers(name) if library == "transformers" else _named(library, name)
+    except Exception as error:  # it cannot be built (here, this small), or nothing says what it takes
+        row |= {"failed": f"not built: {type(error).__name__}: {str(error)[:160]}", "ours": False}
+    else:
         try:
             row |= _compared(traced(), plain())
-        except GradscopeError as error:
-            row |= {"failed": error.message[:200], "ours": plain() is not None}
-    except GradscopeError as error:  # it cannot be built, or nothing says what it takes
-        row |= {"failed": error.message[:200], "ours": False}
-    except Exception as error:
-        row |= {"failed": f"{type(error).__name__}: {str(error)[:160]}", "ours": not isinstance(error, ImportError)}
+        except Exception as error:
+            row |= {"failed": f"{type(error).__name__}: {str(error)[:160]}", "ours": plain() is not None}
     row["seconds"] = round(time.perf_counter() - started, 2)
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # of this process so far
     return row
@@ -259,6 +258,8 @@ def main() -> None:
     slowest = sorted(rows, key=lambda row: -row["seconds"])[:5]
     print("slowest", [(row["name"], row["seconds"]) for row in slowest], file=sys.stderr)
     print("biggest memory", max((row["peak_gb"], row["name"]) for row in rows), file=sys.stderr)
+    ours = [row["name"] for row in rows if row.get("ours")]
+    print(f"failed where a plain run does not {len(ours)} {ours[:20]}", file=sys.stderr)
     print("failed", Counter(row["failed"][:60] for row in rows if "failed" in row).most_common(12), file=sys.stderr)
 
 

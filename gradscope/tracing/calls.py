@@ -27,7 +27,7 @@ SHAPE_ONLY = MAKES_ROOM | frozenset(
 # Of those, the calls that autograd may refuse.
 MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad", "__set__"})
 # Calls that take the shape or dtype of their second tensor, and numbers of the first one only.
-AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_"})
+AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_", "to"})
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
 # What a further run can do without: the call gives back its input instead.

@@ -288,6 +288,8 @@ class Recorder(TorchFunctionMode):
         provenance.place = place
         if name in AS_ANOTHER or name == "__deepcopy__":  # the memo of a deepcopy holds all copies made so far
             args, kwargs = args[:1], {}
+        elif name == "new_tensor":  # of the dtype and device of the first, and the numbers of the second
+            args = args[1:]
         inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((*args, *kwargs.values())))
         if provenance.has_escapes:
             inputs += provenance.scalars_in((*args, *kwargs.values()))

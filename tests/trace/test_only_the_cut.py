@@ -48,6 +48,27 @@ def shape_of_another(block: Block, x: torch.Tensor) -> torch.Tensor:
     return block.second(cut.reshape_as(h).type_as(h).view_as(h))
 
 
+def dtype_of_a_weight(block: Block, x: torch.Tensor) -> torch.Tensor:
+    which = nn.functional.one_hot(torch.tensor([0, 2, 3]), 4).to(block.first.weight)
+    return block.second(which @ block.first.weight + block.first.bias)
+
+
+def numbers_beside(block: Block, x: torch.Tensor) -> torch.Tensor:
+    h = block.first(x)
+    return block.second(h * h.new_tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+@pytest.mark.parametrize("case", [dtype_of_a_weight, numbers_beside])
+def test_what_a_tensor_is_only_asked_for_is_no_path(case: Forward, mode: str) -> None:
+    model = Block(case)
+    model(torch.randn(3, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    session = gradscope.trace(model, torch.randn(3, 4), mode=mode)
+    assert session.findings == []
+    assert session.verdict == "flows"
+
+
 @pytest.mark.parametrize("case", [numpy_inside_a_module, shape_of_another])
 def test_the_cut_and_nothing_else_is_named(case: Forward) -> None:
     model = Block(case)

@@ -50,7 +50,7 @@ SMALL = {
 
 
 # Address space of a process: a configuration that stays big raises MemoryError instead of taking the machine.
-MOST_MEMORY = 24 << 30
+MOST_MEMORY = 12 << 30
 # Models checked by one process before the next one starts.
 A_PROCESS = 60
 

@@ -1,0 +1,155 @@
+"""A trace leaves nothing behind: model, torch and random state are as before, however it ends."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
+from torch.nn.modules import module as module_hooks
+
+import gradscope
+from gradscope.errors import NotAnalysedError
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+double = Double.apply
+
+
+class Model(nn.Module):
+    """Everything a run may change: statistics, a cache, an attribute, noise, a hook, a frozen and a tied weight."""
+
+    def __init__(self, ending: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+        self.last.bias.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+        self.cache: dict[str, list[torch.Tensor]] = {"seen": []}
+        self.ending = ending
+        self.first.register_forward_hook(lambda module, args, output: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.latest = x
+        self.cache["seen"].append(x)
+        with torch.no_grad():
+            y = self.drop(self.norm(self.first(x))) * float(np.random.rand()) * random.random()
+        self.ending()
+        return self.last(double(y) + x)
+
+
+def state(model: Model) -> list[Any]:
+    """Return all that has to be the same afterwards, by identity where identity counts."""
+    patched = [
+        *(getattr(switch, name) for switch in (no_grad, enable_grad, inference_mode, set_grad_enabled)
+          for name in ("__init__", "__enter__", "__exit__")),
+        torch.autograd.Function.__dict__["apply"], Double.__dict__["forward"], nn.Parameter.__new__,
+        torch.Tensor.__reduce_ex__, torch._utils._rebuild_tensor, nn.Module.register_parameter,
+        threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit, nn.init.normal_,
+    ]  # fmt: skip
+    hooks = [dict(module_hooks._global_forward_hooks), dict(module_hooks._global_forward_pre_hooks)]
+    modules = [
+        {name: id(value) for name, value in vars(module).items()} | {"keys": list(vars(module))}
+        for module in model.modules()
+    ]
+    tables = [
+        {name: id(value) for name, value in vars(module)[table].items()}
+        for module in model.modules()
+        for table in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    ]
+    tensors = [
+        (name, tensor.tolist(), tensor.requires_grad)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
+    random_states = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
+             torch.overrides._get_current_function_mode_stack()]  # fmt: skip
+    return [patched, hooks, modules, tables, len(model.cache["seen"]), hasattr(model, "latest"),
+            [module.training for module in model.modules()], random_states, modes,
+            tensors]  # fmt: skip
+
+
+def fail() -> None:
+    raise ValueError("not today")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("options", [{"mode": "real"}, {"mode": "structural"}, {"numeric": True}], ids=str)
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [(lambda: None, None), (fail, NotAnalysedError), (interrupt, KeyboardInterrupt)],
+    ids=["return", "exception", "interrupt"],
+)
+def test_everything_is_as_before(ending: Any, expected: Any, options: dict[str, Any]) -> None:
+    model, x = Model(ending), torch.randn(8, 4, requires_grad=True)
+    before = state(model)
+    if expected is None:
+        assert gradscope.trace(model, x, **options).verdict == "blocked"
+    else:
+        with pytest.raises(expected):
+            gradscope.trace(model, x, **options)
+    assert state(model) == before
+    assert x.requires_grad and x.is_leaf and x.grad is None
+    model.ending = lambda: None
+    model(x).sum().backward()
+    assert model.first.weight.grad is not None and x.grad is not None
+
+
+def test_a_trace_inside_a_traced_forward_leaves_the_outer_one_its_patches() -> None:
+    inner = Model()
+    seen: list[str] = []
+
+    def trace_inside() -> None:
+        seen.append(gradscope.trace(inner, torch.randn(8, 4), mode="real").verdict)
+
+    model, x = Model(trace_inside), torch.randn(8, 4)
+    before = state(model), state(inner)
+    session = gradscope.trace(model, x, mode="real", verify=False)
+    assert (state(model), state(inner)) == before
+    assert seen == ["blocked"]
+    assert [each.rule for each in session.findings if each.severity != "note"] == ["GS104"]
+
+
+def test_a_foreign_patch_that_was_there_before_survives() -> None:
+    original = nn.Parameter.__new__
+
+    def foreign(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(cls, *args, **kwargs)
+
+    nn.Parameter.__new__ = staticmethod(foreign)
+    try:
+        gradscope.trace(Model(), torch.randn(8, 4), mode="real")
+        assert nn.Parameter.__new__ is foreign
+    finally:
+        nn.Parameter.__new__ = staticmethod(original)
+
+
+def test_evaluation_mode_and_gradients_that_are_there_stay() -> None:
+    model = Model().eval()
+    model(torch.randn(8, 4)).sum().backward()
+    kept = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradscope.trace(model, torch.randn(8, 4), mode="real")
+    assert not model.training and all(parameter.grad is kept[name] for name, parameter in model.named_parameters())

@@ -15,6 +15,9 @@ from gradscope.tracing.verify import Proof
 # What a blocked, unused or nondifferentiable source turns out to be.
 STATUS_OF = {"lost": "blocked", "differs": "blocked", "flat": "nondifferentiable", "none": "unused"}
 WRONG_BACKWARD = "its backward is not the derivative of its forward, as finite differences at its own operands show."
+CAUSE_UNKNOWN = (
+    "finite differences disagree with the gradient of what goes in here; where on its way it goes wrong was not found."
+)
 SHARED_MEMORY = (
     "the array shares its memory with the tensor; what is written into it changes values that backward still needs."
 )
@@ -111,7 +114,7 @@ def _blame_wrong(proof: Proof, wrong: set[str], checked: Checked) -> list[str]:
             cut.wrong.add(name)
             cut.certain = True
         if not any(name in cut.wrong for cut in proof.cuts.values()):
-            remarks.append(f"Finite differences disagree with the gradient of {name}; the cause was not found.")
+            _blame_entrance(proof, name, passing[name])
     kept = wrong - {name for name, status in diagnosis.statuses.items() if status == "wrong"}
     if kept:
         where = sorted({f"{site.path}:{site.line}" for site in surrogates})
@@ -120,6 +123,16 @@ def _blame_wrong(proof: Proof, wrong: set[str], checked: Checked) -> list[str]:
             + (f" See {', '.join(where)}." if where else "")
         )
     return remarks
+
+
+def _blame_entrance(proof: Proof, name: str, passing: list[Operation]) -> None:
+    """Name the call that takes a source in, where nothing on its way is known to err."""
+    first = next((operation for operation in passing if operation.place is not None), None)
+    if first is not None and first.place is not None:
+        site = source_site(first.place, first.name)
+        cut = proof.cuts.setdefault(site, Cut(site, "GS503", chain=(code_name(first.place.code),)))
+        cut.words, cut.certain = CAUSE_UNKNOWN, True
+        cut.wrong.add(name)
 
 
 def _passing(recording: Recording, names: Iterable[str]) -> dict[str, list[Operation]]:

@@ -285,6 +285,8 @@ class Judge:
         owner, name = self.reach.owner(place), site.gives[0].partition(".")[2]
         for reader, way in self._reached.items():
             function = self.package.function(reader)
+            if any(step in self.reach.regions for step in way):
+                continue  # read with gradients off as well: nothing is saved for a backward pass
             if reader != place and function and name in function.reads and self.reach.owner(reader) == owner:
                 message = f"{site.mechanism}; {way[0].name} reads it, and autograd cannot save an inference tensor."
                 return Judgement(facts, site, "warning", "possible", message, way)

@@ -138,6 +138,8 @@ def test_a_cache_filled_in_inference_mode_is_named_where_forward_reads_it(
     unused = [each for each in findings(net(warm + RUN)) if each.rule == "GS602"]
     assert [(each.severity, each.line) for each in used] == [("warning", 11)]
     assert [each.severity for each in unused] == ["note"]
+    off = read.replace("def", "@torch.inference_mode()\ndef", 1)
+    assert [each.severity for each in findings(net(warm + off)) if each.rule == "GS602"] == ["note"]
     no_grad = findings(net((warm + read).replace("inference_mode", "no_grad")))
     assert "GS602" not in {each.rule for each in no_grad}
 

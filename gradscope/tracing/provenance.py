@@ -268,6 +268,9 @@ def _kind(cls: type) -> str:
 def _parts(value: Any) -> Iterable[Any]:
     kind = _kind(type(value))  # type: ignore[arg-type]
     if kind == "dataclass":
+        held = getattr(value, "__dict__", None)
+        if held is not None:  # not by getattr: an attribute of a class may be computed, and raise what it likes
+            return [held.get(field.name) for field in fields(value)]
         return [getattr(value, field.name, None) for field in fields(value)]
     parts: Iterable[Any] = value if kind == "sequence" else value.values() if kind == "mapping" else ()
     return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -56,6 +57,25 @@ def dtype_of_a_weight(block: Block, x: torch.Tensor) -> torch.Tensor:
 def numbers_beside(block: Block, x: torch.Tensor) -> torch.Tensor:
     h = block.first(x)
     return block.second(h * h.new_tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+@dataclass
+class Sizes:
+    """A configuration that refuses to tell one of its sizes."""
+
+    width: int = 4
+    heads: int = 2
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "heads":
+            raise RuntimeError("heads differ from layer to layer")
+        return super().__getattribute__(name)
+
+
+def test_an_attribute_that_raises_is_not_asked_for() -> None:
+    model = Block(lambda block, x: block.second(block.first(x)))
+    model.sizes = Sizes()
+    assert gradscope.trace(model, torch.randn(3, 4)).verdict == "flows"
 
 
 @pytest.mark.parametrize("mode", ["real", "structural"])

@@ -245,18 +245,31 @@ def one(rng: random.Random, makers: dict[str, Any]) -> tuple[str, str]:
     model, inputs = made(cut_at=place)
     args, kwargs = ((*inputs.values(),), {}) if "x" in inputs else ((), inputs)
     session = gradscope.trace(model, *args, verify=False, **kwargs)
-    return judged(session, cut, healthy, arriving, where)
+    uncut, inputs = made()
+    args = (*inputs.values(),) if args else ()
+    own = gradscope.trace(uncut, *args, mode=session.target["mode"], verify=False, **({} if args else inputs))
+    return judged(session, places(own), cut, healthy, arriving, where)
 
 
-def judged(session: Session, cut: Cut, healthy: set[str], arriving: set[str], where: str) -> tuple[str, str]:
-    """Compare what was said with the line of the cut and with what a plain backward pass showed."""
+def places(session: Session) -> set[tuple[str, int]]:
+    """Return what was named, notes aside."""
+    return {(finding.path, finding.line) for finding in session.findings if finding.severity != "note"}
+
+
+def judged(
+    session: Session, own: set[tuple[str, int]], cut: Cut, healthy: set[str], arriving: set[str], where: str
+) -> tuple[str, str]:
+    """Compare what was said with the line of the cut, and with what a plain backward pass showed.
+
+    ``own`` is what the model without the cut has: layers that start at zero give zero gradients behind them.
+    """
     statuses = {name: session.sources[name].status for name in healthy}
     flat = {name for name, status in statuses.items() if status == "nondifferentiable"} if cut in HAVE_NONE else set()
-    said = {name for name, status in statuses.items() if status in ("flows", "partial")}
+    said = {name for name, status in statuses.items() if status in ("flows", "partial", "zero")}
     wrong = said ^ ((arriving & healthy) - flat)
     if wrong:
         return "wrong status", f"{where}: {[(name, statuses[name]) for name in sorted(wrong)[:3]]}"
-    named = {(finding.path, finding.line) for finding in session.findings if finding.severity != "note"}
+    named = places(session) - own
     expected = {(path, line) for path, line in named if path.endswith("random_cuts.py") and line == line_of(cut)}
     if named - expected:
         return "another place named", f"{where}: {sorted(named - expected)[:2]}"

@@ -73,6 +73,7 @@ class StructuralWorkshop:
     mode: Literal["real", "structural"] = "structural"
 
     def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False) -> None:
+        # torch would end the whole process.
         if torch.device(device).type == "mps" and not torch.backends.mps.is_built():
             raise UsageError(
                 f"torch {torch.__version__} is built without MPS here, so that {device} cannot even be pretended.",

@@ -86,19 +86,6 @@ def test_a_trace_writes_its_reports_and_overwrites_nothing(tmp_path: Path) -> No
     assert "exists already" in again.stderr
 
 
-def test_the_default_trace_keeps_to_its_budget(tmp_path: Path) -> None:
-    wait4 = getattr(os, "wait4", None)
-    if wait4 is None or sys.platform == "darwin":
-        pytest.skip("needs wait4, which counts kilobytes on Linux")
-    with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "gradscope", "trace", "--model", "deepseek-ocr"], stdout=out)
-        _, status, usage = wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 1
-    assert usage.ru_maxrss < 1.2e6
-    assert usage.ru_utime + usage.ru_stime < 20  # 6 on an idle machine
-
-
 def test_where_no_renderer_draws_the_source_and_the_report_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -163,7 +163,7 @@ def test_what_does_not_fit_into_the_machine_is_not_computed(  # type: ignore[no-
 def test_a_device_that_cannot_even_be_pretended_does_not_end_the_process(ask) -> None:  # type: ignore[no-untyped-def]
     code, _, err = ask("models.py:Net", "--input", "2x4", "--device", "mps")
     assert code == 2
-    assert "without mps" in err
+    assert "without MPS" in err
 
 
 def test_falling_back_to_real_mode_says_why_and_where(ask) -> None:  # type: ignore[no-untyped-def]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 PAGES = [Path(__file__).parent.parent / "docs" / "trace.md"]
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPETS = [
     pytest.param(source, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, source in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M))
+    for number, source in enumerate(PYTHON.findall(page.read_text(encoding="utf-8")))
 ]
 
 

@@ -115,6 +115,8 @@ def cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
 def _rule_of_custom(recording: Recording, operation: Operation) -> str:
     if operation.name == "CheckpointFunction":
         return "GS604"
+    if operation.name.endswith(".forward"):  # a scripted module, taken as one
+        return "GS503"
     inference = any(recording.values[value].inference for value in operation.outputs)
     return "GS601" if inference else "GS501"
 

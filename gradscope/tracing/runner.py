@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from gradscope.errors import UsageError
 from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
@@ -110,6 +112,11 @@ class Runner:
     def _prepare(self) -> nn.Module:
         if self._prepared is None:
             self._prepared = self.subject.prepare(self.workshop)
+            if any(is_lazy(parameter) for parameter in self._prepared.parameters()):
+                raise UsageError(
+                    f"{self.subject.name} has lazy parameters, whose shapes its first call settles.",
+                    hint="Call it once before it is traced; a trace leaves the model as it is.",
+                )
         return self._prepared
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:

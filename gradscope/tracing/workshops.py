@@ -13,6 +13,7 @@ from gradscope.errors import UsageError
 from gradscope.tracing.restoring import kept, swapped
 from gradscope.tracing.structural import PretendedDevice
 from gradscope.tracing.subject import Workshop
+from gradscope.tracing.unanalysed import CannotTell
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -102,6 +103,10 @@ class StructuralWorkshop:
     @contextmanager
     def lent(self, model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
         """Put fake tensors in the place of the model's own."""
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise CannotTell(
+                "The model holds a scripted module, which keeps its own weights and computes.", hint="Use --mode real."
+            )
         with swapped(model, self._fake) as before_write:
             yield before_write
 

@@ -18,6 +18,7 @@ from torch import distributed, nn
 from two import Between, Two, arriving, given, named, traced
 
 import gradscope
+from gradscope.errors import UsageError
 
 # --- threads -------------------------------------------------------------------------------------------
 
@@ -325,6 +326,42 @@ def test_a_collective_without_gradient_is_named() -> None:
     for between in (gathered_and_put_back, gathered_with_gradient):
         assert arriving(between)["first.weight"].any()
         assert named(traced(between, "real"), between) == []
+
+
+# --- modules whose inside is not seen ----------------------------------------------------------------------------
+
+
+class WithoutGrad(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = self.layer(x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_module_is_judged_as_one_operation_and_computed() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), nn.Linear(4, 4))
+    plain(given()).sum().backward()
+    assert all(parameter.grad is not None for parameter in plain.parameters())
+    session = gradscope.trace(plain, given())
+    assert (session.verdict, session.findings, session.target["mode"]) == ("flows", [], "real")
+    assert all(source.status == "flows" for source in session.sources.values())
+
+    cut = nn.Sequential(nn.Linear(4, 4), torch.jit.script(WithoutGrad()), nn.Linear(4, 4))
+    session = gradscope.trace(cut, given())
+    assert [each.rule for each in session.findings] == ["GS503"]
+    blocked = {name for name, source in session.sources.items() if source.status == "blocked"}
+    assert blocked == {"0.weight", "0.bias", "1.layer.weight", "1.layer.bias", "input.0"}
+    assert any("taken as one operation" in words for words in session.unseen)
+
+
+def test_lazy_parameters_are_asked_to_be_settled_first() -> None:
+    with pytest.raises(UsageError, match="lazy parameters"):
+        gradscope.trace(nn.LazyLinear(4), given())
 
 
 # --- switched off for whatever follows -----------------------------------------------------------------------

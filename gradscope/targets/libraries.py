@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from gradscope.targets.guesses import Guess, guess_inputs
 from gradscope.targets.modules import asked_inputs, question_of
 from gradscope.targets.spec import Request
 from gradscope.tracing.borrowed import made_subject, sentence_about
+from gradscope.tracing.restoring import hushed
 from gradscope.tracing.structural import hollow
 from gradscope.tracing.subject import Subject, Workshop
 
@@ -125,25 +124,13 @@ def _for_torchvision(models: Any, name: str) -> Guess:
     return Guess((torch.rand(shape),), f"Input {words}, from the transforms of its weights.")
 
 
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the hub client from telling every retry: what came of them is reported."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _transformers(name: str) -> Recipe:
     transformers = _library("transformers")
     folder = Path(name).expanduser()
     if (folder.exists() or name[:1] in ("", ".", "/", "~")) and not (folder / "config.json").is_file():
         raise UsageError(f"There is no config.json in {name or 'hf:'}.", hint="Give a folder that has one, or an ID.")
     try:
-        with _quiet_hub():
+        with hushed("huggingface_hub"):  # every retry; what came of them is reported
             config = transformers.AutoConfig.from_pretrained(str(folder) if folder.exists() else name)
     except Exception as error:
         raise UsageError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec
@@ -33,24 +32,13 @@ from gradscope.tracing.calls import (
     writes,
 )
 from gradscope.tracing.cuts import RULE_OF_OPERATION
-from gradscope.tracing.frames import call_chain, function_place, is_running, source_site, user_place
+from gradscope.tracing.frames import call_chain, function_place, source_site, user_place
 from gradscope.tracing.provenance import Provenance, tensors_in
-from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Scope, Site
+from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Site
+from gradscope.tracing.scopes import OpenScopes
 from gradscope.tracing.subject import Caller
 
 P = ParamSpec("P")
-
-
-class _Here(threading.local):
-    """What is open in the present thread: regions, scopes, module calls. Grad mode is a thread's own too."""
-
-    def __init__(self) -> None:
-        self.watched = 0
-        self.calls = 0
-        self.functions = 0
-        self.regions: list[tuple[object, Region, int]] = []
-        self.scopes: list[int] = []
-        self.module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
 
 
 def _unwatched(method: Callable[P, None]) -> Callable[P, None]:
@@ -90,7 +78,7 @@ class Recorder(TorchFunctionMode):
         self._before_write = before_write
         self._cuts_removed = bool(neutralised)
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in REPLACEABLE)
-        self._here = _Here()
+        self._here = OpenScopes(self.recording)
         self._over = False
 
     @property
@@ -269,19 +257,23 @@ class Recorder(TorchFunctionMode):
         """Record ``nn.Parameter(tensor)``, which cuts what the tensor was computed from."""
         made = make()
         if isinstance(data, torch.Tensor) and self.provenance.is_known(data):
-            pending = Operation(0, "Parameter", (self.provenance.value_of(data),), (), place, self._scope, self._active)
-            self._finish(pending, made)
+            self._finish(self._new("Parameter", (self.provenance.value_of(data),), place), made)
         return made
 
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that a tensor was written to bytes, from which another one may be made."""
         number = self.provenance.value_of(tensor)
-        self.provenance.escaped(Operation(0, "pickle", (number,), (), place, self._scope, self._active), None)
+        self.provenance.escaped(self._new("pickle", (number,), place), None)
 
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
         if self.provenance.has_escapes and tensor.is_floating_point():
             self.provenance.entered(tensor)
+
+    def _new(self, name: str, inputs: tuple[int, ...], place: Place | None, *, custom: bool = False) -> Operation:
+        """Return an operation that starts here and now."""
+        here, index = self._here, len(self.recording.operations)
+        return Operation(index, name, inputs, (), place, here.scope, here.active, custom=custom)
 
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
         provenance = self.provenance
@@ -293,7 +285,7 @@ class Recorder(TorchFunctionMode):
         inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((*args, *kwargs.values())))
         if provenance.has_escapes:
             inputs += provenance.scalars_in((*args, *kwargs.values()))
-        operation = Operation(len(self.recording.operations), name, inputs, (), place, self._scope, self._active)
+        operation = self._new(name, inputs, place)
         if name in RULE_OF_OPERATION:
             operation.chain = call_chain(sys._getframe(2))
         self.recording.pending = operation
@@ -334,46 +326,27 @@ class Recorder(TorchFunctionMode):
                     return operation.name
         return ""
 
-    @property
-    def _scope(self) -> int | None:
-        return self._here.scopes[-1] if self._here.scopes else None
-
-    @property
-    def _active(self) -> tuple[Region, ...]:
-        if not self._here.regions:
-            return ()
-        active = responsible_regions([region for _, region, _ in self._here.regions])
-        for region in active:
-            if region.generator is not None and not is_running(region.generator, sys._getframe(1)):
-                self.recording.leaked.add(region.site)
-        return active
+    # --- regions and modules ----------------------------------------------------------------
 
     @property
     def open_regions(self) -> tuple[Region, ...]:
         """Return the regions that are in force now."""
-        return self._active
-
-    # --- regions and modules ----------------------------------------------------------------
+        return self._here.active
 
     def enter_region(self, key: object, region: Region) -> None:
         """Note that a grad-mode switch took effect."""
-        scope = self._push_scope("region", region.site.function, region=region) if region.disables else -1
-        self._here.regions.append((key, region, scope))
+        self._here.enter_region(key, region)
 
     def leave_region(self, key: object) -> None:
         """Note that a grad-mode switch was undone."""
-        for index in range(len(self._here.regions) - 1, -1, -1):
-            if self._here.regions[index][0] is key:
-                scope = self._here.regions.pop(index)[2]
-                self._pop_scope(scope)
-                return
+        self._here.leave_region(key)
 
     @contextmanager
     def constructing(self) -> Iterator[None]:
         """Gather what runs meanwhile under one scope: it is done once, not in every forward pass."""
-        scope = self._push_scope("module", "made once, in the constructor", type=CONSTRUCTOR)
+        scope = self._here.push("module", "made once, in the constructor", type=CONSTRUCTOR)
         yield
-        self._pop_scope(scope)
+        self._here.pop(scope)
 
     @_unwatched
     def enter_module(self, module: nn.Module, args: Any) -> None:
@@ -383,7 +356,7 @@ class Recorder(TorchFunctionMode):
         given = tuple(self.provenance.value_of(tensor) for tensor in tensors_in(args))
         is_model = self.module_names.get(id(module)) == ""
         label = "" if is_model else name or kind
-        scope = self._push_scope("module", label, module=name, type=kind)
+        scope = self._here.push("module", label, module=name, type=kind)
         self._here.module_calls.append((module, scope, given))
 
     @_unwatched
@@ -397,7 +370,7 @@ class Recorder(TorchFunctionMode):
                     self._opaque_module(module, given, results)
                 found = tuple(self.provenance.value_of(tensor) for tensor in results)
                 self.recording.scopes[scope].outputs = found
-                self._pop_scope(scope)
+                self._here.pop(scope)
                 return
 
     def _left_in(self, scope: int) -> bool:
@@ -410,41 +383,9 @@ class Recorder(TorchFunctionMode):
         own = tuple(self.provenance.value_of(parameter) for parameter in module.parameters())
         name = f"{type(module).__name__}.forward"
         place = user_place(sys._getframe(2))
-        self._finish(Operation(0, name, (*given, *own), (), place, self._scope, self._active, custom=True), results)
+        self._finish(self._new(name, (*given, *own), place, custom=True), results)
         self.recording.unseen.append(f"What happens inside {name} is taken as one operation.")
-
-    def _push_scope(self, kind: Any, label: str, **fields: Any) -> int:
-        parent = self._here.scopes[-1] if self._here.scopes else None
-        scope = Scope(len(self.recording.scopes), parent, kind, label, **fields)
-        self.recording.scopes.append(scope)
-        self._here.scopes.append(scope.id)
-        return scope.id
-
-    def _pop_scope(self, scope: int) -> None:
-        if scope in self._here.scopes:
-            self._here.scopes.remove(scope)
 
     def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:
         """Return the values of the floating tensors of a result."""
         return tuple(self.provenance.value_of(tensor) for tensor in result if tensor.is_floating_point())
-
-
-# --- pure functions ----------------------------------------------------------------------------------
-
-
-def responsible_regions(regions: list[Region]) -> tuple[Region, ...]:
-    """Return the active regions that all have to go before grad mode is on, outermost first.
-
-    An ``enable_grad`` inside a ``no_grad`` wins over it, but not over an ``inference_mode``;
-    ``inference_mode(False)`` undoes both.
-    """
-    blamed: list[Region] = []
-    grad_undone = inference_undone = False
-    for region in reversed(regions):
-        is_inference = region.site.mechanism == "inference_mode"
-        if region.disables and not (inference_undone if is_inference else grad_undone):
-            blamed.append(region)
-        elif not region.disables:
-            grad_undone = True
-            inference_undone = inference_undone or is_inference
-    return tuple(blamed[::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import random
 import sys
@@ -39,6 +40,18 @@ def untouched_state() -> Iterator[None]:
             stack.callback(numpy_random.set_state, numpy_random.get_state())
         stack.enter_context(torch.inference_mode(False))
         yield
+
+
+@contextmanager
+def hushed(name: str) -> Iterator[None]:
+    """Keep a logger from telling what the report says in its own words."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

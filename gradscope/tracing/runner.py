@@ -21,9 +21,11 @@ from gradscope.tracing.propagation import linked_sources, where_it_left
 from gradscope.tracing.provenance import left_torch, results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.restoring import attributes_of, put_back, untouched_state
-from gradscope.tracing.structural import hushed
+from gradscope.tracing.restoring import attributes_of, hushed, put_back, untouched_state
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
+
+# It logs a traceback for every call that it refuses; the refusal is reported.
+FAKE_TENSORS = "torch._subclasses.fake_tensor"
 
 Pass: TypeAlias = Literal["none", "plain", "watched"]
 
@@ -70,7 +72,12 @@ class Runner:
         the user's own run; else everything does, so that every source can be told about. ``dispatched``: see also
         what no torch function shows.
         """
-        with hushed(), untouched_state(), put_back(self.subject.given), torch.compiler.set_stance("force_eager"):
+        with (
+            hushed(FAKE_TENSORS),
+            untouched_state(),
+            put_back(self.subject.given),
+            torch.compiler.set_stance("force_eager"),
+        ):
             origin = self._prepare()
             lent = self.workshop.lent(origin) if self.subject.borrowed else nullcontext(nothing_written)
             with lent as before_write:

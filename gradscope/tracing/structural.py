@@ -7,9 +7,8 @@ CUDA device: connection is read from ``grad_fn``.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -42,18 +41,6 @@ _DEVICE = torch.Tensor.device.__get__
 
 class CannotFollow(RuntimeError):
     """Structural mode would have to know numbers that it does not compute."""
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep fake tensors from logging a traceback for every call that they refuse: the refusal is reported."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 class PretendedDevice:

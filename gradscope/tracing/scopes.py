@@ -1,0 +1,87 @@
+"""What is open at one moment of a run: module calls and grad-mode regions, nested as executed, in each thread."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from torch import nn
+
+from gradscope.tracing.frames import is_running
+from gradscope.tracing.recording import Recording, Region, Scope
+
+
+class OpenScopes(threading.local):
+    """What is open in the present thread; a new one starts with nothing, as its grad mode does.
+
+    ``watched`` counts how often the thread was entered, ``calls`` and ``functions`` the torch functions and the custom
+    functions under way in it, ``module_calls`` holds each module with its scope and the values it was given.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._scopes: list[int] = []
+        self.watched = 0
+        self.calls = 0
+        self.functions = 0
+        self.regions: list[tuple[object, Region, int]] = []
+        self.module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
+
+    @property
+    def scope(self) -> int | None:
+        """Return the innermost scope."""
+        return self._scopes[-1] if self._scopes else None
+
+    def push(self, kind: Any, label: str, **fields: Any) -> int:
+        """Open a scope inside the innermost one; return its number."""
+        scope = Scope(len(self._recording.scopes), self.scope, kind, label, **fields)
+        self._recording.scopes.append(scope)
+        self._scopes.append(scope.id)
+        return scope.id
+
+    def pop(self, scope: int) -> None:
+        """Close a scope; a generator may close one that is not the innermost."""
+        if scope in self._scopes:
+            self._scopes.remove(scope)
+
+    def enter_region(self, key: object, region: Region) -> None:
+        """Note that a grad-mode switch took effect."""
+        scope = self.push("region", region.site.function, region=region) if region.disables else -1
+        self.regions.append((key, region, scope))
+
+    def leave_region(self, key: object) -> None:
+        """Note that a grad-mode switch was undone."""
+        for index in range(len(self.regions) - 1, -1, -1):
+            if self.regions[index][0] is key:
+                self.pop(self.regions.pop(index)[2])
+                return
+
+    @property
+    def active(self) -> tuple[Region, ...]:
+        """Return the regions that keep autograd from recording now; see :func:`responsible_regions`."""
+        if not self.regions:
+            return ()
+        active = responsible_regions([region for _, region, _ in self.regions])
+        for region in active:
+            if region.generator is not None and not is_running(region.generator, sys._getframe(1)):
+                self._recording.leaked.add(region.site)
+        return active
+
+
+def responsible_regions(regions: list[Region]) -> tuple[Region, ...]:
+    """Return the active regions that all have to go before grad mode is on, outermost first.
+
+    An ``enable_grad`` inside a ``no_grad`` wins over it, but not over an ``inference_mode``;
+    ``inference_mode(False)`` undoes both.
+    """
+    blamed: list[Region] = []
+    grad_undone = inference_undone = False
+    for region in reversed(regions):
+        is_inference = region.site.mechanism == "inference_mode"
+        if region.disables and not (inference_undone if is_inference else grad_undone):
+            blamed.append(region)
+        elif not region.disables:
+            grad_undone = True
+            inference_undone = inference_undone or is_inference
+    return tuple(blamed[::-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,8 @@ def test_a_failing_forward_also_leaves_torch_as_it_was(monkeypatch: pytest.Monke
 def test_the_readme_shows_what_is_printed(default: Session) -> None:
     if TAKES_TENSORS:
         pytest.skip("the README shows the lines of deepseek-ocr-encoder 0.1.0")
+    if sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 does not tell the columns of a call: whole lines stand in the tree")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     shown = readme.partition("```text\n")[2].partition("```")[0].splitlines()
     console = Console(file=io.StringIO(), width=100, no_color=True)

@@ -70,8 +70,9 @@ def runner(tool: str) -> Callable[[Any, tuple[Any, ...]], object]:
     if tool.startswith("torchlens"):
         import torchlens
 
-        call = getattr(torchlens, tool.split()[1])
-        return lambda model, inputs: call(model, list(inputs))
+        if tool == "torchlens record":  # by itself it would keep nothing, and refuses that
+            return lambda model, inputs: torchlens.record(model, list(inputs), default_op=True)
+        return lambda model, inputs: torchlens.trace(model, list(inputs))
     if tool == "torchview":
         import torchview
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from gradscope.tracing.calls import is_in_place
 from gradscope.tracing.provenance import tensors_in
@@ -141,16 +142,26 @@ def hollow(factory: Callable[[], Module]) -> Module:
 class _Constructing(TorchFunctionMode):
     """Hide from a constructor that its weights have no values.
 
-    Writing into them does nothing, and asked where they lie they say the CPU, since tables are made there.
+    Writing into them or from them does nothing, and asked where they lie they say the CPU, since tables are made
+    there. A call that takes a weight and a tensor with values (a constructor that runs its backbone once to see the
+    shapes) gives one without.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and _is_meta(args[0]):
-            if getattr(func, "__name__", "") in INITIALISERS:
+        kwargs = kwargs or {}
+        if func == _DEVICE and _is_meta(args[0]):
+            return torch.device("cpu")
+        tensors = tensors_in((args, kwargs))
+        if any(map(_is_meta, tensors)):
+            if getattr(func, "__name__", "") in INITIALISERS and isinstance(args[0], torch.Tensor):
                 return args[0]
-            if func == _DEVICE:
-                return torch.device("cpu")
-        return func(*args, **(kwargs or {}))
+            if not all(map(_is_meta, tensors)):
+                args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
 
 
 def _untouched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

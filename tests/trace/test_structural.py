@@ -28,6 +28,34 @@ def test_a_table_made_on_the_device_of_a_weight_has_its_values() -> None:
     assert model.weight.requires_grad
 
 
+class Probed(nn.Module):
+    """Runs a layer once to see the shape that it gives, as timm's hybrids and torchvision's SSD do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3, stride=2)
+        side = self.layer(torch.zeros(1, 3, 9, 9)).shape[-1]
+        self.head = nn.Linear(8 * side * side, 2)
+
+
+def test_a_constructor_may_run_its_layers_to_see_a_shape() -> None:
+    assert hollow(Probed).head.in_features == 8 * 4 * 4
+
+
+class Copied(nn.Module):
+    """Takes over a weight as a buffer, as the frozen normalisation of transformers' DETR does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3))
+        self.register_buffer("scale", torch.ones(3))
+        self.scale.data.copy_(self.weight)
+
+
+def test_a_buffer_may_be_written_from_a_weight() -> None:
+    assert hollow(Copied).scale.shape == (3,)
+
+
 class Counted(nn.Module):
     """Asks for a number that it computed itself."""
 

@@ -99,12 +99,12 @@ def _torchvision(name: str) -> Recipe:
         options["weights_backbone"] = None
 
     def guess(model: nn.Module) -> Guess | None:
-        return _for_torchvision(models, name)
+        return _for_torchvision(models, name, model)
 
     return lambda: models.get_model(name, **options), guess
 
 
-def _for_torchvision(models: Any, name: str) -> Guess:
+def _for_torchvision(models: Any, name: str, model: nn.Module) -> Guess:
     module = models.get_model_builder(name).__module__
     if ".detection" in module:
         target = {"boxes": torch.tensor([[20.0, 20.0, 200.0, 240.0]]), "labels": torch.tensor([1])}
@@ -112,16 +112,19 @@ def _for_torchvision(models: Any, name: str) -> Guess:
             target["masks"] = torch.ones(1, 320, 320, dtype=torch.uint8)
         if "keypoint" in name:
             target["keypoints"] = torch.tensor([[[60.0, 60.0, 1.0]] * 17])
-        said = "Input one 3x320x320 image with one box as its target: in training it gives its losses."
-        return Guess(([torch.rand(3, 320, 320)], [target]), said)
+        said = "Input two 3x320x320 images, each with one box as its target: in training it gives its losses."
+        images = [torch.rand(3, 320, 320), torch.rand(3, 320, 320)]
+        return Guess((images, [target, dict(target)]), said)
     if ".optical_flow" in module:
         return Guess((torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)), "Inputs two 1x3x128x128 images.")
     weights = models.get_model_weights(name)
     transforms = next(iter(weights)).transforms() if len(weights) else None
     size = (getattr(transforms, "crop_size", None) or [224])[-1]
-    shape = (1, 3, 16, size, size) if ".video" in module else (1, 3, size, size)
-    words = "x".join(map(str, shape))
-    return Guess((torch.rand(shape),), f"Input {words}, from the transforms of its weights.")
+    own = getattr(model, "image_size", None)  # some of the weights are for a larger one
+    size, origin = (own, "its image_size") if isinstance(own, int) else (size, "the transforms of its weights")
+    # Two of them: some normalise what is left of one image, a single number per channel.
+    shape = (2, 3, 16, size, size) if ".video" in module else (2, 3, size, size)
+    return Guess((torch.rand(shape),), f"Input {'x'.join(map(str, shape))}, from {origin}.")
 
 
 def _transformers(name: str) -> Recipe:

@@ -153,8 +153,8 @@ class _Constructing(TorchFunctionMode):
             return torch.device("cpu")
         tensors = tensors_in((args, kwargs))
         if any(map(_is_meta, tensors)):
-            if getattr(func, "__name__", "") in INITIALISERS and isinstance(args[0], torch.Tensor):
-                return args[0]
+            if getattr(func, "__name__", "") in INITIALISERS:
+                return tensors[0]
             if not all(map(_is_meta, tensors)):
                 args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
         return func(*args, **kwargs)

@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -51,6 +52,8 @@ SMALL = {
 
 # Address space of a process: a configuration that stays big raises MemoryError instead of taking the machine.
 MOST_MEMORY = 12 << 30
+# A configuration that stays big is not computed to its end either.
+MOST_SECONDS = 120
 # Models checked by one process before the next one starts.
 A_PROCESS = 60
 
@@ -70,6 +73,8 @@ def check(library: str, name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(MOST_SECONDS)
     started = time.perf_counter()
     row: dict[str, Any] = {"name": name}
     try:
@@ -79,11 +84,18 @@ def check(library: str, name: str) -> dict[str, Any]:
     else:
         try:
             row |= _compared(traced(), plain())
+        except TimeoutError as error:
+            row |= {"failed": str(error), "ours": False}
         except Exception as error:
             row |= {"failed": f"{type(error).__name__}: {str(error)[:160]}", "ours": plain() is not None}
+    signal.alarm(0)
     row["seconds"] = round(time.perf_counter() - started, 2)
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)  # of this process so far
     return row
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"more than {MOST_SECONDS} seconds")
 
 
 def _compared(session: Session, reached: set[str] | None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from torch import nn
 
 from gradscope.tracing.structural import hollow
 
-
 # As transformers keeps the initialisers that hollow() replaces.
 TRUE_NORMAL = nn.init.normal_
 

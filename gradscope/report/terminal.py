@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 from rich.tree import Tree
 
+from gradscope.findings import Source
 from gradscope.report.page import Page
 from gradscope.report.views import MOST_LINES, ViewNode, fold
 from gradscope.session import Session
@@ -78,7 +80,7 @@ class _TracePage(Page):
             frozen = sum(source.frozen for source in group)
             tail = f" ({frozen} frozen, which blocks nothing)" if frozen else ""
             names = f" [{group[0].name}]" if kind == "input" and len(group) == 1 else ""
-            self.print(f"  {len(group)} {noun}{names}: {words}{tail}")
+            self.print(f"  {len(group)} {noun}{names}: {words}{tail}{_norms(group)}")
         if session.crash is not None:
             crash = session.crash
             self.console.print()
@@ -156,6 +158,16 @@ class _TracePage(Page):
             code = Syntax("", "python", background_color="default").highlight(session.remedy.code)
             for row in code.split("\n"):
                 self.console.print(Text("  ").append_text(row), soft_wrap=True)
+
+
+def _norms(group: list[Source]) -> str:
+    """Say between which norms the gradients lie; empty where none was computed."""
+    norms = [source.gradient.norm_l2 for source in group if source.gradient is not None]
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    if not finite:
+        return ""
+    low, high = f"{min(finite):.2g}", f"{max(finite):.2g}"
+    return f"; gradient norm {low}" if low == high else f"; gradient norms {low} to {high}"
 
 
 def _runs(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from gradscope.errors import UsageError
-from gradscope.findings import Finding, Source
+from gradscope.findings import Finding, Gradient, Source
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode
 from gradscope.report import dot, terminal
 from gradscope.report.views import fold
@@ -172,3 +173,13 @@ def test_many_regions_stay_within_the_limit_and_say_what_is_left_out() -> None:
 def test_foreign_letters_do_not_break_an_ascii_terminal(session: Session) -> None:
     session.remarks.append("naïve ≤ 3")
     assert shown(session, "ascii").isascii()
+
+
+def test_the_norms_of_gradients_are_shown_where_they_were_computed() -> None:
+    session = Session("trace", "flows", target={"name": "m", "entry": "forward", "inputs": [], "mode": "real",
+                      "device": "cpu", "dtype": "float32"})  # fmt: skip
+    for name, norm in (("a", 0.5), ("b", 20.0), ("c", math.nan)):
+        session.sources[name] = Source(name, "parameter", "flows", gradient=Gradient(norm))
+    console = Console(file=io.StringIO(), width=100, no_color=True)
+    terminal.render(session, console)
+    assert "3 parameters: 3 flows; gradient norms 0.5 to 20" in console.file.getvalue()

@@ -185,10 +185,20 @@ class Runner:
         if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
             run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")
             return
+        if result.error is not None and _is_of_the_machine(result.error):
+            said = f"{type(result.error).__name__}: {result.error}".strip().splitlines()[0]
+            run.recording.unseen.append(f"Gradients were not measured, since the backward pass ended with {said}")
+            return
         run.gradients, run.measured, run.troubled = result.gradients, measured, result.troubled
         run.recording.losses = result.losses
         if result.error is not None:
             run.recording.backward_error = f"{type(result.error).__name__}: {result.error}"
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Tell an exception that says nothing of the model: no memory left, no time left."""
+    short = (MemoryError, TimeoutError, torch.OutOfMemoryError)
+    return isinstance(error, short) or "can't allocate memory" in str(error)
 
 
 def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:

@@ -291,6 +291,23 @@ def test_the_neighbours_of_what_raises_are_no_findings(between: Between, mode: s
     assert (session.verdict, named(session, between)) == ("flows", [])
 
 
+class ExhaustedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_a_machine_without_memory_is_no_crash_of_autograd() -> None:
+    session = traced(lambda x: ExhaustedBackward.apply(x))
+    assert (session.verdict, session.findings) == ("flows", [])
+    assert any("out of memory" in words for words in session.unseen)
+    assert all(source.gradient is None for source in session.sources.values())
+
+
 # --- hooks ---------------------------------------------------------------------------------------------
 
 

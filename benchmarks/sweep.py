@@ -47,6 +47,7 @@ SMALL = {
     "n_layer": 2, "n_head": 4, "n_embd": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64, "d_kv": 8,
     "embed_dim": 32, "image_size": 64, "patch_size": 16, "max_position_embeddings": 128, "head_dim": 8,
     "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32, "embedding_size": 32,
+    "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
 }  # fmt: skip
 
 
@@ -179,7 +180,9 @@ def reached_plainly(model: nn.Module, factory: Callable[[], nn.Module], given: G
             if parameter is not None:
                 with mode:
                     fake = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype)
-                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(fake, parameter.requires_grad))
+                # All of them are to require a gradient: a frozen one's status is what it would be if it were trained.
+                trained = fake.is_floating_point()
+                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(fake, trained))
     try:
         with mode:
             kwargs = {key: _faked(mode, value) for key, value in given.kwargs.items()}
@@ -187,7 +190,7 @@ def reached_plainly(model: nn.Module, factory: Callable[[], nn.Module], given: G
     except Exception:
         pass
     try:
-        model = factory()
+        model = factory().requires_grad_(True)
         return walked(model, model(*given.args, **given.kwargs))
     except Exception:
         return None

@@ -302,7 +302,7 @@ class ExhaustedBackward(torch.autograd.Function):
 
 
 def test_a_machine_without_memory_is_no_crash_of_autograd() -> None:
-    session = traced(lambda x: ExhaustedBackward.apply(x))
+    session = traced(ExhaustedBackward.apply)
     assert (session.verdict, session.findings) == ("flows", [])
     assert any("out of memory" in words for words in session.unseen)
     assert all(source.gradient is None for source in session.sources.values())

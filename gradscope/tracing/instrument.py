@@ -14,9 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType
 from typing import Any, Protocol
-from unittest import mock
 
 import torch
 from torch import nn
@@ -79,9 +78,13 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
 # --- the parts -----------------------------------------------------------------------------------
 
 
-def _replace(stack: ExitStack, owner: type | ModuleType, name: str, replacement: Any) -> None:
-    patch = mock.patch.object(owner, name, replacement)
-    patch.start()
+_INHERITED = object()
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, replacement: Any) -> None:
+    """Set an attribute of a class or a module until the stack is left; one that was inherited is taken off again."""
+    original = owner.__dict__.get(name, _INHERITED)
+    setattr(owner, name, replacement)
     installed = owner.__dict__[name]
 
     def restore() -> None:
@@ -90,7 +93,10 @@ def _replace(stack: ExitStack, owner: type | ModuleType, name: str, replacement:
                 f"{owner.__name__}.{name} was patched by another tool while gradscope traced.",
                 hint="Stop that tool inside the traced code and trace again.",
             )
-        patch.stop()
+        if original is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
 
     stack.callback(restore)
 

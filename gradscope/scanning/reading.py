@@ -32,8 +32,8 @@ TENSOR_OPS = re.compile(
     r"(?:new_)?tensor\(|from_numpy\(|argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|"
     r"Function\b|(?:to|type)\((?:dtype=)?torch\.(?:u?int|long|bool|short)|(?<=\)\.)float\(\))"
 )
-# The same where no dot comes before: literals, each with the character that tells it from a longer name.
-BARE_OPS = (" checkpoint(", "(checkpoint(", ".checkpoint(", "custom_op(", "(Function)", " float(", "(float(", "=float(")
+# The same where no dot need come before: literals, each with the characters that tell it from a longer name.
+BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (="}
 # These begin with a line break, not with ``^``: a literal lets the search leap from line to line.
 HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:")
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
@@ -117,7 +117,8 @@ class Needles:
 
     def with_renames(self, source: str) -> Needles:
         """Return the needles of one file: ``from torch import no_grad as quiet`` adds a name of its own."""
-        found = RENAMED.findall(source)
+        matches = (RENAMED.match(source, at) for name in GRAD_MODE for at in _places(source, name))
+        found = [match.groups("") for match in matches if match]
         if not found:
             return self
         applied = [f"{word} {root}" for _, root in found if root for word in ("class", "def")]
@@ -125,28 +126,29 @@ class Needles:
 
     def deep(self, source: str) -> list[int]:
         """Return the offsets of the names, ascending."""
-        found: list[int] = []
-        for name in self.names:
-            at = source.find(name)
-            while at >= 0:
-                if (name in GRAD_MODE or _stands_alone(source, at, name)) and not _is_remark(source, at):
-                    found.append(at)
-                at = source.find(name, at + 1)
-        return sorted(found)
+        return sorted(
+            at
+            for name in self.names
+            for at in _places(source, name)
+            if (name in GRAD_MODE or _stands_alone(source, at, name)) and not _is_remark(source, at)
+        )
 
-    def all(self, source: str) -> list[int]:
-        """Return the offsets of the names and of tensor operations, ascending."""
-        found = [match.start() for match in TENSOR_OPS.finditer(source)]
-        for literal in BARE_OPS:
-            found += _places(source, literal)
-        return sorted([*self.deep(source), *(at for at in found if not _is_remark(source, at))])
+
+def tensor_ops(source: str) -> list[int]:
+    """Return the offsets of tensor operations that may stop a gradient, ascending."""
+    found = [match.start() for match in TENSOR_OPS.finditer(source)]
+    for literal, before in BARE_OPS.items():
+        for at in _places(source, literal):
+            end = at + len(literal)
+            if source[at - 1 : at] in before and not (literal == "float(" and source.startswith(('"', "'"), end)):
+                found.append(end - 1)  # not float("inf")
+    return sorted(at for at in found if not _is_remark(source, at))
 
 
 def _places(source: str, literal: str) -> Iterator[int]:
     at = source.find(literal)
     while at >= 0:
-        if not source.startswith(('"', "'"), at + len(literal)) or "float" not in literal:  # float("inf")
-            yield at + len(literal) - 1
+        yield at
         at = source.find(literal, at + 1)
 
 
@@ -164,7 +166,7 @@ def _stands_alone(source: str, at: int, name: str) -> bool:
 
 
 _TENSOR_OPS_BYTES = re.compile(TENSOR_OPS.pattern.encode())
-_BARE_OPS_BYTES = tuple(literal.encode() for literal in BARE_OPS)
+_BARE_OPS_BYTES = tuple(f"{first}{literal}".encode() for literal, before in BARE_OPS.items() for first in before)
 
 
 @dataclass(slots=True)
@@ -178,8 +180,7 @@ class Parsed:
 
 def parse(source: str, offsets: list[int], deep: list[int]) -> Parsed:
     """Parse the blocks that hold one of the offsets; of classes without a deep one, the methods that do."""
-    initialisers = {match.start() for match in _INITIALISER.finditer(source)} if deep else set()
-    deep = [at for at in deep if at not in initialisers]
+    deep = [at for at in deep if not _INITIALISER.match(source, at)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in the target's strings are not our business
         try:
@@ -217,7 +218,8 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
         if source[start] == "@" or _is_open(block):
             continue  # a decorator belongs to what follows, and so does the head of an open string
         if not _any_within(offsets, pending, end):
-            kept.append(block if "import" in block else "\n" * block.count("\n"))
+            is_import = "import" in block and not source.startswith(_DEFINITION, start)
+            kept.append(block if is_import else "\n" * block.count("\n"))
         elif (
             source.startswith("class ", start)
             and not _any_within(deep, pending, end)
@@ -229,6 +231,9 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
         pending = end
     kept.append(source[pending:])
     return "".join(kept), left_out
+
+
+_DEFINITION = ("class ", "def ", "async def ")
 
 
 def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, list[str]]) -> str:

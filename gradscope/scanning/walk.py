@@ -11,7 +11,7 @@ from dataclasses import replace
 from gradscope.scanning.body import Body, add_imports
 from gradscope.scanning.facts import Class, FileFacts, Site
 from gradscope.scanning.ignores import ignores
-from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, parse
+from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, parse, tensor_ops
 from gradscope.scanning.regions import FunctionNode
 from gradscope.scanning.switches import Names, Switch, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
@@ -34,8 +34,8 @@ class FileReader:
     def read(self, source: str, needles: Needles) -> FileFacts:
         """Fill the facts from the source; a file that cannot be parsed says so in ``skipped``."""
         needles = needles.with_renames(source)
-        offsets = needles.all(source)
         deep = needles.deep(source)
+        offsets = sorted([*deep, *tensor_ops(source)])
         parsed = parse(source, offsets, deep)
         self.facts.skipped = parsed.skipped
         tree = parsed.tree

@@ -140,7 +140,8 @@ class Body(Regions):
         self.sometimes = before_sometimes
         for name, value in after_body.items():
             other = self.env.get(name)
-            self.env[name] = value if other is None or other == value else _merged(value, other)
+            if other is not value:
+                self.env[name] = value if other is None or other == value else _merged(value, other)
 
     def _assign(self, targets: Sequence[ast.expr], node: ast.expr, also: Value = PLAIN) -> None:
         switch = self.names.switch(node) if isinstance(node, _SWITCH_FORMS) else None
@@ -292,16 +293,23 @@ def _words(annotation: ast.expr | None) -> str:
     """Return the names in an annotation (``ast.unparse`` would take longer than reading the function)."""
     if annotation is None:
         return ""
-    if isinstance(annotation, ast.Name):
-        return annotation.id
     found = []
-    for part in ast.walk(annotation):
+    pending: list[ast.AST] = [annotation]
+    while pending:
+        part = pending.pop()
         if isinstance(part, ast.Name):
             found.append(part.id)
         elif isinstance(part, ast.Attribute):
             found.append(part.attr)
-        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
-            found.append(part.value)
+            pending.append(part.value)
+        elif isinstance(part, ast.Constant):
+            found += [part.value] if isinstance(part.value, str) else []
+        elif isinstance(part, ast.BinOp):  # Tensor | None
+            pending += (part.left, part.right)
+        elif isinstance(part, ast.Subscript):
+            pending += (part.value, part.slice)
+        else:
+            pending += ast.iter_child_nodes(part)
     return " ".join(found)
 
 

@@ -75,6 +75,11 @@ class Cache:
                 self._database = database
                 return
 
+    @property
+    def is_open(self) -> bool:
+        """Whether anything can be kept at all."""
+        return self._database is not None
+
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """Return what is kept under these keys."""
         found: dict[str, Any] = {}

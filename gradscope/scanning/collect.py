@@ -75,17 +75,23 @@ class Collector:
     def read(self, settings: Settings, wanted: Callable[[Text], bool]) -> None:
         """Bring the facts of the wanted files up to these settings."""
         texts = [text for text in self.collected.texts.values() if not text.facts.skipped and wanted(text)]
+        if not self._cache.is_open:
+            self._make(texts, settings)
+            return
         keys = {key_of(repr(settings), text.file.module, text.data): text for text in texts}
         known = self._cache.get(keys)
         self.collected.cached.update(keys[key].file.shown for key in known)
         fresh = {key: text for key, text in keys.items() if key not in known}
         for key, value in known.items():
             keys[key].facts = facts_from(value, keys[key].facts)
-        made = self._parse(list(fresh.values()), settings)
-        self.collected.parsed.update(text.file.shown for text in fresh.values())
-        for text, facts in zip(fresh.values(), made, strict=True):
-            text.facts = facts
+        self._make(list(fresh.values()), settings)
         self._cache.put({key: facts_to(text.facts) for key, text in fresh.items()})
+
+    def _make(self, texts: list[Text], settings: Settings) -> None:
+        made = self._parse(texts, settings)
+        self.collected.parsed.update(text.file.shown for text in texts)
+        for text, facts in zip(texts, made, strict=True):
+            text.facts = facts
 
     def _parse(self, texts: list[Text], settings: Settings) -> list[FileFacts]:
         size = sum(len(text.data) for text in texts)

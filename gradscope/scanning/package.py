@@ -197,6 +197,8 @@ class Package:
                 found = self.find(dotted, base, depth + 1)
                 if found is not None:
                     return found
+        if dotted.partition(".")[0] not in self._roots:
+            return None  # another package's
         head, tail = dotted, ""
         while head:
             if head in self.files and tail and (head != module or depth):

@@ -90,7 +90,7 @@ class Regions(Calls):
 
     def _as_computed(self, value: Value) -> Value:
         """Return a value with its atoms marked where gradients are off."""
-        if not self._effective_regions():
+        if not self.regions or not self._effective_regions():
             return value
         return Value(frozenset(atom if atom.startswith("off:") else f"off:{atom}" for atom in value.atoms), value.kind)
 

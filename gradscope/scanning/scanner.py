@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -83,8 +84,10 @@ def _scan(
     try:
         collector = Collector(store, jobs, progress)
         collector.open(resolved.files.values())
+        if not store.is_open:
+            return _scanned(collector, resolved, targets, wanted)
         key = _result_key(collector.collected, wanted, resolved)
-        kept = store.get([key]).get(key) if cache else None
+        kept = store.get([key]).get(key)
         if kept is None:
             session = _scanned(collector, resolved, targets, wanted)
             store.put({key: session.to_dict()})
@@ -176,11 +179,18 @@ def _holding(names: set[str]) -> Callable[[Text], bool]:
 
 
 def _calling(calls: dict[str, set[str]]) -> Callable[[Text], bool]:
-    needles = [(call.encode(), [owner.encode() for owner in sorted(owners)]) for call, owners in calls.items()]
+    names = [call.encode() for call, owners in calls.items() if not owners]
+    methods = [(call.encode(), [owner.encode() for owner in owners]) for call, owners in calls.items() if owners]
+    # One search that leaps from dot to dot tells for all of them that a file has none.
+    any_method = re.compile(rb"\.(?:%s)\(" % b"|".join(call[1:-1] for call, _ in methods))
 
     def calls_one(text: Text) -> bool:
         data = text.data
-        return any(call in data and (not owners or any(owner in data for owner in owners)) for call, owners in needles)
+        return any(name in data for name in names) or (
+            bool(methods)
+            and any_method.search(data) is not None
+            and any(call in data and any(owner in data for owner in owners) for call, owners in methods)
+        )
 
     return calls_one
 

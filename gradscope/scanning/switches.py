@@ -46,6 +46,8 @@ class Names:
 
     def dotted(self, node: ast.expr) -> str:
         """Return the dotted name of an expression with its imports resolved; empty for other expressions."""
+        if isinstance(node, ast.Name):
+            return self.imports.get(node.id, node.id)
         parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)

@@ -29,11 +29,14 @@ UNKNOWN = Value()
 
 def joined(values: list[Value]) -> Value:
     """Return the value of something made of several: all atoms, a tensor if one of them is."""
-    if not values:
-        return PLAIN
-    atoms = frozenset().union(*(value.atoms for value in values)) if len(values) > 1 else values[0].atoms
-    kinds = {value.kind for value in values}
-    kind = "tensor" if "tensor" in kinds else "unknown" if "unknown" in kinds else values[0].kind
+    if len(values) < 2:
+        return values[0] if values else PLAIN
+    atoms = NOTHING
+    for value in values:
+        if value.atoms:
+            atoms = atoms | value.atoms if atoms else value.atoms
+    kinds = [value.kind for value in values]
+    kind = "tensor" if "tensor" in kinds else "unknown" if "unknown" in kinds else kinds[0]
     return Value(atoms, kind)
 
 
@@ -155,6 +158,18 @@ class Expressions:
     def _evaluated_call(self, node: ast.Call) -> Value:
         return self.call(node)
 
+    def _operand(self, node: ast.UnaryOp) -> Value:
+        return self.value(node.operand)
+
+    def _elements(self, node: ast.Tuple | ast.List | ast.Set) -> Value:
+        return joined([self.value(element) for element in node.elts])
+
+    def _any_of(self, node: ast.BoolOp) -> Value:
+        return joined([self.value(part) for part in node.values])
+
+    def _slice(self, node: ast.Slice) -> Value:
+        return joined([self.value(part) for part in (node.lower, node.upper, node.step) if part is not None])
+
     # --- the rest -------------------------------------------------------------------------------
 
     def _binary(self, node: ast.BinOp) -> Value:
@@ -221,6 +236,8 @@ _RULES: dict[type[ast.AST], Callable[[Expressions, Any], Value]] = {
     ast.IfExp: Expressions._conditional, ast.NamedExpr: Expressions._walrus, ast.Lambda: Expressions._lambda,
     ast.Dict: Expressions._dict, ast.ListComp: Expressions._comprehension, ast.SetComp: Expressions._comprehension,
     ast.GeneratorExp: Expressions._comprehension, ast.DictComp: Expressions._comprehension,
+    ast.UnaryOp: Expressions._operand, ast.BoolOp: Expressions._any_of, ast.Slice: Expressions._slice,
+    ast.Tuple: Expressions._elements, ast.List: Expressions._elements, ast.Set: Expressions._elements,
     ast.Yield: Expressions._suspension, ast.YieldFrom: Expressions._suspension, ast.Await: Expressions._suspension,
 }  # fmt: skip
 

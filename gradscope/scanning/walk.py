@@ -71,7 +71,7 @@ class FileReader:
             elif isinstance(node, ast.ClassDef):
                 self._class(node, "")
             elif isinstance(node, (ast.If, ast.Try)):
-                if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+                if isinstance(node, ast.If) and _is_main(node.test):
                     continue
                 for part in _branches(node):
                     loose += self._top_level(part)
@@ -350,6 +350,11 @@ def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:
         yield from (handler.body for handler in node.handlers)
         yield node.finalbody
     yield node.orelse
+
+
+def _is_main(test: ast.expr) -> bool:
+    """``if __name__ == "__main__":``, also with more to it."""
+    return any(isinstance(part, ast.Constant) and part.value == "__main__" for part in ast.walk(test))
 
 
 def _bare(base: ast.expr) -> ast.expr:

@@ -37,10 +37,15 @@ def wrapper_of_class(node: ast.ClassDef, names: Names) -> str:
     return ""
 
 
+_SIMPLE = (ast.Expr, ast.Assign, ast.Return, ast.AnnAssign, ast.AugAssign, ast.Raise)
+
+
 def statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     """Yield statements and those nested in them, without a look at any expression."""
     for node in body:
         yield node
+        if isinstance(node, _SIMPLE):
+            continue
         for part in ("body", "orelse", "finalbody"):
             yield from statements(getattr(node, part, ()))
         for arm in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):

@@ -7,8 +7,8 @@ source shows it; what cannot be resolved is left out, never guessed by its last 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from gradscope.scanning.facts import Call, Class, FileFacts, Function
 
@@ -22,8 +22,7 @@ FRAMEWORKS = MODULE_BASES | {"GenerationMixin", "PeftAdapterMixin", "PushToHubMi
 DEEPEST = 12
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A function or class of the scan: the module it is in and its qualified name there."""
 
     module: str
@@ -55,6 +54,8 @@ class Package:
         self.mro = lru_cache(maxsize=None)(self._mro)
         self.callees = lru_cache(maxsize=None)(self._callees)
         self.attribute = lru_cache(maxsize=None)(self._attribute)
+        self.find = lru_cache(maxsize=None)(self._find)
+        self.method = lru_cache(maxsize=None)(self._method)
         self.find_class = lru_cache(maxsize=None)(self._find_class)
 
     def function(self, place: Place) -> Function | None:
@@ -152,9 +153,9 @@ class Package:
             pending = [base for base in found if base is not None] + pending
         return tuple(order)
 
-    def method(self, owner: Place, name: str, *, after: Place | None = None) -> Place | None:
+    def _method(self, owner: Place, name: str, after: Place | None = None) -> Place | None:
         """Return the method that ``owner().name`` means (``after``: as ``super()`` in that class sees it)."""
-        order = list(self.mro(owner))
+        order = self.mro(owner)
         if after is not None and after in order:
             order = order[order.index(after) + 1 :]
         for place in order:
@@ -180,7 +181,7 @@ class Package:
 
     # --- names ----------------------------------------------------------------------------------
 
-    def find(self, dotted: str, module: str, depth: int = 0) -> Place | None:
+    def _find(self, dotted: str, module: str, depth: int = 0) -> Place | None:
         """Return the function or class that a dotted name means in ``module``, through re-exports."""
         facts = self.files.get(module)
         if facts is None or depth > 6 or not dotted:
@@ -246,7 +247,7 @@ class Package:
             if dotted.startswith("super"):
                 home = self.class_of(place)
                 after = Place(place.module, home.name) if home else None
-                return self.method(owner, first, after=after) if not rest else None
+                return self.method(owner, first, after) if not rest else None
             found = self.method(owner, first) if not rest else None
             return found or self._through_attribute(owner, first, rest)
         found = self._local(dotted, place) or self.find(dotted, place.module)

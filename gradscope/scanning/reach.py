@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 from gradscope.scanning.facts import Atoms, Call, Class, Site
@@ -244,8 +245,9 @@ class Reach:
                 queue.append(([*path, target], self.owner_for(target, current_owner)))
         return None
 
-    def leading_to(self, goals: set[Place]) -> set[Place]:
-        """Return the functions from which a call, or a chain of calls, leads to one of the goals; goals included."""
+    @cached_property
+    def _callers(self) -> dict[Place, list[Place]]:
+        """The functions that call a function, by that function."""
         callers: dict[Place, list[Place]] = {}
         for facts in self.package.files.values():
             for name in facts.functions:
@@ -253,10 +255,14 @@ class Reach:
                     place = Place(facts.module, name)
                     for _, target in self.package.callees(place, self.owner(place)):
                         callers.setdefault(target, []).append(place)
+        return callers
+
+    def leading_to(self, goals: set[Place]) -> set[Place]:
+        """Return the functions from which a call, or a chain of calls, leads to one of the goals; goals included."""
         found = set(goals)
         pending = list(goals)
         while pending:
-            for caller in callers.get(pending.pop(), ()):
+            for caller in self._callers.get(pending.pop(), ()):
                 if caller not in found:
                     found.add(caller)
                     pending.append(caller)

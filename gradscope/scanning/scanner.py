@@ -264,7 +264,7 @@ def _without_ignored(findings: list[Finding], collected: Collected) -> tuple[lis
     for finding in findings:
         by_place.setdefault((finding.path, finding.line), []).append(finding)
     for text in collected.texts.values():
-        path = short_path(text.facts.path)
+        path = short_path(text.facts.path) if text.facts.ignores else ""
         for ignore in text.facts.ignores:
             meant = [each for line in range(ignore.first, ignore.last + 1) for each in by_place.get((path, line), ())]
             try:

@@ -14,7 +14,7 @@ package are joined.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 How: TypeAlias = Literal["decorator", "block", "call", "applied", "class"]
 Atoms: TypeAlias = frozenset[str]
@@ -45,8 +45,7 @@ class Site:
     harmless: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A call as written: the dotted target (``self.encode``, ``super().forward``) and its line.
 
     ``used`` says whether its value goes anywhere (a call as a statement of its own has an effect at most),

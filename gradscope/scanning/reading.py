@@ -39,6 +39,7 @@ HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
 BLOCK = re.compile(r"\n(?![ \t\r\n)\]}#]|else\b|elif\b|except\b|finally\b|case\b)")
 
+_COMPARISON = re.compile(r"[<>]|[=!]=|\b(?:in|is)\b")
 _FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
 _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 
@@ -115,10 +116,9 @@ class Needles:
             _TENSOR_OPS_BYTES.search(data) is not None or any(literal in data for literal in _BARE_OPS_BYTES)
         )
 
-    def with_renames(self, source: str) -> Needles:
+    def with_renames(self, source: str, switches: list[int]) -> Needles:
         """Return the needles of one file: ``from torch import no_grad as quiet`` adds a name of its own."""
-        matches = (RENAMED.match(source, at) for name in GRAD_MODE for at in _places(source, name))
-        found = [match.groups("") for match in matches if match]
+        found = [match.groups("") for match in (RENAMED.match(source, at) for at in switches) if match]
         if not found:
             return self
         applied = [f"{word} {root}" for _, root in found if root for word in ("class", "def")]
@@ -136,13 +136,23 @@ class Needles:
 
 def tensor_ops(source: str) -> list[int]:
     """Return the offsets of tensor operations that may stop a gradient, ascending."""
-    found = [match.start() for match in TENSOR_OPS.finditer(source)]
+    found = [
+        match.start()
+        for match in TENSOR_OPS.finditer(source)
+        if match[0] != ".float()" or _may_compare(source, match.start())
+    ]
     for literal, before in BARE_OPS.items():
         for at in _places(source, literal):
             end = at + len(literal)
             if source[at - 1 : at] in before and not (literal == "float(" and source.startswith(('"', "'"), end)):
                 found.append(end - 1)  # not float("inf")
     return sorted(at for at in found if not _is_remark(source, at))
+
+
+def _may_compare(source: str, end: int) -> bool:
+    """Tell whether the brackets that end at an offset may hold a comparison: ``(score > 0.5).float()``."""
+    line = source[source.rfind("\n", 0, end) + 1 : end]
+    return _COMPARISON.search(line) is not None or line.count(")") > line.count("(")
 
 
 def _places(source: str, literal: str) -> Iterator[int]:

@@ -33,8 +33,9 @@ class FileReader:
 
     def read(self, source: str, needles: Needles) -> FileFacts:
         """Fill the facts from the source; a file that cannot be parsed says so in ``skipped``."""
-        needles = needles.with_renames(source)
-        deep = needles.deep(source)
+        switches = Needles().deep(source)
+        needles = needles.with_renames(source, switches)
+        deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
         offsets = sorted([*deep, *tensor_ops(source)])
         parsed = parse(source, offsets, deep)
         self.facts.skipped = parsed.skipped
@@ -46,9 +47,7 @@ class FileReader:
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
         self._deep = line_numbers(source, deep)
-        self._switches = (
-            line_numbers(source, Needles().deep(source)) if len(needles.names) > len(GRAD_MODE) else self._deep
-        )
+        self._switches = self._deep if deep is switches else line_numbers(source, switches)
         self.facts.ignores = ignores(source)
         loose = self._top_level(tree.body)
         if any(_within(self._lines, node) for node in loose):

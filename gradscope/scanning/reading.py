@@ -228,7 +228,7 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
         if source[start] == "@" or _is_open(block):
             continue  # a decorator belongs to what follows, and so does the head of an open string
         if not _any_within(offsets, pending, end):
-            is_import = "import" in block and not source.startswith(_DEFINITION, start)
+            is_import = not source.startswith(_DEFINITION, start) and "import" in block
             kept.append(block if is_import else "\n" * block.count("\n"))
         elif (
             source.startswith("class ", start)

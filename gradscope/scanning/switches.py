@@ -108,17 +108,19 @@ class Names:
     def _wrapper(self, dotted: str) -> Switch | None:
         if not self.wrappers or not dotted:
             return None
-        here = f"{self.module.removesuffix('.__init__')}.{dotted}"
-        starred = [f"{base}.{dotted}" for key, base in self.imports.items() if key.startswith("*")]
         last = dotted.rpartition(".")[2]
-        root = self.module.partition(".")[0]
         for name, mechanism in self.wrappers.items():
-            same_name = name.rpartition(".")[2] == last
-            if name in (here, dotted, *starred) or (
-                same_name and (dotted.startswith((f"{root}.", "self.", "super()")))
-            ):
+            if name.rpartition(".")[2] == last and (self._is_own(dotted) or name in self._full_names(dotted)):
                 return Switch(mechanism, True, wrapper=name)
         return None
+
+    def _is_own(self, dotted: str) -> bool:
+        return dotted.startswith((f"{self.module.partition('.')[0]}.", "self.", "super()"))
+
+    def _full_names(self, dotted: str) -> tuple[str, ...]:
+        """Return what a name may be in full: of this module, as it is, or of a module imported with a star."""
+        starred = (f"{base}.{dotted}" for key, base in self.imports.items() if key.startswith("*"))
+        return (f"{self.module.removesuffix('.__init__')}.{dotted}", dotted, *starred)
 
     def _called(self, node: ast.Call) -> Switch | None:
         dotted = self.dotted(node.func)

@@ -71,6 +71,8 @@ PIECES = st.sampled_from(
         "Y = [\n    1,\n]\n", "@decorated\n\n# between\ndef k():\n    return torch.tensor(X)\n", "\n", "    \n", "'''\n", "x = (\n",
         "match X:\n    case 1:\n        pass\n", "async def m():\n    async with torch.no_grad():\n        pass\n", "\\\n",
         "class C:\n    def n(self, x):\n        return x.detach()\n    ", "    # torch",
+        "def p():\n    from torch import no_grad\n    return no_grad\n", "# >>> from torch import no_grad as quiet\n",
+        "@quiet()\nclass D:\n    import torch as th\n", "def q(x):\n    with quiet():\n        return x\n",
     ]
 )  # fmt: skip
 
@@ -94,6 +96,28 @@ def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
     methods = [{name: set(each.methods) for name, each in facts.classes.items()} for facts in (blanked, whole)]
     assert methods[0] == methods[1]
     assert blank(source, [], [])[0].count("\n") == source.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("(x > 0.5).float()", True),
+        ("(x\n        != y).float()", True),
+        ("(x >\n        f(y)).float()", True),
+        ("(x > f(y)\n    ).float()", True),
+        ("(x is not y).float()", True),
+        ("self.layer(x).float()", False),
+        ("rotate(\n        x[(0, 1)]).float()", True),
+        ("(x + y).float()", False),
+        ("x + float(y)", True),
+        ('x + float("inf")', False),
+        ("torch.library.custom_op(x)", True),
+        ("x.checkpoint(y)", True),
+        ("my_checkpoint(y)", False),
+    ],
+)
+def test_only_what_may_stop_a_gradient_is_a_hit(expression: str, expected: bool) -> None:
+    assert bool(reading.tensor_ops(f"def f(self, x, y):\n    return {expression}\n")) == expected
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ class PretendedDevice:
             raise CannotFollow("the memory of a tensor that has none is asked for")
         if getattr(func, "__name__", "") in SAME_DTYPE:
             self._refuse_mixed_dtypes(args, kwargs)
-        if self._asks_for_device(args, kwargs) or _has_fake(args, kwargs) or self._makes_room(func, kwargs):
+        # The memo of a deepcopy holds all copies made so far: a real tensor is not pretended for their sake.
+        given = args[:1] if getattr(func, "__name__", "") == "__deepcopy__" else args
+        if self._asks_for_device(given, kwargs) or _has_fake(given, kwargs) or self._makes_room(func, kwargs):
             if args and _is_real(args[0]) and is_in_place(getattr(func, "__name__", "")):
                 raise CannotFollow("numbers that do not exist are written into a tensor that does")
             with self._mode:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
+import gradscope
 from gradscope.tracing.structural import hollow
 
 # As transformers keeps the initialisers that hollow() replaces.
@@ -71,3 +74,20 @@ class Counted(nn.Module):
 
 def test_what_has_values_is_computed() -> None:
     assert hollow(Counted).rate == [1.0, 2.0, 3.0]
+
+
+class CopiesItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("order", torch.tensor([3, 2, 1, 0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        twin = copy.deepcopy(self)
+        assert twin.order.tolist() == [3, 2, 1, 0]  # its numbers are there, whatever was copied before it
+        return self.layer(x)[:, twin.order]
+
+
+def test_what_is_copied_along_with_a_weight_keeps_its_numbers() -> None:
+    session = gradscope.trace(CopiesItself(), torch.ones(2, 4), mode="structural")
+    assert session.verdict == "flows"

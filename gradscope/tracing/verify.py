@@ -123,6 +123,7 @@ def _peel(runner: Runner, proof: Proof) -> None:
         if _arrives(run, diagnosis, wanted):
             proof.healed, proof.verified, proof.fix = run, True, tuple(removed)
             proof.healed_diagnosis = diagnosis
+            _add_remaining(proof, diagnosis, newest[-1])
             return
         found = {site: cut for site, cut in _cuts_of(run, diagnosis).items() if site not in proof.cuts}
         for site, cut in found.items():
@@ -130,6 +131,14 @@ def _peel(runner: Runner, proof: Proof) -> None:
             proof.hidden_by[site] = cut.outer or newest[-1]
         newest = _removable(found)
         removed = removed + newest
+
+
+def _add_remaining(proof: Proof, diagnosis: Diagnosis, newest: Site) -> None:
+    """Add the cuts that leave the gradient incomplete once it arrives: they lie behind those that are gone."""
+    for site, cut in diagnosis.cuts.items():
+        if site not in proof.cuts and cut.partial & proof.wanted:
+            proof.cuts[site] = cut
+            proof.hidden_by[site] = cut.outer or newest
 
 
 def _minimise(runner: Runner, proof: Proof) -> None:

@@ -184,6 +184,22 @@ def test_two_parallel_cuts_both_have_to_go_or_the_gradient_is_incomplete() -> No
     assert session.fix_verified
 
 
+def stopped_twice(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x * 2
+    return y / y.norm().detach()
+
+
+@pytest.mark.parametrize("mode", ["structural", "real"])
+def test_what_stays_incomplete_behind_a_cut_is_told(mode: str) -> None:
+    session = run(stopped_twice, mode)
+    assert [(f.rule, f.severity, f.behind) for f in session.findings] == [
+        ("GS104", "error", None),
+        ("GS201", "warning", "F1"),
+    ]
+    assert session.fix_set == ["F1"] and session.fix_verified
+
+
 @pytest.mark.parametrize("mode", ["structural", "real"])
 @pytest.mark.parametrize("between", LOOK_ALIKES)
 def test_a_look_alike_is_no_cut(between: Callable[[torch.Tensor], torch.Tensor], mode: str) -> None:

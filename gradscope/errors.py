@@ -31,9 +31,14 @@ class GradscopeError(Exception):
         return f"{self.message} {self.hint}".strip()
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says; empty where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def in_words(error: BaseException) -> str:
     """Return the class of an exception and the first line of what it says, where it says anything."""
-    first = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    first = first_line(error).rstrip(".")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from gradscope.errors import first_line
 from gradscope.tracing.cuts import Cut, blamed, cut_at
 from gradscope.tracing.diagnose import diagnose
 from gradscope.tracing.recording import Recording, Site
@@ -39,7 +40,7 @@ def crash_cuts(recording: Recording) -> dict[Site, Cut]:
     """Return what made autograd refuse a call of the forward pass."""
     pending, said = recording.pending, str(recording.error).lower()
     found = next(((rule, where) for words, rule, where in REFUSED_CALLS if words.lower() in said), None)
-    if pending is None or found is None:
+    if recording.error is None or pending is None or found is None:
         return {}
     rule, where = found
     cuts: dict[Site, Cut] = {}
@@ -57,9 +58,5 @@ def crash_cuts(recording: Recording) -> dict[Site, Cut]:
             rule = "GS601" if any(recording.values[value].leaf for value in pending.inputs
                                   if recording.values[value].inference) else "GS602"  # fmt: skip
         cut = cut_at(cuts, recording, pending)
-        cut.rule, cut.words = rule, f"autograd refuses this call: {_first_line(recording.error)}"
+        cut.rule, cut.words = rule, f"autograd refuses this call: {first_line(recording.error)}"
     return cuts
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

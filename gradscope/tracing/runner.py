@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gradscope.errors import UsageError
+from gradscope.errors import UsageError, in_words
 from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
@@ -186,7 +186,7 @@ class Runner:
             run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")
             return
         if result.error is not None and _is_of_the_machine(result.error):
-            said = f"{type(result.error).__name__}: {result.error}".strip().splitlines()[0]
+            said = in_words(result.error)
             run.recording.unseen.append(f"Gradients were not measured, since the backward pass ended with {said}")
             return
         run.gradients, run.measured, run.troubled = result.gradients, measured, result.troubled

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from gradscope._version import version
+from gradscope.errors import first_line
 from gradscope.findings import SEVERITIES, Finding, Source
 from gradscope.paths import short_path
 from gradscope.session import Session
@@ -145,7 +146,7 @@ def _crash(proof: Proof) -> dict[str, object] | None:
     return {
         "phase": "forward",
         "exception": type(recording.error).__name__,
-        "message": str(recording.error).strip().splitlines()[0],
+        "message": first_line(recording.error),
         "path": short_path(place.code.co_filename) if place else "",
         "line": place.line if place else 0,
         "module": modules[-1] if modules else "",

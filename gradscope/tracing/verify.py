@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gradscope.errors import first_line
 from gradscope.tracing.calls import REPLACEABLE
 from gradscope.tracing.cuts import SWITCHES, Cut
 from gradscope.tracing.diagnose import Diagnosis, diagnose
@@ -71,7 +72,7 @@ def _first(runner: Runner) -> tuple[Run, Diagnosis, str, int]:
     everything = first.asked >= set(recording.leaves)
     if recording.error is not None and is_autograds(recording.error) and not everything:
         given, more = _run_back(runner, as_given=True)
-        said = f"Only what is asked about was made to require a gradient: with all of it, {_said(recording.error)}"
+        said = f"Only what is asked about was made to require a gradient: with all of it, {first_line(recording.error)}"
         if given.recording.error is None or not is_autograds(given.recording.error):
             return given, diagnose(given.recording), said, runs + more
         runs += more
@@ -101,10 +102,6 @@ def _lost_sight(runner: Runner, run: Run) -> bool:
         return False
     statuses = diagnose(run.recording).statuses
     return any(statuses.get(name) == "unused" for name in run.asked)
-
-
-def _said(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _cuts_of(run: Run, diagnosis: Diagnosis) -> dict[Site, Cut]:

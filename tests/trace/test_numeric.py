@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from two import Between, named, traced
+from two import Between, Doubled, Straight, ZeroBackward, named, traced
 
 import gradscope
 
@@ -28,22 +28,12 @@ class Reversed(torch.autograd.Function):
         return -2 * grad
 
 
-class Forgotten(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(grad)
-
-
 def reversed_gradient(x: torch.Tensor) -> torch.Tensor:
     return Reversed.apply(x)
 
 
 def forgotten_gradient(x: torch.Tensor) -> torch.Tensor:
-    return Forgotten.apply(x)
+    return ZeroBackward.apply(x)
 
 
 def scaled_by_a_hook(x: torch.Tensor) -> torch.Tensor:
@@ -85,16 +75,6 @@ def test_a_gradient_that_is_not_the_derivative_is_wrong_and_its_cause_is_named(
 
 
 # --- what agrees -----------------------------------------------------------------------------------------
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad * 2
 
 
 def custom(x: torch.Tensor) -> torch.Tensor:
@@ -209,17 +189,7 @@ def status_of(between: Between) -> str:
 # --- surrogates --------------------------------------------------------------------------------------------
 
 
-class StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
-
-
-@pytest.mark.parametrize("between", [StraightThrough.apply, lambda x: x + (x.round() - x).detach()])
+@pytest.mark.parametrize("between", [Straight.apply, lambda x: x + (x.round() - x).detach()])
 def test_a_surrogate_is_said_to_be_one_and_is_no_error(between: Between) -> None:
     session = traced(between, "auto", numeric=True)
     assert session.sources["first.weight"].status == "flows" and session.verdict == "flows"

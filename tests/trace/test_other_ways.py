@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.nn.functional
 from torch import distributed, nn
-from two import Between, Two, arriving, given, named, traced
+from two import Between, Straight, Two, arriving, given, named, traced
 
 import gradscope
 from gradscope.errors import UsageError
@@ -110,16 +110,6 @@ def decorated_coroutine(x: torch.Tensor) -> torch.Tensor:
 
 
 # --- custom functions bound before the trace ---------------------------------------------------------------
-
-
-class Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
 
 
 class Nothing(torch.autograd.Function):

@@ -28,6 +28,42 @@ class Two(nn.Module):
         return self.second(self.between(self.first(x)))
 
 
+class Doubled(torch.autograd.Function):
+    """A custom function whose backward is its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+class ZeroBackward(torch.autograd.Function):
+    """A custom function that gives back zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(grad)
+
+
+class Straight(torch.autograd.Function):
+    """A straight-through estimator: the step forward, the identity back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
 def given() -> torch.Tensor:
     """Return the input of every case."""
     torch.manual_seed(1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +12,28 @@ Severity: TypeAlias = Literal["error", "warning", "note"]
 Confidence: TypeAlias = Literal["certain", "likely", "possible"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+# Lines of source shown before and after the line of a finding.
+AROUND = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """The lines of source around a finding; ``first`` is the number of the first one, counted from 1."""
+
+    first: int
+    lines: tuple[str, ...]
+
+    @classmethod
+    def around(cls, lines: Sequence[str], line: int, end_line: int = 0) -> Excerpt | None:
+        """Return what lies around a line of a file; None where the file has no such line."""
+        if not 0 < line <= len(lines):
+            return None
+        first, last = max(1, line - AROUND), max(line, min(end_line, line + AROUND)) + AROUND
+        return cls(first, tuple(each.rstrip() for each in lines[first - 1 : last]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the excerpt as in ``gradscope.session/1``."""
+        return {"first": self.first, "lines": list(self.lines)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +44,8 @@ class Finding:
     ``named_modules`` path within the model, ``cuts`` the names of the sources that lose their
     gradient here, ``behind`` the id of the finding that hides this one, and ``verified`` whether
     a further run with this place neutralised showed that it belongs to the fix.
-    ``chain`` holds the callers from the entry to the place, outermost first.
+    ``chain`` holds the callers from the entry to the place, outermost first. ``fingerprint`` names
+    the finding in a baseline: it stays the same when lines move and files are renamed.
     """
 
     id: str
@@ -43,6 +68,14 @@ class Finding:
     fix: str = ""
     chain: tuple[str, ...] = ()
     source: str = ""
+    excerpt: Excerpt | None = None
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        """Take the fingerprint of the rule, the qualified name and the line of source, blanks aside."""
+        if not self.fingerprint:
+            what = "\0".join((self.rule, self.function, " ".join(self.source.split()) or self.mechanism))
+            object.__setattr__(self, "fingerprint", hashlib.sha256(what.encode()).hexdigest()[:16])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as in ``gradscope.session/1``."""
@@ -67,6 +100,8 @@ class Finding:
             "fix": self.fix,
             "chain": list(self.chain),
             "source": self.source,
+            "excerpt": self.excerpt.to_dict() if self.excerpt else None,
+            "fingerprint": self.fingerprint,
         }
 
     @classmethod
@@ -75,6 +110,8 @@ class Finding:
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         known["cuts"] = tuple(known.get("cuts", ()))
         known["chain"] = tuple(known.get("chain", ()))
+        excerpt = known.get("excerpt")
+        known["excerpt"] = Excerpt(excerpt["first"], tuple(excerpt["lines"])) if excerpt else None
         return cls(**known)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 NodeKind: TypeAlias = Literal["input", "region", "module", "operation", "output"]
@@ -65,6 +65,14 @@ class FlowGraph:
     def children(self, parent: str | None) -> list[FlowNode]:
         """Return the nodes directly inside ``parent`` (``None``: the top level)."""
         return [node for node in self.nodes if node.parent == parent]
+
+    def without_source(self) -> FlowGraph:
+        """Return the graph with operations named by their line: their labels are expressions of the source."""
+        nodes = [
+            replace(node, label=f"line {node.line}" if node.line else "operation") if node.kind == "operation" else node
+            for node in self.nodes
+        ]
+        return FlowGraph(nodes, self.edges)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the graph as in ``gradscope.session/1``."""

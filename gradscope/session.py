@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ class Session:
 
     ``verdict`` is ``flows``, ``partial``, ``blocked`` or ``crashes``. ``remarks`` tell what was
     assumed or done for the run (random weights, parameters unfrozen), ``unseen`` what could not
-    be looked into. A scan has no sources and no graph; its ``entries`` say for public methods whether a
-    gradient gets through (``function``, ``status``, ``chain``, ``findings``).
+    be looked into. ``healed`` is the graph of the run in which the fix set was taken away and the gradient
+    arrived, where there was one. A scan has no sources and no graph; its ``entries`` say for public methods
+    whether a gradient gets through (``function``, ``status``, ``chain``, ``findings``).
     """
 
     kind: str
@@ -51,6 +53,7 @@ class Session:
     fix_set: list[str] = field(default_factory=list)
     fix_verified: bool = False
     graph: FlowGraph = field(default_factory=FlowGraph)
+    healed: FlowGraph | None = None
     crash: dict[str, Any] | None = None
     remedy: Remedy | None = None
     remarks: list[str] = field(default_factory=list)
@@ -89,6 +92,12 @@ class Session:
         present = {finding.severity for finding in self.findings}
         return next((severity for severity in SEVERITIES if severity in present), None)
 
+    def without_source(self) -> Session:
+        """Return the session without a line of anybody's source: for reports that leave the house."""
+        findings = [dataclasses.replace(each, source="", excerpt=None) for each in self.findings]
+        healed = self.healed.without_source() if self.healed is not None else None
+        return dataclasses.replace(self, findings=findings, graph=self.graph.without_source(), healed=healed)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the session as JSON-ready data."""
         return {
@@ -103,6 +112,7 @@ class Session:
             "fix_set": list(self.fix_set),
             "fix_verified": self.fix_verified,
             "graph": self.graph.to_dict(),
+            "healed": self.healed.to_dict() if self.healed is not None else None,
             "crash": self.crash,
             "remedy": self.remedy.to_dict() if self.remedy else None,
             "remarks": list(self.remarks),
@@ -131,6 +141,7 @@ class Session:
             fix_set=data["fix_set"],
             fix_verified=data["fix_verified"],
             graph=FlowGraph.from_dict(data["graph"]),
+            healed=FlowGraph.from_dict(data["healed"]) if data.get("healed") else None,
             crash=data.get("crash"),
             remedy=Remedy(**data["remedy"]) if data.get("remedy") else None,
             remarks=data.get("remarks", []),

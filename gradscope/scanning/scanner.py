@@ -14,7 +14,7 @@ from typing import Any
 
 from gradscope._version import version
 from gradscope.errors import NotAnalysedError, UsageError
-from gradscope.findings import SEVERITIES, Finding
+from gradscope.findings import SEVERITIES, Excerpt, Finding
 from gradscope.gate import codes, scan_verdict
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
@@ -288,6 +288,7 @@ def _order(each: Judgement) -> tuple[int, str, int, int]:
 
 def _finding(number: str, each: Judgement, judge: Judge, collected: Collected) -> Finding:
     site, path = each.site, each.facts.path
+    excerpt = Excerpt.around(_lines(collected.texts[path].data), site.line, site.end_line)
     advice = each.advice
     if each.severity == "error" and not advice:
         advice = _advice(site.how, site.function, judge, Place(each.facts.module, site.function))
@@ -295,7 +296,8 @@ def _finding(number: str, each: Judgement, judge: Judge, collected: Collected) -
         id=number, rule=site.rule, name=rule_name(site.rule), severity=each.severity, message=each.message,
         path=short_path(path), line=site.line, confidence=each.confidence, column=site.column, end_line=site.end_line,
         function=site.function, mechanism=site.mechanism, how=site.how, fix=advice,
-        chain=tuple(step.name for step in each.chain), source=_line(collected.texts[path], site.line),
+        chain=tuple(step.name for step in each.chain), excerpt=excerpt,
+        source=excerpt.lines[site.line - excerpt.first].strip() if excerpt else "",
     )  # fmt: skip
 
 
@@ -371,8 +373,3 @@ def _step(judge: Judge, place: Place, sites: list[Any]) -> dict[str, Any]:
 @lru_cache(maxsize=8)  # findings come file by file
 def _lines(data: bytes) -> list[str]:
     return decode(data).source.split("\n")
-
-
-def _line(text: Text, number: int) -> str:
-    lines = _lines(text.data)
-    return lines[number - 1].strip() if 0 < number <= len(lines) else ""

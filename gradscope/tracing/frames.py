@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gradscope.findings import Excerpt
 from gradscope.tracing.recording import Place, Site
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
@@ -175,6 +176,11 @@ def _decorators(block: tuple[str, ...]) -> Iterator[tuple[int, str]]:
 def source_line(path: str, line: int) -> str:
     """Return one line of source, stripped; empty where the file cannot be read."""
     return linecache.getline(path, line).strip()
+
+
+def excerpt(path: str, line: int) -> Excerpt | None:
+    """Return the lines around one line of source; None where the file cannot be read."""
+    return Excerpt.around(linecache.getlines(path), line)
 
 
 def expression(place: Place) -> str:

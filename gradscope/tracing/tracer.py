@@ -11,6 +11,7 @@ import torch
 from gradscope._version import version
 from gradscope.errors import first_line
 from gradscope.findings import SEVERITIES, Finding, Source
+from gradscope.flow import FlowGraph
 from gradscope.paths import short_path
 from gradscope.session import Session
 from gradscope.tracing.confirm import confirm
@@ -55,6 +56,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
         fix_set=[ids[site] for site in proof.fix],
         fix_verified=proof.verified and not recording.left,
         graph=draw(recording, proof.diagnosis, ids, proof.first.frozen, subject.inputs),
+        healed=_healed(proof, subject),
         crash=_crash(proof),
         remedy=subject.remedy,
         remarks=_remarks(subject, workshop, proof, sources.values()) + said,
@@ -73,6 +75,13 @@ def _by_severity(proof: Proof) -> list[Site]:
 
 
 # --- the parts of a session ------------------------------------------------------------------------
+
+
+def _healed(proof: Proof, subject: Subject) -> FlowGraph | None:
+    """Draw the run in which the gradient arrived; None where there was none."""
+    if proof.healed is None or proof.healed_diagnosis is None:
+        return None
+    return draw(proof.healed.recording, proof.healed_diagnosis, {}, proof.first.frozen, subject.inputs)
 
 
 def _verdict(proof: Proof, findings: list[Finding]) -> str:

@@ -6,7 +6,7 @@ from gradscope.findings import Confidence, Finding, Severity
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.tracing.cuts import SWITCHES, Cut
-from gradscope.tracing.frames import source_line
+from gradscope.tracing.frames import excerpt, source_line
 from gradscope.tracing.recording import Site
 from gradscope.tracing.verify import Proof
 
@@ -65,6 +65,7 @@ def finding_of(cut: Cut, ids: dict[Site, str], proof: Proof) -> Finding:
         fix=_advice(cut),
         chain=(*cut.chain, site.function) if site.how == "decorator" else cut.chain,
         source=source_line(site.path, site.line),
+        excerpt=excerpt(site.path, site.line),
     )
 
 
@@ -91,6 +92,7 @@ def outside_findings(proof: Proof, count: int) -> list[Finding]:
                 cuts=tuple(sorted(cut.sources)),
                 chain=cut.chain,
                 source=source_line(cut.site.path, cut.site.line),
+                excerpt=excerpt(cut.site.path, cut.site.line),
             )
         )
     return notes

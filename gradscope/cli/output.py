@@ -2,107 +2,131 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from gradscope.errors import UsageError
-from gradscope.report import dot, github, machine, scan_terminal, terminal
+from gradscope.gate import Gate
+from gradscope.report import formats
+from gradscope.report.formats import FORMATS, render, show
 from gradscope.session import Session
 
-FORMATS = ["text", "json", "github", "dot", "svg", "png"]
-# A scan has no graph to draw.
-SCAN_FORMATS = ["text", "json", "github"]
-SUFFIXES = {".txt": "text", ".json": "json", ".dot": "dot", ".gv": "dot", ".svg": "svg", ".png": "png"}
-TEXT_FILE_WIDTH = 100
+# What a scan cannot be written in has a graph to draw.
+TRACE_FORMATS = formats.names(graph=True)
+SCAN_FORMATS = formats.names(graph=False)
 
 
-def format_of(path: Path, formats: Sequence[str] = FORMATS) -> str:
-    """Return the format that a file's suffix asks for; raise UsageError where it is none of ``formats``."""
-    fmt = SUFFIXES.get(path.suffix.lower())
-    if fmt is None or fmt not in formats:
-        known = ", ".join(suffix for suffix, each in SUFFIXES.items() if each in formats)
-        raise UsageError(f"The suffix of {path} names no format that can be written here.", hint=f"Use one of {known}.")
-    return fmt
+def parse_output(text: str, known: Sequence[str]) -> tuple[str, Path]:
+    """Return the format and the path that one ``-o`` asks for: by the suffix, or said as ``FORMAT=PATH``.
+
+    Raises:
+        UsageError: the suffix names no format, or none of those that ``known`` lists.
+    """
+    name, equals, rest = text.partition("=")
+    if equals and name in FORMATS:
+        fmt, path = name, Path(rest)
+    else:
+        path = Path(text)
+        fmt = formats.format_of(path)
+    if fmt not in known:
+        suffixes = ", ".join(suffix for each in known for suffix in FORMATS[each].suffixes)
+        raise UsageError(
+            f"The suffix of {path} names no format that can be written here.",
+            hint=f"Use one of {suffixes}, or say it: -o FORMAT={path}.",
+        )
+    return fmt, path
 
 
-def check_outputs(outputs: Sequence[Path], formats: Sequence[str], *, force: bool) -> None:
-    """Refuse, before any work is done, outputs of no known format and files that cannot or should not be written."""
-    for path in outputs:
-        format_of(path, formats)
+def check_outputs(outputs: Sequence[str], known: Sequence[str], *, force: bool) -> list[tuple[str, Path]]:
+    """Return what ``-o`` asks for; refuse, before any work is done, what cannot or should not be written."""
+    wanted = [parse_output(text, known) for text in outputs]
+    for _, path in wanted:
         if not path.parent.is_dir():
             raise UsageError(f"There is no folder {path.parent} to write {path.name} into.", hint="Make it first.")
         if path.exists() and not force:
             raise UsageError(f"{path} exists already.", hint="Choose another name, or add --force.")
+    return wanted
 
 
-def write(session: Session, fmt: str, outputs: Sequence[Path], *, color: str, full: bool) -> None:
-    """Write the report to stdout and to every file asked for; a file that fails takes nothing else with it.
+@dataclass(frozen=True, slots=True)
+class Reporting:
+    """What a command was asked to write: ``fmt`` to stdout, and to each of ``files`` its own format.
 
-    Raises:
-        UsageError: when all else is written, what went wrong first.
+    ``full`` leaves nothing out that is otherwise folded; without ``source`` no line of source text is written.
     """
-    failures: list[UsageError] = []
-    for path in outputs:
-        try:
-            _write_file(session, path, full=full)
-        except UsageError as error:
-            failures.append(error)
-    if fmt == "text":
-        _print(session, _console(color), full=full)
-    elif fmt == "png" and sys.stdout.isatty():
-        raise UsageError("A PNG picture cannot go to a terminal.", hint="Use `-o picture.png`.")
-    else:
-        sys.stdout.buffer.write(_render(session, fmt, full=full))
-    if failures:
-        sys.stdout.flush()
-        raise failures[0]
+
+    fmt: str = "text"
+    files: tuple[tuple[str, Path], ...] = ()
+    color: str = "auto"
+    full: bool = False
+    source: bool = True
+    quiet: bool = False
+
+    def progress(self) -> Console:
+        """Return a console on stderr for what is on its way; silent where nobody watches."""
+        return Console(stderr=True, quiet=self.quiet or not sys.stderr.isatty())
+
+    def finish(self, session: Session, gate: Gate) -> int:
+        """Write what counts to stdout and to every file asked for, and return the exit code.
+
+        Raises:
+            UsageError: when all else is written, what went wrong first.
+        """
+        session = gate.filtered(session)
+        self.write(session if self.source else session.without_source())
+        return int(gate.exit_code(session))
+
+    def write(self, session: Session) -> None:
+        """Write the reports; a file that fails takes nothing else with it.
+
+        Raises:
+            UsageError: when all else is written, what went wrong first.
+        """
+        failures: list[UsageError] = []
+        for fmt, path in self.files:
+            try:
+                _write_file(session, fmt, path, full=self.full)
+            except UsageError as error:
+                failures.append(error)
+        if self.fmt == "text":
+            show(session, _console(self.color), full=self.full)
+        elif self.fmt == "png" and sys.stdout.isatty():
+            raise UsageError("A PNG picture cannot go to a terminal.", hint="Use `-o picture.png`.")
+        else:
+            sys.stdout.buffer.write(render(session, self.fmt, full=self.full))
+        if failures:
+            sys.stdout.flush()
+            raise failures[0]
 
 
-def _write_file(session: Session, path: Path, *, full: bool) -> None:
+def _write_file(session: Session, fmt: str, path: Path, *, full: bool) -> None:
     """Write one report; where a picture cannot be drawn its source is written, and the error says so."""
     undrawn: UsageError | None = None
     try:
-        content = _render(session, format_of(path), full=full)
+        content = render(session, fmt, full=full)
     except UsageError as error:
         source = path.with_suffix(".dot")
         if source.exists():
             raise
         said = f"{error.message} {source} was written in place of {path.name}."
         undrawn = UsageError(said, hint=error.hint)
-        path, content = source, _render(session, "dot", full=full)
+        path, content = source, render(session, "dot", full=full)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.write_bytes(content)
+        partial.write_bytes(content)
+        partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UsageError(f"Cannot write {path}: {error.strerror}.") from error
     click.echo(f"wrote {path}", err=True)
     if undrawn is not None:
         raise undrawn
-
-
-def _render(session: Session, fmt: str, *, full: bool) -> bytes:
-    if fmt == "json":
-        return machine.render_json(session).encode()
-    if fmt == "github":
-        return github.render_github(session).encode()
-    if fmt == "text":
-        console = Console(width=TEXT_FILE_WIDTH, no_color=True)
-        with console.capture() as captured:
-            _print(session, console, full=full)
-        text: str = captured.get()
-        return text.encode()
-    source: str = dot.build(session, full=full).source
-    if fmt == "dot":
-        return source.encode()
-    return dot.render(source, fmt)
-
-
-def _print(session: Session, console: Console, *, full: bool) -> None:
-    page = scan_terminal if session.kind == "scan" else terminal
-    page.render(session, console, full=full)
 
 
 def _console(color: str) -> Console:

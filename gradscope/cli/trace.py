@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from pathlib import Path
 
 import click
-from rich.console import Console
 
 from gradscope.cli.options import gate_options, report_options
-from gradscope.cli.output import FORMATS, check_outputs, write
+from gradscope.cli.output import TRACE_FORMATS, Reporting
 from gradscope.errors import UsageError
 from gradscope.gate import Gate
 from gradscope.session import Session
@@ -51,14 +48,11 @@ from gradscope.targets.spec import Request, load_preset, load_target
 @click.option("--numeric", is_flag=True, help="Also compare autograd with finite differences, in float64 on a copy.")
 @click.option("--seed", default=0, show_default=True)
 @gate_options()
-@report_options(FORMATS)
-@click.option("--full", is_flag=True, help="Show the whole tree, however long; repeats stay folded.")
+@report_options(TRACE_FORMATS)
 def command(
     target: str | None, model: str | None, entry: str | None, inputs: tuple[str, ...], mode: str, device: str,
     dtype: str | None, weights: str | None, wrt: tuple[str, ...], trainable: tuple[str, ...], loss: str | None,
-    head: bool, fixed: bool, verify: bool, numeric: bool, seed: int, select: tuple[str, ...], ignore: tuple[str, ...],
-    per_file: tuple[str, ...], fail_on: str, fmt: str, outputs: tuple[Path, ...], force: bool, color: str,
-    quiet: bool, full: bool,
+    head: bool, fixed: bool, verify: bool, numeric: bool, seed: int, gate: Gate, reporting: Reporting,
 ) -> int:  # fmt: skip
     """Run a model once and say for every parameter and input whether the gradient arrives.
 
@@ -73,8 +67,6 @@ def command(
       gradscope trace --model deepseek-ocr --input 1x3x512x512 --mode real --device cpu
       gradscope trace --model deepseek-ocr --fixed -o healed.svg
     """
-    gate = Gate.of(select, ignore, per_file, fail_on)
-    check_outputs(outputs, FORMATS, force=force)
     if (target is None) == (model is None):
         raise UsageError("Name one target: TARGET or --model NAME.", hint="gradscope trace --help shows both.")
     if target is not None and (weights or head or fixed):
@@ -83,11 +75,9 @@ def command(
         inputs=inputs, weights=weights, seed=seed, fixed=fixed, head=head, entry=entry, wrt=wrt, trainable=trainable,
         loss=loss,
     )  # fmt: skip
-    progress = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    with progress.status(f"Tracing {target or model} ..."):
-        session = gate.filtered(_trace(target, model, request, mode, device, dtype, verify=verify, numeric=numeric))
-    write(session, fmt, outputs, color=color, full=full)
-    return int(gate.exit_code(session))
+    with reporting.progress().status(f"Tracing {target or model} ..."):
+        session = _trace(target, model, request, mode, device, dtype, verify=verify, numeric=numeric)
+    return reporting.finish(session, gate)
 
 
 def _trace(

@@ -36,7 +36,13 @@ def build(session: Session, *, full: bool = False) -> graphviz.Digraph:
     return dot
 
 
-def render(source: str, fmt: str) -> bytes:
+def render(session: Session, *, full: bool = False) -> str:
+    """Return the DOT source of the folded graph."""
+    source: str = build(session, full=full).source
+    return source
+
+
+def draw(source: str, fmt: str) -> bytes:
     """Return the picture (``svg`` or ``png``) of a DOT source.
 
     Tries the system's ``dot``, then pygraphviz, then the graphviz-pure executable, which lies in the

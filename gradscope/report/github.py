@@ -10,7 +10,7 @@ from gradscope.session import Session
 LEVELS = {"error": "error", "warning": "warning", "note": "notice"}
 
 
-def render_github(session: Session) -> str:
+def render(session: Session, *, full: bool = False) -> str:
     """Return one workflow command per finding, gravest first (GitHub shows ten of a kind per step)."""
     lines = []
     for finding in sorted(session.findings, key=lambda each: tuple(LEVELS).index(each.severity)):

@@ -7,6 +7,6 @@ import json
 from gradscope.session import Session
 
 
-def render_json(session: Session) -> str:
+def render(session: Session, *, full: bool = False) -> str:
     """Return the session as one JSON document (schema ``gradscope.session/1``)."""
     return json.dumps(session.to_dict(), indent=1) + "\n"

@@ -8,7 +8,7 @@ import shutil
 from rich.console import Console
 from rich.text import Text
 
-from gradscope.report import scan_terminal, terminal
+from gradscope.report.formats import show
 from gradscope.session import Session
 
 NOTEBOOK_WIDTH = 110
@@ -21,17 +21,12 @@ NOTEBOOK_PAGE = (
 def as_text(session: Session) -> Text:
     """Return the report as rich text, as wide as the terminal."""
     out = io.StringIO()
-    _render(session, Console(file=out, width=shutil.get_terminal_size().columns, force_terminal=True))
+    show(session, Console(file=out, width=shutil.get_terminal_size().columns, force_terminal=True))
     return Text.from_ansi(out.getvalue().rstrip("\n"))
 
 
 def as_html(session: Session) -> str:
     """Return the report as one ``<pre>`` with inline colours; no script, nothing loaded from anywhere."""
     console = Console(file=io.StringIO(), width=NOTEBOOK_WIDTH, record=True, force_terminal=True)
-    _render(session, console)
+    show(session, console)
     return console.export_html(code_format=NOTEBOOK_PAGE, inline_styles=True)
-
-
-def _render(session: Session, console: Console) -> None:
-    page = scan_terminal if session.kind == "scan" else terminal
-    page.render(session, console)

@@ -13,6 +13,7 @@ import pytest
 from gradscope.cli import output
 from gradscope.cli.main import group
 from gradscope.errors import UsageError
+from gradscope.report import dot
 from gradscope.session import Session
 
 
@@ -92,12 +93,12 @@ def test_where_no_renderer_draws_the_source_and_the_report_are_written(
     def refuse(source: str, fmt: str) -> bytes:
         raise UsageError("No Graphviz renderer is installed.", hint="Install one.")
 
-    monkeypatch.setattr(output.dot, "render", refuse)
+    monkeypatch.setattr(dot, "draw", refuse)
     session = Session("trace", "flows", target={"name": "m", "entry": "forward", "inputs": [], "mode": "real",
                       "device": "cpu", "dtype": "float32"})  # fmt: skip
-    files = [tmp_path / "graph.svg", tmp_path / "session.json"]
+    files = (("svg", tmp_path / "graph.svg"), ("json", tmp_path / "session.json"))
     with pytest.raises(UsageError, match=r"No Graphviz renderer .*graph\.dot was written in place of graph\.svg"):
-        output.write(session, "text", files, color="never", full=False)
+        output.Reporting("text", files, color="never").write(session)
     assert (tmp_path / "graph.dot").read_text().startswith("digraph")
     assert (tmp_path / "session.json").exists()
     assert "flows  the gradient arrives" in capsys.readouterr().out

@@ -117,8 +117,8 @@ def test_the_picture_clusters_regions(session: Session) -> None:
     source = dot.build(session).source
     assert "cluster_r" in source
     assert "blocks.0-11  x12" in source
-    assert dot.render(source, "png").startswith(b"\x89PNG")
-    assert b"tokens + x_tok" in dot.render(source, "svg")
+    assert dot.draw(source, "png").startswith(b"\x89PNG")
+    assert b"tokens + x_tok" in dot.draw(source, "svg")
 
 
 def test_a_renderer_that_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_renderer_that_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyP
     for name, words in (("slow", "within 0.2 seconds"), ("broken", "no such font"), ("unrunnable", "cannot be run")):
         monkeypatch.setattr(dot.shutil, "which", lambda program, path=str(tmp_path / name): path)
         with pytest.raises(UsageError, match=words):
-            dot.render("digraph {}", "svg")
+            dot.draw("digraph {}", "svg")
 
 
 def test_a_pygraphviz_that_fails_leaves_it_to_the_next_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +144,10 @@ def test_a_pygraphviz_that_fails_leaves_it_to_the_next_renderer(monkeypatch: pyt
 
     monkeypatch.setitem(sys.modules, "pygraphviz", SimpleNamespace(AGraph=AGraph))
     monkeypatch.setattr(dot.shutil, "which", lambda program: None)
-    assert dot.render("digraph { a }", "svg").lstrip().startswith(b"<")
+    assert dot.draw("digraph { a }", "svg").lstrip().startswith(b"<")
     monkeypatch.setattr(dot, "_pure_executable", lambda: None)
     with pytest.raises(UsageError, match="No Graphviz renderer"):
-        dot.render("digraph { a }", "svg")
+        dot.draw("digraph { a }", "svg")
 
 
 def test_a_break_inside_one_of_many_blocks_is_not_folded_away() -> None:

@@ -1,0 +1,84 @@
+"""Every format a session can be written in: its suffix, what it can show, and the module that renders it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import PurePath
+
+from rich.console import Console
+
+from gradscope.errors import UsageError
+from gradscope.report import scan_terminal, terminal
+from gradscope.session import Session
+
+TEXT_FILE_WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format by name; ``suffixes`` of files that ask for it, ``needs_graph`` where a scan cannot be shown in it."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    renderer: str = ""
+    needs_graph: bool = False
+
+
+# A renderer is a module with ``render(session, *, full) -> str``; it is imported when it is asked for.
+FORMATS = {
+    each.name: each
+    for each in (
+        Format("text", (".txt",)),
+        Format("json", (".json",), "gradscope.report.machine"),
+        Format("github", (), "gradscope.report.github"),
+        Format("dot", (".dot", ".gv"), "gradscope.report.dot", needs_graph=True),
+        Format("svg", (".svg",), needs_graph=True),
+        Format("png", (".png",), needs_graph=True),
+    )
+}
+
+
+def names(*, graph: bool) -> list[str]:
+    """Return the names of the formats; those that draw the flow graph only where there is one."""
+    return [each.name for each in FORMATS.values() if graph or not each.needs_graph]
+
+
+def format_of(path: PurePath) -> str:
+    """Return the format that the suffix of a file asks for: the longest that fits; empty where none does."""
+    fitting = [
+        (len(suffix), each.name)
+        for each in FORMATS.values()
+        for suffix in each.suffixes
+        if path.name.lower().endswith(suffix)
+    ]
+    return max(fitting)[1] if fitting else ""
+
+
+def render(session: Session, fmt: str, *, full: bool = False) -> bytes:
+    """Return a session in one of ``FORMATS``; ``full`` leaves nothing out that is otherwise folded.
+
+    Raises:
+        UsageError: nothing here can draw the picture.
+    """
+    if fmt == "text":
+        console = Console(file=io.StringIO(), width=TEXT_FILE_WIDTH, no_color=True)
+        with console.capture() as captured:
+            show(session, console, full=full)
+        return captured.get().encode()
+    if fmt in ("svg", "png"):
+        from gradscope.report import dot
+
+        return dot.draw(dot.render(session, full=full), fmt)
+    renderer = FORMATS[fmt].renderer
+    if not renderer:
+        raise UsageError(f"There is no format {fmt!r}.", hint=f"Use one of {', '.join(FORMATS)}.")
+    text: str = import_module(renderer).render(session, full=full)
+    return text.encode()
+
+
+def show(session: Session, console: Console, *, full: bool = False) -> None:
+    """Print the report of the command line on a console."""
+    page = scan_terminal if session.kind == "scan" else terminal
+    page.render(session, console, full=full)

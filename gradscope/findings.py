@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 Confidence: TypeAlias = Literal["certain", "likely", "possible"]
+# Beside a baseline a finding is new or unchanged; a configuration may declare that it is expected.
+State: TypeAlias = Literal["", "new", "unchanged", "expected"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 # Lines of source shown before and after the line of a finding.
@@ -70,6 +72,7 @@ class Finding:
     source: str = ""
     excerpt: Excerpt | None = None
     fingerprint: str = ""
+    state: State = ""
 
     def __post_init__(self) -> None:
         """Take the fingerprint of the rule, the qualified name and the line of source, blanks aside."""
@@ -102,6 +105,7 @@ class Finding:
             "source": self.source,
             "excerpt": self.excerpt.to_dict() if self.excerpt else None,
             "fingerprint": self.fingerprint,
+            "state": self.state,
         }
 
     @classmethod

@@ -72,13 +72,19 @@ class Gate:
         return dataclasses.replace(session, findings=findings, entries=entries, verdict=verdict)
 
     def exit_code(self, session: Session) -> ExitCode:
-        """Return 1 for a finding at or above the gate, 3 where something could not be read, else 0."""
+        """Return 1 for a finding at or above the gate, 3 where what was asked could not be seen, else 0."""
         if self.fail_on == "never":
             return ExitCode.CLEAN
         worst = session.worst()
         if worst is not None and SEVERITIES.index(worst) <= SEVERITIES.index(self.fail_on):
             return ExitCode.FINDINGS
-        return ExitCode.NOT_ANALYSED if session.kind == "scan" and session.unseen else ExitCode.CLEAN
+        return ExitCode.NOT_ANALYSED if _in_doubt(session) else ExitCode.CLEAN
+
+
+def _in_doubt(session: Session) -> bool:
+    """Tell whether the answer hangs on what could not be seen: files unread, or a result with no known origin."""
+    unused = bool(session.sources) and session.count("unused") == len(session.sources)
+    return bool(session.unseen) and (session.kind == "scan" or unused)
 
 
 def scan_verdict(findings: Iterable[Finding]) -> str:

@@ -73,7 +73,7 @@ def command(
         raise UsageError("--weights, --head and --fixed belong to a preset.", hint="Give them with --model.")
     request = Request(
         inputs=inputs, weights=weights, seed=seed, fixed=fixed, head=head, entry=entry, wrt=wrt, trainable=trainable,
-        loss=loss,
+        loss=loss, mode="real" if numeric and mode == "auto" else mode,
     )  # fmt: skip
     with reporting.progress().status(f"Tracing {target or model} ..."):
         session = _trace(target, model, request, mode, device, dtype, verify=verify, numeric=numeric)

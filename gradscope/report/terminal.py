@@ -39,6 +39,8 @@ def _words_for(session: Session) -> str:
         if "nondifferentiable" in found:
             return "there is no useful derivative on the way"
         return "the gradient arrives as NaN or infinite" if bad else "the gradient arrives and is wrong"
+    if found == {"unused"}:
+        return "nothing asked about is used for the result: there is no gradient to arrive"
     return "the gradient arrives, and is zero in places" if session.verdict == "flows" and "zero" in found else ""
 
 

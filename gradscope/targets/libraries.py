@@ -142,6 +142,12 @@ def _transformers(name: str) -> Recipe:
         ) from error
     architecture = next(iter(getattr(config, "architectures", None) or ()), "")
     kind = getattr(transformers, architecture, None) or transformers.AutoModel
+    if architecture and kind is transformers.AutoModel:
+        raise UsageError(
+            f"The configuration names the class {architecture}, which transformers {transformers.__version__} does not "
+            "have.",
+            hint="If it comes with code of its own, write a function that builds it, and trace file.py:function.",
+        )
 
     def factory() -> nn.Module:
         built: nn.Module = kind.from_config(config) if kind is transformers.AutoModel else kind(config)

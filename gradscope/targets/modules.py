@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
+import io
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,11 @@ from gradscope.targets.spec import Request
 from gradscope.tracing.borrowed import Question, sentence_about, subject_of
 from gradscope.tracing.frames import raised_at
 from gradscope.tracing.holding import held_model
-from gradscope.tracing.subject import Subject
+from gradscope.tracing.structural import hollow
+from gradscope.tracing.subject import Subject, Workshop
+
+# Bytes of parameters from which on a factory's model is traced without values where nothing is to be computed.
+LARGE = 2 << 30
 
 
 def module_subject(target: str, request: Request) -> Subject:
@@ -35,20 +42,55 @@ def module_subject(target: str, request: Request) -> Subject:
         UsageError: no such file, module or attribute, or it is none of these.
         NotAnalysedError: importing or building it failed.
     """
-    made = _built(target, load_attribute(target))
+    found = load_attribute(target)
+
+    def built() -> tuple[nn.Module, str | None, Any]:
+        return _taken_apart(target, _built(target, found), request)
+
+    large = _without_values(built) if _is_factory(found) and request.mode != "real" else None
+    model, entry, inputs = large or built()
+    args, kwargs, said = _arguments(model, inputs, request)
+    question = replace(question_of(request, said), entry=entry)
+    subject = subject_of(model, args, kwargs, question, name=target)
+    if large is None:
+        return subject
+
+    def prepare(workshop: Workshop) -> nn.Module:
+        return model if workshop.mode == "structural" else built()[0]
+
+    return replace(subject, prepare=prepare, weight=_weight(model))
+
+
+def _taken_apart(target: str, made: Any, request: Request) -> tuple[nn.Module, str | None, Any]:
+    """Return the model, the method to enter, and the inputs of what a target gives."""
     inputs: Any = ()
     if isinstance(made, tuple) and len(made) == 2:
         made, inputs = made
     try:
-        model, entry = held_model(made, request.entry)
+        return *held_model(made, request.entry), inputs
     except UsageError as error:
         raise UsageError(
             f"{target} gives no nn.Module, but {type(made).__name__}. {error.message}",
             hint="Name a module, its class, or a function that returns one (or a module and its inputs).",
         ) from error
-    args, kwargs, said = _arguments(model, inputs, request)
-    question = replace(question_of(request, said), entry=entry)
-    return subject_of(model, args, kwargs, question, name=target)
+
+
+def _without_values(built: Callable[[], tuple[nn.Module, str | None, Any]]) -> tuple[nn.Module, str | None, Any] | None:
+    """Return what a factory gives with a large model that has no values; None where it is small or needs them.
+
+    A model of 70 billion parameters fits nowhere; what a small one's constructor computes is better known.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+            made = hollow(built)
+    except Exception:  # it reads its own weights: the run for real says what is wrong, if anything is
+        return None
+    return made if _weight(made[0]) > LARGE else None
+
+
+def _weight(model: nn.Module) -> int:
+    """Return how many bytes the parameters take."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def question_of(request: Request, said: tuple[str, ...]) -> Question:
@@ -119,9 +161,12 @@ def _import_name(name: str) -> Any:
         sys.path.pop(0)
 
 
+def _is_factory(found: Any) -> bool:
+    return inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial)
+
+
 def _built(target: str, found: Any) -> Any:
-    is_factory = inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial)
-    if not is_factory:
+    if not _is_factory(found):
         return found
     try:
         needed = [

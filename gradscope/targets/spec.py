@@ -28,6 +28,7 @@ class Request:
     wrt: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     loss: str | None = None
+    mode: str = "auto"
 
 
 Preset: TypeAlias = "Callable[[Request], Subject]"

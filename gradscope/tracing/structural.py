@@ -23,6 +23,7 @@ from gradscope.tracing.calls import is_in_place
 from gradscope.tracing.provenance import tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
+Made = TypeVar("Made")
 
 
 SAME_DTYPE = frozenset("linear matmul __matmul__ __rmatmul__ mm bmm mv dot addmm addmv baddbmm addbmm".split())
@@ -117,8 +118,8 @@ class PretendedDevice:
         return any(isinstance(item, (str, torch.device)) and str(item).startswith(self.device.type) for item in wanted)
 
 
-def hollow(factory: Callable[[], Module]) -> Module:
-    """Build a module whose parameters have shapes and no values: each goes to the meta device as it is registered.
+def hollow(factory: Callable[[], Made]) -> Made:
+    """Build modules whose parameters have shapes and no values: each goes to the meta device as it is registered.
 
     Constructors run as they would (drop-path rates by ``.item()``, index tables in numpy); only the
     initialisers of ``torch.nn.init``, and those that timm and others write themselves, do nothing.

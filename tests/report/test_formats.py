@@ -8,8 +8,9 @@ import pytest
 
 from gradscope.cli.output import SCAN_FORMATS, TRACE_FORMATS, check_outputs, parse_output
 from gradscope.errors import UsageError
-from gradscope.findings import Excerpt, Finding
+from gradscope.findings import Excerpt, Finding, Source
 from gradscope.flow import FlowGraph, FlowNode
+from gradscope.gate import Gate
 from gradscope.report.formats import FORMATS, render
 from gradscope.session import Session
 
@@ -66,3 +67,11 @@ def test_a_session_is_read_back_as_it_was_written(tmp_path: Path) -> None:
                       healed=FlowGraph([FlowNode("n1", "n", "input")]))  # fmt: skip
     session.save(tmp_path / "s.json")
     assert Session.load(tmp_path / "s.json").to_dict() == session.to_dict()
+
+
+def test_an_answer_that_hangs_on_what_could_not_be_seen_is_no_clean_one() -> None:
+    unused, flows = Source("a", "parameter", "unused"), Source("b", "parameter", "flows")
+    doubts = ["The result uses a tensor of no known origin."]
+    for sources, unseen, code in (([unused], doubts, 3), ([unused], [], 0), ([unused, flows], doubts, 0)):
+        session = Session("trace", "flows", sources={each.name: each for each in sources}, unseen=unseen)
+        assert Gate().exit_code(session) == code

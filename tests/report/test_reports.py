@@ -183,3 +183,12 @@ def test_the_norms_of_gradients_are_shown_where_they_were_computed() -> None:
     console = Console(file=io.StringIO(), width=100, no_color=True)
     terminal.render(session, console)
     assert "3 parameters: 3 flows; gradient norms 0.5 to 20" in console.file.getvalue()
+
+
+def test_nothing_arrives_where_nothing_asked_about_is_used(session: Session) -> None:
+    session.verdict, session.findings, session.fix_set = "flows", [], []
+    session.graph = FlowGraph([node("input.0", "input")], [])
+    session.sources = {"sam.w": Source("sam.w", "parameter", "unused")}
+    text = shown(session, width=200)
+    assert "nothing asked about is used for the result" in text
+    assert "the gradient arrives" not in text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -192,3 +195,46 @@ def test_a_pipeline_is_a_target(ask) -> None:  # type: ignore[no-untyped-def]
     assert "GS102" in out and "Pipe.__call__" in out
     code, out, _ = ask("models.py:Pipe", "--input", "2x4")
     assert code == 1
+
+
+LLAMA = """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build():
+        config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=2, num_attention_heads=64,
+                             num_key_value_heads=8, vocab_size=128_256)
+        model = LlamaForCausalLM(config)
+        model.model.embed_tokens.requires_grad_(False)
+        return model, {"input_ids": torch.ones(1, 8, dtype=torch.long)}
+"""
+
+
+def test_a_large_model_of_a_factory_takes_no_memory(tmp_path: Path) -> None:
+    """Two layers of the shape of Llama 70B are 15 GB of weights."""
+    (tmp_path / "llama.py").write_text(textwrap.dedent(LLAMA))
+    code = (
+        "import resource, sys; from gradscope.cli.main import main\n"
+        "sys.argv = ['gradscope', 'trace', 'llama.py:build', '--format', 'json', '-q']\n"
+        "import atexit; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "atexit.register(lambda: print(peak(), file=sys.stderr))\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    session = json.loads(done.stdout)
+    assert session["target"]["mode"] == "structural"
+    assert {each["status"] for each in session["sources"]} == {"flows"}
+    assert int(done.stderr.split()[-1]) < 2_000_000, "kilobytes at the most"
+
+
+def test_a_class_that_transformers_does_not_have_is_not_replaced_by_another(ask, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "own").mkdir()
+    config = {"model_type": "bert", "architectures": ["BertWithOurHead"], "hidden_size": 32, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}  # fmt: skip
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    code, _, err = ask("hf:./own")
+    assert code == 2
+    assert "names the class BertWithOurHead" in err
+    (tmp_path / "own" / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    assert ask("hf:./own")[0] == 0

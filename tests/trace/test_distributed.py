@@ -1,0 +1,53 @@
+"""A distributed model traced on one of its ranks only: nothing waits for the others, and training goes on in step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import distributed
+
+RANKS = """
+import sys
+import torch
+from torch import distributed, nn
+import gradscope
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(rank)
+net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+model = nn.parallel.DistributedDataParallel(net)
+x = torch.randn(16, 4)
+model(x).sum().backward()
+model.zero_grad()
+if rank == 0:
+    session = gradscope.trace(model, x, mode="real")
+    assert session.verdict == "flows", session
+    assert all(each.gradient is not None for each in session.sources.values() if each.kind == "parameter")
+model(x).square().sum().backward()
+print(" ".join(f"{each.grad.norm().item():.6e}" for each in net.parameters()))
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_one_rank_is_traced_while_the_others_are_not(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), tmp_path / "store"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    assert said[0][0] == said[1][0] != "", "the gradients of the next step are those of all ranks"

@@ -18,6 +18,9 @@ from gradscope.tracing.subject import Built, Subject, Workshop
 # Where a class has no forward: what its users call, most likely first.
 USUAL_ENTRIES = ("encode", "encode_image", "predict", "generate", "transform", "extract_features")
 
+# Parts of a list or a dict that are named where an input is described.
+MOST_PARTS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -130,8 +133,19 @@ def _taken(name: str, value: Any, workshop: Workshop, inputs: dict[str, torch.Te
 
 
 def _described(args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
-    named = [*((f"{index}", value) for index, value in enumerate(args)), *kwargs.items()]
-    return [
-        describe(value) if isinstance(value, torch.Tensor) else f"{name}: {type(value).__name__}"
-        for name, value in named
-    ]
+    """Return what each argument is, in words."""
+    return [*map(_in_words, args), *(f"{name}={_in_words(value)}" for name, value in kwargs.items())]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return describe(value)
+    if isinstance(value, dict):
+        parts = [f"{key}: {_in_words(item)}" for key, item in list(value.items())[:MOST_PARTS]]
+    elif isinstance(value, (list, tuple)):
+        parts = [_in_words(item) for item in value[:MOST_PARTS]]
+    else:
+        return type(value).__name__
+    more = ", ..." if len(value) > MOST_PARTS else ""
+    said = ", ".join(parts) + more
+    return f"{{{said}}}" if isinstance(value, dict) else f"[{said}]"

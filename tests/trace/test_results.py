@@ -145,3 +145,14 @@ def test_asking_about_what_is_not_used_is_said() -> None:
     session = gradscope.trace(Model(), X, wrt="head")
     assert {source.status for source in session.sources.values()} == {"unused"}
     assert any("None of the sources" in remark for remark in session.remarks)
+
+
+class Nested(Model):
+    def forward(self, images: list[torch.Tensor], target: dict[str, torch.Tensor]) -> Any:
+        return [self.layer(image) * target["scale"] for image in images]
+
+
+def test_what_went_in_is_said_part_by_part() -> None:
+    session = gradscope.trace(Nested(), [X] * 4, target={"scale": torch.ones(2, 1)})
+    shape = "x".join(map(str, X.shape))
+    assert session.target["inputs"] == [f"[{', '.join([f'{shape} float32'] * 3)}, ...]", "target={scale: 2x1 float32}"]

@@ -80,6 +80,11 @@ class Finding:
             what = "\0".join((self.rule, self.function, " ".join(self.source.split()) or self.mechanism))
             object.__setattr__(self, "fingerprint", hashlib.sha256(what.encode()).hexdigest()[:16])
 
+    @property
+    def counts(self) -> bool:
+        """Tell whether the gate looks at it: not where a baseline knows it or a configuration expects it."""
+        return self.state in ("", "new")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as in ``gradscope.session/1``."""
         return {

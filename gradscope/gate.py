@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
+from gradscope.baseline import Baseline
 from gradscope.errors import ExitCode, UsageError
 from gradscope.findings import SEVERITIES, Finding
 from gradscope.rules import RULES
@@ -18,12 +20,15 @@ class Gate:
     """What counts: rule codes chosen and left out (a prefix such as ``GS2`` is its family), and from where on.
 
     ``per_file`` holds ``(path pattern, code)`` pairs to leave out; ``fail_on`` is a severity or ``never``.
+    What ``baseline`` knows does not count; ``update`` asks to write it anew.
     """
 
     select: frozenset[str] = frozenset(RULES)
     ignore: frozenset[str] = frozenset()
     per_file: tuple[tuple[str, str], ...] = ()
     fail_on: str = "error"
+    baseline: Baseline | None = None
+    update: bool = False
 
     @classmethod
     def of(
@@ -32,11 +37,14 @@ class Gate:
         ignore: Iterable[str] = (),
         per_file: Iterable[str] = (),
         fail_on: str = "error",
+        baseline: Path | None = None,
+        update: bool = False,
     ) -> Gate:
         """Return the gate that options ask for; each may hold several values divided by commas.
 
         Raises:
-            UsageError: a rule that does not exist, or a per-file ignore that is no ``PATTERN:RULE``.
+            UsageError: a rule that does not exist, a per-file ignore that is no ``PATTERN:RULE``, or a baseline
+                that cannot be read.
         """
         chosen = codes(select) or frozenset(RULES)
         pairs: list[tuple[str, str]] = []
@@ -45,7 +53,15 @@ class Gate:
             if not (colon and pattern):
                 raise UsageError(f"{item!r} is no per-file ignore.", hint="Write PATTERN:RULE, as in 'tests/*:GS104'.")
             pairs += [(pattern, code) for code in sorted(codes([rules]))]
-        return cls(chosen, codes(ignore), tuple(pairs), fail_on)
+        if update and baseline is None:
+            raise UsageError("--update-baseline needs a file to write.", hint="Name it with --baseline FILE.")
+        known = Baseline.load(baseline, may_be_missing=update) if baseline is not None else None
+        return cls(chosen, codes(ignore), tuple(pairs), fail_on, known, update)
+
+    def judged(self, session: Session) -> Session:
+        """Return the session as the reports show it: what is left out is gone, what is known is said to be."""
+        # What options leave out is not gone from the code: the baseline sees it all.
+        return self.filtered(self.baseline.compared(session) if self.baseline is not None else session)
 
     def lets_through(self, finding: Finding) -> bool:
         """Tell whether a finding is to be left out of the report."""
@@ -72,11 +88,14 @@ class Gate:
         return dataclasses.replace(session, findings=findings, entries=entries, verdict=verdict)
 
     def exit_code(self, session: Session) -> ExitCode:
-        """Return 1 for a finding at or above the gate, 3 where what was asked could not be seen, else 0."""
+        """Return 1 for a finding at or above the gate, 3 where what was asked could not be seen, else 0.
+
+        What the baseline knows and what the configuration expects does not count.
+        """
         if self.fail_on == "never":
             return ExitCode.CLEAN
-        worst = session.worst()
-        if worst is not None and SEVERITIES.index(worst) <= SEVERITIES.index(self.fail_on):
+        grave = SEVERITIES[: SEVERITIES.index(self.fail_on) + 1]
+        if any(finding.severity in grave for finding in session.findings if finding.counts):
             return ExitCode.FINDINGS
         return ExitCode.NOT_ANALYSED if _in_doubt(session) else ExitCode.CLEAN
 

@@ -1,9 +1,12 @@
-"""How a file is named to the user: relative to where they work, or to where it is imported from."""
+"""How a file is named to the user, and how one is written: whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+
+from gradscope.errors import UsageError
 
 
 def short_path(path: str) -> str:
@@ -14,3 +17,18 @@ def short_path(path: str) -> str:
     roots = [os.getcwd(), *(os.path.abspath(entry) for entry in sys.path if entry)]
     inside = [root for root in roots if path.startswith(os.path.join(root, ""))]
     return os.path.relpath(path, max(inside, key=len)) if inside else path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under another name and move it into place, so that nobody ever reads half of it.
+
+    Raises:
+        UsageError: it cannot be written; what was there is still there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"Cannot write {path}: {error.strerror or error}.") from error

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gradscope.errors import UsageError
-from gradscope.findings import SEVERITIES, Finding, Severity, Source
+from gradscope.findings import SEVERITIES, Finding, Severity, Source, State
 from gradscope.flow import FlowGraph
+from gradscope.paths import write_whole
 
 SCHEMA = "gradscope.session/1"
 # Reports know sessions and not the other way round; what shows one is found by name when it is asked for.
@@ -32,6 +33,17 @@ class Remedy:
         return {"before": self.before, "after": self.after, "code": self.code}
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a baseline says of a session: where it lies, and how many of its findings are gone.
+
+    How many are new and how many unchanged the states of the findings tell.
+    """
+
+    path: str
+    fixed: int
+
+
 @dataclass(slots=True, repr=False)
 class Session:
     """What one run of gradscope found; immutable by convention once returned.
@@ -40,7 +52,8 @@ class Session:
     assumed or done for the run (random weights, parameters unfrozen), ``unseen`` what could not
     be looked into. ``healed`` is the graph of the run in which the fix set was taken away and the gradient
     arrived, where there was one. A scan has no sources and no graph; its ``entries`` say for public methods
-    whether a gradient gets through (``function``, ``status``, ``chain``, ``findings``).
+    whether a gradient gets through (``function``, ``status``, ``chain``, ``findings``). ``baseline`` is there
+    where the findings were held beside one.
     """
 
     kind: str
@@ -60,6 +73,7 @@ class Session:
     unseen: list[str] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
+    baseline: Comparison | None = None
 
     def __repr__(self) -> str:
         """Return the session in a line."""
@@ -86,6 +100,10 @@ class Session:
     def count(self, status: str) -> int:
         """Return how many sources have this status."""
         return sum(source.status == status for source in self.sources.values())
+
+    def count_state(self, state: State) -> int:
+        """Return how many findings have this state."""
+        return sum(finding.state == state for finding in self.findings)
 
     def worst(self) -> Severity | None:
         """Return the gravest severity among the findings."""
@@ -119,7 +137,14 @@ class Session:
             "unseen": list(self.unseen),
             "entries": [dict(entry) for entry in self.entries],
             "stats": dict(self.stats),
+            "baseline": self._beside_baseline(),
         }
+
+    def _beside_baseline(self) -> dict[str, Any] | None:
+        if self.baseline is None:
+            return None
+        counts = {"new": self.count_state("new"), "unchanged": self.count_state("unchanged")}
+        return {"path": self.baseline.path, **counts, "fixed": self.baseline.fixed}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Session:
@@ -148,18 +173,12 @@ class Session:
             unseen=data.get("unseen", []),
             entries=data.get("entries", []),
             stats=data.get("stats", {}),
+            baseline=Comparison(data["baseline"]["path"], data["baseline"]["fixed"]) if data.get("baseline") else None,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session as JSON, whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UsageError(f"Cannot write {target}: {error.strerror or error}.") from error
+        write_whole(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Session:

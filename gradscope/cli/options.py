@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -48,7 +49,7 @@ def report_options(formats: Sequence[str]) -> Callable[[Callable[..., Any]], Cal
 
 
 def gate_options() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add ``--select``, ``--ignore``, ``--per-file-ignores``, ``--fail-on``; the command receives a ``gate``."""
+    """Add ``--select``, ``--ignore``, ``--fail-on``, ``--baseline`` and their like; the command receives a ``gate``."""
     options = _all(
         click.option("--select", multiple=True, metavar="RULES",
                      help="Only these rules: codes, names, or families such as GS1. Repeatable, or with commas."),
@@ -57,15 +58,18 @@ def gate_options() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                      help="Leave rules out in some files, as in 'tests/*:GS1'."),
         click.option("--fail-on", type=click.Choice(["error", "warning", "note", "never"]), default="error",
                      show_default=True, help="The least severity that makes exit code 1."),
+        click.option("--baseline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+                     help="Findings that are in this file do not count."),
+        click.option("--update-baseline", "update", is_flag=True, help="Write what is found now into the baseline."),
     )  # fmt: skip
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def bundled(
             *args: Any, select: tuple[str, ...], ignore: tuple[str, ...], per_file: tuple[str, ...], fail_on: str,
-            **rest: Any,
+            baseline: Path | None, update: bool, **rest: Any,
         ) -> Any:  # fmt: skip
-            return command(*args, gate=Gate.of(select, ignore, per_file, fail_on), **rest)
+            return command(*args, gate=Gate.of(select, ignore, per_file, fail_on, baseline, update), **rest)
 
         return options(bundled)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from gradscope.baseline import Baseline
 from gradscope.errors import UsageError
 from gradscope.gate import Gate
+from gradscope.paths import write_whole
 from gradscope.report import formats
 from gradscope.report.formats import FORMATS, render, show
 from gradscope.session import Session
@@ -73,13 +74,17 @@ class Reporting:
         return Console(stderr=True, quiet=self.quiet or not sys.stderr.isatty())
 
     def finish(self, session: Session, gate: Gate) -> int:
-        """Write what counts to stdout and to every file asked for, and return the exit code.
+        """Write what counts to stdout, every file asked for and the baseline, and return the exit code.
 
         Raises:
             UsageError: when all else is written, what went wrong first.
         """
-        session = gate.filtered(session)
-        self.write(session if self.source else session.without_source())
+        session = gate.judged(session)
+        if not self.source:
+            session = session.without_source()
+        if gate.update and gate.baseline is not None:
+            session = _renewed(gate.baseline, session)
+        self.write(session)
         return int(gate.exit_code(session))
 
     def write(self, session: Session) -> None:
@@ -105,6 +110,15 @@ class Reporting:
             raise failures[0]
 
 
+def _renewed(baseline: Baseline, session: Session) -> Session:
+    """Write the baseline anew and return the session beside it, in which nothing is new any more."""
+    renewed = baseline.updated(session)
+    renewed.save()
+    gone = session.baseline.fixed if session.baseline else 0
+    click.echo(f"wrote {baseline.path}: {session.count_state('new')} added, {gone} removed", err=True)
+    return renewed.compared(session)
+
+
 def _write_file(session: Session, fmt: str, path: Path, *, full: bool) -> None:
     """Write one report; where a picture cannot be drawn its source is written, and the error says so."""
     undrawn: UsageError | None = None
@@ -117,13 +131,7 @@ def _write_file(session: Session, fmt: str, path: Path, *, full: bool) -> None:
         said = f"{error.message} {source} was written in place of {path.name}."
         undrawn = UsageError(said, hint=error.hint)
         path, content = source, render(session, "dot", full=full)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"Cannot write {path}: {error.strerror}.") from error
+    write_whole(path, content)
     click.echo(f"wrote {path}", err=True)
     if undrawn is not None:
         raise undrawn

@@ -35,6 +35,8 @@ class Page:
         self.console.print()
         head = Text(f"{finding.id} ", style="bold")
         head.append(f"{finding.severity} {finding.rule} {finding.name}", style=f"bold {colour}")
+        if finding.state in ("new", "expected"):
+            head.append(f"  {finding.state}", style="bold")
         if finding.behind:
             head.append(f"  behind {finding.behind}", style="bold")
         self.console.print(head, highlight=False)
@@ -49,6 +51,31 @@ class Page:
             self.print(f"   reached by {arrow.join(finding.chain)}")
         if finding.fix:
             self.print(f"   {finding.fix}", style="green")
+
+    def beside_baseline(self) -> None:
+        """Print how the findings stand beside the baseline and the configuration; nothing where there is neither."""
+        session = self.session
+        expected = session.count_state("expected")
+        if expected:
+            self.print(f"  as the configuration expects: {expected} of {len(session.findings)} findings")
+        if session.baseline is None:
+            return
+        new, unchanged = session.count_state("new"), session.count_state("unchanged")
+        passes = "" if new or session.unseen else "; nothing new, so the gate passes"
+        fixed = session.baseline.fixed
+        self.print(f"  beside {session.baseline.path}: {new} new, {unchanged} unchanged, {fixed} fixed{passes}")
+
+    def unfolded(self, full: bool) -> list[Finding]:
+        """Return the findings to show: those that the baseline knows only where ``full`` asks for them."""
+        return [finding for finding in self.session.findings if full or finding.state != "unchanged"]
+
+    def folded(self, full: bool) -> None:
+        """Print how many findings are not shown because the baseline knows them."""
+        unchanged = self.session.count_state("unchanged")
+        if unchanged and not full:
+            self.console.print()
+            what = "1 unchanged finding is" if unchanged == 1 else f"{unchanged} unchanged findings are"
+            self.print(f"{what} not shown: -v.")
 
     def _effect(self, finding: Finding) -> str:
         lost = ("blocked", "partial", "nondifferentiable")

@@ -32,9 +32,9 @@ class _ScanPage(Page):
     def show(self, full: bool) -> None:
         self._verdict()
         shown: set[str] = set()
-        for entries in self._groups():
+        for entries in self._groups(full):
             shown |= self._class(entries, full, shown)
-        rest = [each for each in self.session.findings if each.id not in shown]
+        rest = [each for each in self.unfolded(full) if each.id not in shown]
         self._findings([each for each in rest if each.severity == "error"], len(rest))
         self._findings([each for each in rest if each.severity == "warning"], len(rest) if full else MOST_WARNINGS)
         notes = [each for each in rest if each.severity == "note"]
@@ -45,6 +45,7 @@ class _ScanPage(Page):
             self.print(
                 f"{len(notes)} notes are not shown (places that stop a gradient on purpose or without harm): -v."
             )
+        self.folded(full)
         self.bullets("Remarks", self.session.remarks)
         self.bullets("What could not be read", self.session.unseen)
 
@@ -68,18 +69,15 @@ class _ScanPage(Page):
         entry = f", entry {session.target['entry']}" if session.target.get("entry") else ""
         files = _count(stats.get("files", 0), "file")
         self.print(f"  {name}{entry}: {files} in {stats.get('seconds', 0)} s, nothing imported or run")
+        self.beside_baseline()
 
-    def _groups(self) -> list[list[dict[str, Any]]]:
+    def _groups(self, full: bool) -> list[list[dict[str, Any]]]:
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for entry in self.session.entries:
             groups.setdefault((entry["module"], entry["class"]), []).append(entry)
         asked = bool(self.session.target.get("entry"))
-        return [group for group in groups.values() if asked or self._worst(group) == "error"]
-
-    def _worst(self, entries: Iterable[dict[str, Any]]) -> str:
-        ids = {finding_id for entry in entries for finding_id in entry["findings"]}
-        found = {finding.severity for finding in self.session.findings if finding.id in ids}
-        return next((severity for severity in SEVERITIES if severity in found), "")
+        errors = {finding.id for finding in self.unfolded(full) if finding.severity == "error"}
+        return [group for group in groups.values() if asked or errors & _ids(group)]
 
     def _class(self, entries: list[dict[str, Any]], full: bool, shown: set[str]) -> set[str]:
         self.console.print()
@@ -95,7 +93,7 @@ class _ScanPage(Page):
         owner = f"{entries[0]['class']}."
         ids = [finding_id for entry in entries for finding_id in entry["findings"]]
         own = [
-            finding for finding in self.session.findings
+            finding for finding in self.unfolded(full)
             if finding.id in ids or (finding.severity == "error" and finding.function.startswith(owner)
                                      and finding.path == self._path(entries))
         ]  # fmt: skip
@@ -131,6 +129,10 @@ class _ScanPage(Page):
         if len(findings) > most:
             self.console.print()
             self.print(f"{len(findings) - most} more {findings[0].severity}s are not shown: -v, or -o report.json.")
+
+
+def _ids(entries: Iterable[dict[str, Any]]) -> set[str]:
+    return {finding_id for entry in entries for finding_id in entry["findings"]}
 
 
 def _count(number: int, severity: str) -> str:

@@ -47,13 +47,14 @@ def _words_for(session: Session) -> str:
 class _TracePage(Page):
     def show(self, full: bool) -> None:
         self._verdict()
-        for finding in self.session.findings:
+        for finding in self.unfolded(full):
             if finding.severity != "note":
                 self.finding(finding)
         self._tree(full)
-        for finding in self.session.findings:
+        for finding in self.unfolded(full):
             if finding.severity == "note":
                 self.finding(finding)
+        self.folded(full)
         self._way_out()
         self.bullets("What was assumed", self.session.remarks)
         self.bullets("What could not be seen", self.session.unseen)
@@ -83,6 +84,7 @@ class _TracePage(Page):
             tail = f" ({frozen} frozen, which blocks nothing)" if frozen else ""
             names = f" [{group[0].name}]" if kind == "input" and len(group) == 1 else ""
             self.print(f"  {len(group)} {noun}{names}: {words}{tail}{_norms(group)}")
+        self.beside_baseline()
         if session.crash is not None:
             crash = session.crash
             self.console.print()

@@ -33,6 +33,7 @@ FORMATS = {
         Format("text", (".txt",)),
         Format("json", (".json",), "gradscope.report.machine"),
         Format("github", (), "gradscope.report.github"),
+        Format("junit", (".xml",), "gradscope.report.junit"),
         Format("dot", (".dot", ".gv"), "gradscope.report.dot", needs_graph=True),
         Format("svg", (".svg",), needs_graph=True),
         Format("png", (".png",), needs_graph=True),

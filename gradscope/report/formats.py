@@ -32,6 +32,7 @@ FORMATS = {
     for each in (
         Format("text", (".txt",)),
         Format("json", (".json",), "gradscope.report.machine"),
+        Format("sarif", (".sarif", ".sarif.json"), "gradscope.report.sarif"),
         Format("github", (), "gradscope.report.github"),
         Format("junit", (".xml",), "gradscope.report.junit"),
         Format("gitlab", (".gitlab.json",), "gradscope.report.gitlab"),

@@ -114,15 +114,19 @@ def _place(dot: graphviz.Digraph, view: ViewNode, session: Session) -> None:
     with dot.subgraph(name=f"cluster_{node.id}") as cluster:
         if node.kind == "region":
             rule = session.finding(node.finding).rule if node.finding else ""
-            label = f"  CUT  {view.label}  {rule}  \\l  {graphviz.escape(node.path)}:{node.line}  \\l"
-            cluster.attr(label=label, color="#c62828", fontcolor="#c62828", penwidth="2.5",
+            lines = [f"CUT  {view.label}  {rule}", f"{graphviz.escape(node.path)}:{node.line}"]
+            cluster.attr(label=_heading(lines), color="#c62828", fontcolor="#c62828", penwidth="2.5",
                          style="rounded", fontsize="13", labeljust="l", margin="16")  # fmt: skip
         else:
-            label = "".join(f"  {line}        \\l" for line in _text(view).split("\n"))
-            cluster.attr(label=label, color=LINE[node.status], style="rounded", fontsize="11", labeljust="l",
-                         penwidth="1", margin="14")  # fmt: skip
+            cluster.attr(label=_heading(_text(view).split("\n")), color=LINE[node.status], style="rounded",
+                         fontsize="11", labeljust="l", penwidth="1", margin="14")  # fmt: skip
         for child in view.children:
             _place(cluster, child, session)
+
+
+def _heading(lines: list[str]) -> str:
+    """Return a cluster's label; renderers take a long one for up to a tenth narrower than browsers draw it."""
+    return "".join(f"  {line}{' ' * (len(line) // 5)}  \\l" for line in lines)
 
 
 def _text(view: ViewNode) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import ImageFont
 from rich.console import Console
 
 from gradscope.errors import UsageError
@@ -119,6 +121,17 @@ def test_the_picture_clusters_regions(session: Session) -> None:
     assert "blocks.0-11  x12" in source
     assert dot.draw(source, "png").startswith(b"\x89PNG")
     assert b"tokens + x_tok" in dot.draw(source, "svg")
+
+
+def test_a_long_heading_fits_its_cluster(session: Session) -> None:
+    name = "CLIPSegForImageSegmentation.get_conditional_embeddings"
+    session.graph.nodes[1].label = name
+    picture = dot.draw(dot.build(session).source, "svg").decode()
+    outline = re.search(r"<title>cluster_r</title>\s*<path [^>]*d=\"([^\"]+)\"", picture)
+    assert outline is not None
+    across = [float(x) for x in re.findall(r"(-?[\d.]+),", outline[1])]
+    heading = f"CUT  {name}  GS101"
+    assert max(across) - min(across) > ImageFont.load_default(13).getlength(heading)
 
 
 def test_a_renderer_that_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import graphviz
 
 from gradscope.errors import UsageError
-from gradscope.report.views import ViewNode, fold
+from gradscope.report.views import ViewNode, edges_between, fold
 from gradscope.session import Session
 
 MOST_BOXES = 40
@@ -143,21 +143,13 @@ def _text(view: ViewNode) -> str:
 
 def _connect(dot: graphviz.Digraph, views: list[ViewNode], session: Session) -> None:
     """Draw the edges between what is visible; an open node stands for its first or last box."""
-    visible: dict[str, ViewNode] = {}
-    for top in views:
-        for view in top.walk():
-            for node_id in view.ids:
-                visible[node_id] = view
     drawn: set[tuple[str, str]] = set()
-    for edge in session.graph.edges:
-        source, target = visible.get(edge.source), visible.get(edge.target)
-        if source is None or target is None or source is target:
-            continue
+    for source, target, status in edges_between(views, session.graph):
         tail, head = _last(source), _first(target)
         if (tail, head) in drawn:
             continue
         drawn.add((tail, head))
-        options = {"color": LINE[edge.status]}
+        options = {"color": LINE[status]}
         if source.children:
             options["ltail"] = f"cluster_{source.node.id}"
         if target.children:

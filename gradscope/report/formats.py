@@ -39,6 +39,7 @@ FORMATS = {
         Format("dot", (".dot", ".gv"), "gradscope.report.dot", needs_graph=True),
         Format("svg", (".svg",), needs_graph=True),
         Format("png", (".png",), needs_graph=True),
+        Format("mermaid", (".mmd", ".mermaid"), "gradscope.report.mermaid", needs_graph=True),
     )
 }
 

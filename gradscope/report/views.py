@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from gradscope.flow import FlowGraph, FlowNode
+from gradscope.flow import FlowGraph, FlowNode, FlowStatus
 
 MOST_LINES = 44
 # Further in, indents leave no room for words; and Python's own stack ends somewhere.
@@ -42,6 +42,17 @@ def fold(graph: FlowGraph, most_lines: int | None = MOST_LINES) -> list[ViewNode
         if sum(1 for top in shown for _ in top.walk()) <= most_lines:
             return shown
     return _shortened(shown, most_lines)
+
+
+def edges_between(views: list[ViewNode], graph: FlowGraph) -> list[tuple[ViewNode, ViewNode, FlowStatus]]:
+    """Return the edges between what is shown, one for each pair: what is folded away counts as what stands for it."""
+    visible = {node_id: view for top in views for view in top.walk() for node_id in view.ids}
+    pairs: dict[tuple[str, str], tuple[ViewNode, ViewNode, FlowStatus]] = {}
+    for edge in graph.edges:
+        source, target = visible.get(edge.source), visible.get(edge.target)
+        if source is not None and target is not None and source is not target:
+            pairs.setdefault((source.ids[0], target.ids[0]), (source, target, edge.status))
+    return list(pairs.values())
 
 
 # --- the parts -------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ FORMATS = {
         Format("svg", (".svg",), needs_graph=True),
         Format("png", (".png",), needs_graph=True),
         Format("mermaid", (".mmd", ".mermaid"), "gradscope.report.mermaid", needs_graph=True),
+        Format("model-explorer", (".model-explorer.json",), "gradscope.report.model_explorer", needs_graph=True),
     )
 }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -16,6 +17,11 @@ State: TypeAlias = Literal["", "new", "unchanged", "expected"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 # Lines of source shown before and after the line of a finding.
 AROUND = 3
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a source is named by one of the patterns, itself or with what it is part of."""
+    return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
 
 
 @dataclass(frozen=True, slots=True)

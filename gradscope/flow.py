@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -72,6 +73,11 @@ class FlowGraph:
             replace(node, label=f"line {node.line}" if node.line else "operation") if node.kind == "operation" else node
             for node in self.nodes
         ]
+        return FlowGraph(nodes, self.edges)
+
+    def pointing_at(self, findings: Container[str]) -> FlowGraph:
+        """Return the graph whose nodes name no findings but these."""
+        nodes = [node if node.finding in findings else replace(node, finding=None) for node in self.nodes]
         return FlowGraph(nodes, self.edges)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from gradscope.baseline import Baseline
+from gradscope.config import Config
 from gradscope.errors import ExitCode, UsageError
+from gradscope.expectations import Expectation, judge
 from gradscope.findings import SEVERITIES, Finding
 from gradscope.rules import RULES
 from gradscope.session import Session
@@ -20,7 +23,8 @@ class Gate:
     """What counts: rule codes chosen and left out (a prefix such as ``GS2`` is its family), and from where on.
 
     ``per_file`` holds ``(path pattern, code)`` pairs to leave out; ``fail_on`` is a severity or ``never``.
-    What ``baseline`` knows does not count; ``update`` asks to write it anew.
+    What ``baseline`` knows does not count; ``update`` asks to write it anew. What ``expected`` declares of a traced
+    target does not count either, and counts where it does not hold. ``root`` is what the patterns are relative to.
     """
 
     select: frozenset[str] = frozenset(RULES)
@@ -29,6 +33,8 @@ class Gate:
     fail_on: str = "error"
     baseline: Baseline | None = None
     update: bool = False
+    expected: tuple[Expectation, ...] = ()
+    root: Path = Path()
 
     @classmethod
     def of(
@@ -39,6 +45,7 @@ class Gate:
         fail_on: str = "error",
         baseline: Path | None = None,
         update: bool = False,
+        config: Config | None = None,
     ) -> Gate:
         """Return the gate that options ask for; each may hold several values divided by commas.
 
@@ -56,10 +63,12 @@ class Gate:
         if update and baseline is None:
             raise UsageError("--update-baseline needs a file to write.", hint="Name it with --baseline FILE.")
         known = Baseline.load(baseline, may_be_missing=update) if baseline is not None else None
-        return cls(chosen, codes(ignore), tuple(pairs), fail_on, known, update)
+        config = config or Config()
+        return cls(chosen, codes(ignore), tuple(pairs), fail_on, known, update, config.expectations, config.folder)
 
     def judged(self, session: Session) -> Session:
         """Return the session as the reports show it: what is left out is gone, what is known is said to be."""
+        session = judge(session, self.expected)
         # What options leave out is not gone from the code: the baseline sees it all.
         return self.filtered(self.baseline.compared(session) if self.baseline is not None else session)
 
@@ -67,25 +76,38 @@ class Gate:
         """Tell whether a finding is to be left out of the report."""
         if finding.rule not in self.select or finding.rule in self.ignore:
             return True
-        path = finding.path.replace("\\", "/")
+        paths = {finding.path, os.path.relpath(finding.path, self.root)}
         return any(
             code == finding.rule and (fnmatch(path, pattern) or fnmatch(path, f"*/{pattern}"))
             for pattern, code in self.per_file
+            for path in (each.replace("\\", "/") for each in paths)
         )
 
     def filtered(self, session: Session) -> Session:
-        """Return the session with the findings that count; its verdict follows them where it is a scan's."""
+        """Return the session with the findings that count, and nothing in it that points at others.
+
+        The verdict follows them where it is a scan's; a trace's is what the run showed. A fix set that lacks
+        some of its parts would be no fix: then there is none.
+        """
         findings = [finding for finding in session.findings if not self.lets_through(finding)]
         if len(findings) == len(session.findings):
             return session
         kept = {finding.id for finding in findings}
-        entries = [
-            {**entry, "findings": [each for each in entry["findings"] if each in kept]} for entry in session.entries
-        ]
-        verdict = session.verdict
-        if session.kind == "scan":
-            verdict = scan_verdict(findings)
-        return dataclasses.replace(session, findings=findings, entries=entries, verdict=verdict)
+        whole = kept.issuperset(session.fix_set)
+        return dataclasses.replace(
+            session,
+            findings=[each if each.behind in kept else dataclasses.replace(each, behind=None) for each in findings],
+            entries=[{**each, "findings": [x for x in each["findings"] if x in kept]} for each in session.entries],
+            sources={
+                name: dataclasses.replace(source, findings=[each for each in source.findings if each in kept])
+                for name, source in session.sources.items()
+            },
+            graph=session.graph.pointing_at(kept),
+            healed=session.healed.pointing_at(kept) if session.healed is not None else None,
+            fix_set=session.fix_set if whole else [],
+            fix_verified=session.fix_verified and whole,
+            verdict=scan_verdict(findings) if session.kind == "scan" else session.verdict,
+        )
 
     def exit_code(self, session: Session) -> ExitCode:
         """Return 1 for a finding at or above the gate, 3 where what was asked could not be seen, else 0.

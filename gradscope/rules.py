@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "GS5": "Opaque to autograd",
     "GS6": "Looks sound, is not",
     "GS7": "Not trained",
+    "GS8": "Not as declared",
     "GS9": "Notes",
 }
 
@@ -52,6 +53,7 @@ RULES: dict[str, str] = {
     "GS607": "non-finite-gradient",
     "GS701": "parameter-not-in-optimizer",
     "GS702": "parameter-unused",
+    "GS801": "expectation-not-met",
     "GS901": "frozen-parameter",
     "GS902": "internal-error",
 }

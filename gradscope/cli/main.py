@@ -34,6 +34,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        # One name for an option in all commands: GRADSCOPE_FAIL_ON, and not GRADSCOPE_SCAN_FAIL_ON.
+        command.context_settings.setdefault("auto_envvar_prefix", "GRADSCOPE")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

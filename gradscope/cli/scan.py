@@ -5,14 +5,14 @@ from __future__ import annotations
 import click
 from rich.progress import Progress
 
-from gradscope.cli.options import gate_options, report_options
+from gradscope.cli.options import configured_targets, gate_options, report_options
 from gradscope.cli.output import SCAN_FORMATS, Reporting
 from gradscope.gate import Gate
 from gradscope.scanning.scanner import scan
 
 
 @click.command("scan", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+@click.argument("targets", nargs=-1, metavar="[TARGET...]")
 @click.option(
     "--entry",
     multiple=True,
@@ -30,8 +30,8 @@ def command(
 ) -> int:
     """Find every place in the source of TARGET that stops gradients, and what reaches it.
 
-    A TARGET is a dotted module or package, a file, a folder, or an installed distribution. Nothing of it
-    is imported or run, and torch is not needed.
+    A TARGET is a dotted module or package, a file, a folder, or an installed distribution; without one,
+    the targets of [tool.gradscope] are scanned. Nothing of it is imported or run, and torch is not needed.
 
     \b
     Examples:
@@ -39,6 +39,7 @@ def command(
       gradscope scan src/ --fail-on warning --format github
       gradscope scan sentence_transformers --entry SentenceTransformer.encode
     """
+    targets = targets or configured_targets()
     with Progress(console=reporting.progress(), transient=True) as progress:
         task = progress.add_task("Reading", total=None)
         session = scan(

@@ -57,7 +57,8 @@ class Page:
         session = self.session
         expected = session.count_state("expected")
         if expected:
-            self.print(f"  as the configuration expects: {expected} of {len(session.findings)} findings")
+            what = "1 finding is" if expected == 1 else f"{expected} findings are"
+            self.print(f"  {what} as the configuration expects")
         if session.baseline is None:
             return
         new, unchanged = session.count_state("new"), session.count_state("unchanged")

@@ -145,17 +145,22 @@ class _TracePage(Page):
 
     def _way_out(self) -> None:
         session = self.session
+        cuts = [each for each in session.findings if each.severity == "error" and each.how != "expectation"]
+        # Nobody wants a way out of what is meant to be so.
+        errors = [finding for finding in cuts if finding.state != "expected"]
+        if cuts and not errors:
+            return
         if session.fix_set:
             self.console.print()
             proven = "verified by running it" if session.fix_verified else "not verified"
             sign = self.sign("yes") if session.fix_verified else "?"
             self.print(f"Smallest fix: {' + '.join(session.fix_set)}, {proven} {sign}", style="bold green")
-        elif session.worst() == "error":
+        elif errors:
             self.console.print()
-            stay = [finding.id for finding in session.findings if finding.severity == "error" and not finding.verified]
+            stay = [finding.id for finding in errors if not finding.verified]
             what = "This cannot" if len(stay) == 1 else "These cannot"
             self.print(f"{what} be taken away for a run: change {', '.join(stay)} as said there.", style="bold yellow")
-        if session.remedy is not None and session.worst() == "error":
+        if session.remedy is not None and errors:
             self.print(f"  before  {session.remedy.before}", style="red")
             self.print(f"  after   {session.remedy.after}", style="green")
             self.console.print()

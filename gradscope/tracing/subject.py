@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from gradscope.errors import UsageError
+from gradscope.findings import matches
 from gradscope.session import Remedy
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -112,11 +112,6 @@ class Subject:
     def is_frozen(self, name: str, frozen: set[str]) -> bool:
         """Tell whether a parameter counts as frozen: ``trainable`` says so, else its ``requires_grad``."""
         return not matches(name, self.trainable) if self.trainable else name in frozen
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Tell whether a source is named by one of the patterns, itself or with what it is part of."""
-    return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
 
 
 def _refuse_unknown(patterns: tuple[str, ...], matching: dict[str, bool], option: str, names: list[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from gradscope._version import version
 from gradscope.errors import first_line
-from gradscope.findings import SEVERITIES, Finding, Source
+from gradscope.findings import SEVERITIES, Finding, Source, matches
 from gradscope.flow import FlowGraph
 from gradscope.paths import short_path
 from gradscope.session import Session
@@ -19,7 +19,7 @@ from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.runner import Runner
-from gradscope.tracing.subject import Subject, Workshop, matches
+from gradscope.tracing.subject import Subject, Workshop
 from gradscope.tracing.unanalysed import refuse_unanalysed
 from gradscope.tracing.verify import Proof, prove
 from gradscope.tracing.wording import finding_of, outside_findings, severity_of
@@ -108,6 +108,7 @@ def _target(subject: Subject, workshop: Workshop, recording: Recording) -> dict[
         "device": workshop.device.type,
         "dtype": dtype or str(workshop.dtype).removeprefix("torch."),
         "inputs": list(subject.inputs),
+        "wrt": list(subject.wrt),
     }
 
 

@@ -1,0 +1,1 @@
+"""Distil a large vision model into a small one."""

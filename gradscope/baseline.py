@@ -110,7 +110,9 @@ class Baseline:
             else dataclasses.replace(finding, state=states.get(finding.id, "new"))
             for finding in session.findings
         ]
-        return dataclasses.replace(session, findings=findings, baseline=Comparison(str(self.path), self._gone(session)))
+        return dataclasses.replace(
+            session, findings=findings, baseline=Comparison(str(self.path), self.gone([session]))
+        )
 
     def updated(self, session: Session) -> Baseline:
         """Return the baseline in which what this target had is replaced by what it has.
@@ -141,13 +143,22 @@ class Baseline:
             places[line.path] = max(places[line.path], line.count)
         return allowed
 
-    def _gone(self, session: Session) -> int:
-        label, unread = label_of(session), _unread(session)
-        had = Counter[str]()
-        for line in self.lines:
-            if line.target == label and line.path not in unread:
-                had[line.fingerprint] += line.count
-        return (had - Counter(finding.fingerprint for finding in session.findings)).total()
+    def gone(self, sessions: Iterable[Session]) -> int:
+        """Return how many known findings are gone; one that several of the targets had is counted once."""
+        gone = Counter[str]()
+        for session in sessions:
+            label, unread = label_of(session), _unread(session)
+            had = Counter[str]()
+            for line in self.lines:
+                if line.target == label and line.path not in unread:
+                    had[line.fingerprint] += line.count
+            gone |= had - Counter(finding.fingerprint for finding in session.findings)
+        return gone.total()
+
+    def only_of(self, sessions: Iterable[Session]) -> Baseline:
+        """Return the baseline without the lines of other targets."""
+        labels = {label_of(session) for session in sessions}
+        return Baseline(self.path, tuple(line for line in self.lines if line.target in labels))
 
 
 def label_of(session: Session) -> str:

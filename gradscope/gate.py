@@ -112,20 +112,18 @@ class Gate:
     def exit_code(self, session: Session) -> ExitCode:
         """Return 1 for a finding at or above the gate, 3 where what was asked could not be seen, else 0.
 
-        What the baseline knows and what the configuration expects does not count.
+        What the baseline knows and what the configuration expects does not count. A check has the gravest code of
+        its runs: 2 before all others, because then it did not check what it was to check.
         """
-        if self.fail_on == "never":
-            return ExitCode.CLEAN
-        grave = SEVERITIES[: SEVERITIES.index(self.fail_on) + 1]
+        failures = {run["failure_code"] for run in session.runs}
+        if ExitCode.USAGE in failures:
+            return ExitCode.USAGE
+        never = self.fail_on == "never"
+        grave = () if never else SEVERITIES[: SEVERITIES.index(self.fail_on) + 1]
         if any(finding.severity in grave for finding in session.findings if finding.counts):
             return ExitCode.FINDINGS
-        return ExitCode.NOT_ANALYSED if _in_doubt(session) else ExitCode.CLEAN
-
-
-def _in_doubt(session: Session) -> bool:
-    """Tell whether the answer hangs on what could not be seen: files unread, or a result with no known origin."""
-    unused = bool(session.sources) and session.count("unused") == len(session.sources)
-    return bool(session.unseen) and (session.kind == "scan" or unused)
+        doubt = session.in_doubt and not never
+        return ExitCode.NOT_ANALYSED if doubt or ExitCode.NOT_ANALYSED in failures else ExitCode.CLEAN
 
 
 def scan_verdict(findings: Iterable[Finding]) -> str:

@@ -53,7 +53,8 @@ class Session:
     be looked into. ``healed`` is the graph of the run in which the fix set was taken away and the gradient
     arrived, where there was one. A scan has no sources and no graph; its ``entries`` say for public methods
     whether a gradient gets through (``function``, ``status``, ``chain``, ``findings``). ``baseline`` is there
-    where the findings were held beside one.
+    where the findings were held beside one. A check has the findings of its ``runs``, each with its name, kind,
+    verdict, the ids of its findings, how many sources have which status, and why it could not be analysed.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Session:
     entries: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
     baseline: Comparison | None = None
+    runs: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Return the session in a line."""
@@ -96,6 +98,14 @@ class Session:
             if finding.id == finding_id:
                 return finding
         raise KeyError(finding_id)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Tell whether the answer hangs on what could not be seen: files unread, or a result with no known origin."""
+        if self.kind == "check":
+            return any(run["in_doubt"] for run in self.runs)
+        unused = bool(self.sources) and self.count("unused") == len(self.sources)
+        return bool(self.unseen) and (self.kind == "scan" or unused)
 
     def count(self, status: str) -> int:
         """Return how many sources have this status."""
@@ -138,6 +148,7 @@ class Session:
             "entries": [dict(entry) for entry in self.entries],
             "stats": dict(self.stats),
             "baseline": self._beside_baseline(),
+            "runs": [dict(run) for run in self.runs],
         }
 
     def _beside_baseline(self) -> dict[str, Any] | None:
@@ -174,6 +185,7 @@ class Session:
             entries=data.get("entries", []),
             stats=data.get("stats", {}),
             baseline=Comparison(data["baseline"]["path"], data["baseline"]["fixed"]) if data.get("baseline") else None,
+            runs=data.get("runs", []),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

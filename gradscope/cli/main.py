@@ -14,6 +14,7 @@ from gradscope.errors import ExitCode, GradscopeError
 COMMANDS = {
     "scan": ("gradscope.cli.scan", "Find what stops gradients in source code, importing none of it."),
     "trace": ("gradscope.cli.trace", "Run a model once and say whether the gradient arrives."),
+    "check": ("gradscope.cli.check", "Scan and trace all that pyproject.toml names, as a gate."),
     "explain": ("gradscope.cli.explain", "Explain a rule, or list them all."),
 }
 

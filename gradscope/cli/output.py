@@ -80,11 +80,17 @@ class Reporting:
             UsageError: when all else is written, what went wrong first.
         """
         session = gate.judged(session)
-        if not self.source:
-            session = session.without_source()
         if gate.update and gate.baseline is not None:
-            session = _renewed(gate.baseline, session)
-        self.write(session)
+            session = _renewed(gate.baseline, session, source=self.source)
+        return self.conclude(session, gate)
+
+    def conclude(self, session: Session, gate: Gate) -> int:
+        """Write a session that has been judged, and return the exit code.
+
+        Raises:
+            UsageError: when all else is written, what went wrong first.
+        """
+        self.write(session if self.source else session.without_source())
         return int(gate.exit_code(session))
 
     def write(self, session: Session) -> None:
@@ -110,9 +116,9 @@ class Reporting:
             raise failures[0]
 
 
-def _renewed(baseline: Baseline, session: Session) -> Session:
+def _renewed(baseline: Baseline, session: Session, *, source: bool) -> Session:
     """Write the baseline anew and return the session beside it, in which nothing is new any more."""
-    renewed = baseline.updated(session)
+    renewed = baseline.updated(session if source else session.without_source())
     renewed.save()
     gone = session.baseline.fixed if session.baseline else 0
     click.echo(f"wrote {baseline.path}: {session.count_state('new')} added, {gone} removed", err=True)

@@ -76,11 +76,11 @@ def command(
         loss=loss, mode="real" if numeric and mode == "auto" else mode,
     )  # fmt: skip
     with reporting.progress().status(f"Tracing {target or model} ..."):
-        session = _trace(target, model, request, mode, device, dtype, verify=verify, numeric=numeric)
+        session = trace_target(target, model, request, mode, device, dtype, verify=verify, numeric=numeric)
     return reporting.finish(session, gate)
 
 
-def _trace(
+def trace_target(
     target: str | None,
     model: str | None,
     request: Request,
@@ -91,6 +91,7 @@ def _trace(
     verify: bool,
     numeric: bool,
 ) -> Session:
+    """Trace a target or a preset as the options of the command say; torch is imported here and not before."""
     try:
         from gradscope.tracing.library import trace_in_mode
         from gradscope.tracing.tracer import trace_subject

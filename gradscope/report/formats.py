@@ -10,7 +10,7 @@ from pathlib import PurePath
 from rich.console import Console
 
 from gradscope.errors import UsageError
-from gradscope.report import scan_terminal, terminal
+from gradscope.report import check_terminal, scan_terminal, terminal
 from gradscope.session import Session
 
 TEXT_FILE_WIDTH = 100
@@ -85,5 +85,5 @@ def render(session: Session, fmt: str, *, full: bool = False) -> bytes:
 
 def show(session: Session, console: Console, *, full: bool = False) -> None:
     """Print the report of the command line on a console."""
-    page = scan_terminal if session.kind == "scan" else terminal
-    page.render(session, console, full=full)
+    pages = {"scan": scan_terminal.render, "check": check_terminal.render}
+    pages.get(session.kind, terminal.render)(session, console, full=full)

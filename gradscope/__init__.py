@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradscope.assertion import GradientsDoNotFlow
     from gradscope.findings import Finding
     from gradscope.scanning.scanner import scan
     from gradscope.session import Session
     from gradscope.tracing.library import assert_gradients_flow, trace
 
-__all__ = ["Finding", "Session", "assert_gradients_flow", "scan", "trace"]
+__all__ = ["Finding", "GradientsDoNotFlow", "Session", "assert_gradients_flow", "scan", "trace"]
 
 _HOMES = {
     "Finding": "gradscope.findings",
+    "GradientsDoNotFlow": "gradscope.assertion",
     "Session": "gradscope.session",
     "assert_gradients_flow": "gradscope.tracing.library",
     "scan": "gradscope.scanning.scanner",

@@ -68,7 +68,8 @@ class _TracePage(Page):
         target = session.target
         words = _words_for(session) or words
         self.console.print(f"[bold {colour}]{sign} {session.verdict}[/]  {words}", highlight=False)
-        line = f"  {target['name']}.{target['entry']}({', '.join(target['inputs'])})"
+        call = f".{target['entry']}({', '.join(target['inputs'])})" if target["entry"] else ""
+        line = f"  {target['name']}{call}"
         how = f"{target['mode']} on {target['device']}, {target['dtype']}, {_runs(session.stats.get('runs', 1))}"
         how = f"{how} in {session.stats.get('seconds', 0)} s"
         for text in [f"{line}   {how}"] if len(line) + len(how) + 3 <= self.console.width else [line, f"  {how}"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -11,18 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gradscope.assertion import require_flow
 from gradscope.errors import NotAnalysedError, in_words
+from gradscope.findings import matches
 from gradscope.paths import short_path
 from gradscope.session import Session
 from gradscope.tracing.borrowed import Question, subject_of
 from gradscope.tracing.frames import raised_at
 from gradscope.tracing.holding import held_model
+from gradscope.tracing.provenance import tensors_in
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.tracer import trace_subject
 from gradscope.tracing.unanalysed import CannotTell, MixedDevices, refuse_too_big
 from gradscope.tracing.workshops import open_workshop
 
 Mode = Literal["auto", "structural", "real"]
+# What `trace` takes by name for itself; all else goes to the model.
+OPTIONS = ("entry", "trainable", "mode", "device", "numeric", "verify", "loss")
 
 
 def trace(
@@ -120,38 +124,38 @@ def assert_gradients_flow(
 
     Args:
         model, *inputs, wrt, **options: as for :func:`trace`.
-        allow: patterns of sources that may be cut (a teacher, a frozen tower under no_grad).
+        allow: patterns of sources that may be cut (a teacher, a frozen tower under no_grad); findings that
+            concern no others are marked as expected.
     """
+    __tracebackhide__ = True
+    return require_flow(trace_allowing(model, *inputs, wrt=wrt, allow=allow, **options))
+
+
+def trace_allowing(
+    model: nn.Module | Callable[..., Any],
+    *inputs: Any,
+    wrt: str | Iterable[str] = (),
+    allow: str | Iterable[str] = (),
+    **options: Any,
+) -> Session:
+    """Trace, and mark as expected the findings that cut off nothing that is asked about but what ``allow`` names."""
     session = trace(model, *inputs, wrt=wrt, **options)
     allowed = _patterns(allow)
-    bad = [
-        finding
-        for finding in session.findings
-        if finding.severity != "note"
-        and (not finding.cuts or any(not _matches(name, allowed) for name in finding.cuts))
+    if not allowed:
+        return session
+    # An input that requires no gradient is not asked about as long as something trains.
+    train = any(source.kind == "parameter" and not source.frozen for source in session.sources.values())
+    given = [*inputs, *(value for name, value in options.items() if name not in OPTIONS)]
+    spared = train and not _patterns(wrt) and not any(tensor.requires_grad for tensor in tensors_in(given))
+    asked = {name for name, source in session.sources.items() if not (spared and source.kind == "input")}
+    findings = [
+        dataclasses.replace(each, state="expected")
+        if each.cuts and all(matches(name, allowed) for name in each.cuts if name in asked)
+        else each
+        for each in session.findings
     ]
-    if bad or session.verdict == "crashes":
-        raise AssertionError(_sentence(session, bad[0] if bad else None))
-    return session
-
-
-def _sentence(session: Session, finding: Any) -> str:
-    if finding is None:
-        return f"{session.target.get('name')}: the run crashes in autograd: {(session.crash or {}).get('message')}"
-    names = ", ".join(finding.cuts[:4]) + (f" and {len(finding.cuts) - 4} more" if len(finding.cuts) > 4 else "")
-    lines = [
-        f"the gradient does not arrive at {names or 'anything'}",
-        f"  {finding.path}:{finding.line}: {finding.rule} {finding.name}",
-        f"  > {finding.source}",
-        f"  {finding.message}",
-        f"  {finding.fix}",
-    ]
-    return "\n".join(line for line in lines if line.strip(" >"))
+    return dataclasses.replace(session, findings=findings)
 
 
 def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

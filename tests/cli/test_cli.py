@@ -114,3 +114,17 @@ def test_help_imports_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_scan_of_one_file_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("import torch\n\n\n@torch.no_grad()\ndef forward(x):\n    return x\n")
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from gradscope.cli.main import group\n"
+        "result = CliRunner().invoke(group, ['scan', 'net.py', '--no-cache'])\n"
+        "print(result.output)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'PIL', 'graphviz')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 file" in done.stdout

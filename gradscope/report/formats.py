@@ -36,6 +36,7 @@ FORMATS = {
         Format("github", (), "gradscope.report.github"),
         Format("junit", (".xml",), "gradscope.report.junit"),
         Format("gitlab", (".gitlab.json",), "gradscope.report.gitlab"),
+        Format("html", (".html", ".htm"), "gradscope.report.html"),
         Format("dot", (".dot", ".gv"), "gradscope.report.dot", needs_graph=True),
         Format("svg", (".svg",), needs_graph=True),
         Format("png", (".png",), needs_graph=True),

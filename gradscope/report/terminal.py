@@ -31,7 +31,7 @@ def render(session: Session, console: Console, *, full: bool = False) -> None:
     _TracePage(session, console).show(full)
 
 
-def _words_for(session: Session) -> str:
+def words_for(session: Session) -> str:
     """Say it more exactly where no gradient is lost and it is no good all the same; empty elsewhere."""
     found = {source.status for source in session.sources.values()}
     bad = any(source.gradient is not None and source.gradient.nonfinite for source in session.sources.values())
@@ -66,7 +66,7 @@ class _TracePage(Page):
         colour, words = VERDICTS[session.verdict]
         sign = self.sign("yes" if session.verdict == "flows" else "blocked")
         target = session.target
-        words = _words_for(session) or words
+        words = words_for(session) or words
         self.console.print(f"[bold {colour}]{sign} {session.verdict}[/]  {words}", highlight=False)
         call = f".{target['entry']}({', '.join(target['inputs'])})" if target["entry"] else ""
         line = f"  {target['name']}{call}"

@@ -14,12 +14,16 @@ DEEPEST_LEVEL = 40
 
 @dataclass(slots=True)
 class ViewNode:
-    """A node to show: one flow node, or several folded into one (``ids`` has them all)."""
+    """A node to show: one flow node, or several folded into one (``ids`` has them all).
+
+    ``members`` are the views that were folded into this one, for pages that can open it again.
+    """
 
     node: FlowNode
     label: str
     ids: list[str]
     children: list[ViewNode] = field(default_factory=list)
+    members: list[ViewNode] = field(default_factory=list)
 
     def walk(self) -> Iterator[ViewNode]:
         """Yield this node and everything below it."""
@@ -110,7 +114,7 @@ def _merged(run: list[ViewNode]) -> ViewNode:
     last = run[-1].node.label.rpartition(".")[2]
     node = replace(first.node, detail=run[-1].node.detail, parameters=sum(n.node.parameters for n in run))
     label = f"{first.label}-{last}  x{len(run)}"
-    return ViewNode(node, label, [i for member in run for i in _ids(member)], first.children)
+    return ViewNode(node, label, [i for member in run for i in _ids(member)], first.children, run)
 
 
 def _fold_preparation(nodes: list[ViewNode]) -> list[ViewNode]:
@@ -124,7 +128,9 @@ def _fold_preparation(nodes: list[ViewNode]) -> list[ViewNode]:
     group = steps[:count]
     last = group[-1].node
     node = FlowNode(group[0].node.id, "preprocess", "operation", "none", last.parent, detail=last.detail)
-    merged = ViewNode(node, f"preprocess  ({count} steps)", [i for member in group for i in _ids(member)])
+    merged = ViewNode(
+        node, f"preprocess  ({count} steps)", [i for member in group for i in _ids(member)], members=group
+    )
     position = nodes.index(group[0])
     return [*nodes[:position], merged, *nodes[position + count :]]
 

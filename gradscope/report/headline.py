@@ -1,0 +1,46 @@
+"""The verdict of a session in a sentence, for pages that begin with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from gradscope.findings import SEVERITIES
+from gradscope.report import scan_terminal, terminal
+from gradscope.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """``tone`` is ``good``, ``bad`` or ``warn``; ``said`` the verdict in a word or two, ``sentence`` what it means."""
+
+    tone: str
+    sign: str
+    said: str
+    sentence: str
+
+
+TONES = {"flows": "good", "partial": "warn", "blocked": "bad", "crashes": "bad"}
+SIGNS = {"good": "✓", "warn": "!", "bad": "✗"}
+
+
+def headline(session: Session) -> Headline:
+    """Return the verdict of a trace or a scan, in the words of the command line."""
+    tone = TONES[session.verdict]
+    if session.kind != "scan":
+        words = terminal.words_for(session) or terminal.VERDICTS[session.verdict][1]
+        if "zero in places" in words:
+            tone = "warn"
+        return Headline(tone, SIGNS[tone], session.verdict, f"{words[0].upper()}{words[1:]}.")
+    counts = Counter(finding.severity for finding in session.findings)
+    said = ", ".join(_count(counts[severity], severity) for severity in SEVERITIES if counts[severity])
+    words = scan_terminal.VERDICTS[session.verdict][2]
+    if session.unseen:
+        # What could not be read is never clean.
+        tone = "bad" if counts["error"] else "warn"
+        words = f"{_count(len(session.unseen), 'file')} could not be read" + (f"; {words}" if session.findings else "")
+    return Headline(tone, SIGNS[tone], said or "nothing found", f"{words[0].upper()}{words[1:]}.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
 # Calls that make a tensor of numbers that Python holds.
 ENTRANCES = frozenset({"tensor", "as_tensor", "asarray", "full", "linspace", "logspace", "scalar_tensor"})
+CROSSINGS = ESCAPES | ENTRANCES
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
 MAKES_ROOM = frozenset(
@@ -46,12 +48,19 @@ WRITES_FIRST = COLLECTIVES | {"__setitem__", "__set__"}
 # With a rounding mode these are piecewise constant.
 ROUNDING = frozenset({"div", "div_", "divide", "true_divide"})
 _STATISTICS = frozenset({"batch_norm", "instance_norm"})
+_MAY_WRITE = COLLECTIVES | _STATISTICS | {"embedding"}
 
 
 @functools.lru_cache(maxsize=4096)
 def is_in_place(name: str) -> bool:
     """Tell by a call's name whether it changes its first argument."""
     return (name[-1] == "_" and name[-2:] != "__") or name in IN_PLACE
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_write(name: str) -> bool:
+    """Tell by a call's name whether its arguments have to be looked at."""
+    return is_in_place(name) or name in _MAY_WRITE or name.startswith("fused_moving_avg")
 
 
 def _takes_statistics(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -64,6 +73,8 @@ def _takes_statistics(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Return the tensors that a call is about to change in place."""
     written: list[Any] = []
+    if not kwargs and not _may_write(name):
+        return written
     if is_in_place(name) or kwargs.get("inplace") is True:
         written = list(args[:1])
     elif name in COLLECTIVES:
@@ -81,6 +92,21 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
 
 def operation_name(func: Any) -> str | None:
     """Return the name of a call that moves numbers, or None for one that does not."""
+    try:
+        return _NAMES[func]
+    except (KeyError, TypeError):  # not met before, or not hashable
+        name = _name_of(func)
+    if isinstance(func, _LASTING) or "<" not in getattr(func, "__qualname__", "<"):
+        _NAMES[func] = name
+    return name
+
+
+_NAMES: dict[Any, str | None] = {}
+# The types of torch's own functions, which exist once however often they are called (functions in a function do not).
+_LASTING = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+
+
+def _name_of(func: Any) -> str | None:
     if isinstance(func, torch._ops.OpOverload):
         return str(func.overloadpacket.__name__)
     name = getattr(func, "__name__", None) or type(func).__name__

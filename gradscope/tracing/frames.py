@@ -67,6 +67,24 @@ def user_place(frame: FrameType | None) -> Place | None:
     return Place(found.f_code, found.f_lasti, found.f_lineno) if found else None
 
 
+class Places:
+    """The places of one run, each made once: the same lines are run over and over."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], Place] = {}
+
+    def of(self, frame: FrameType | None) -> Place | None:
+        """Return where in user code ``frame`` was called from; see :func:`user_frame`."""
+        found = user_frame(frame)
+        if found is None:
+            return None
+        key = (id(found.f_code), found.f_lasti)  # the place keeps the code, so that no other one has its id
+        place = self._made.get(key)
+        if place is None:
+            place = self._made[key] = Place(found.f_code, found.f_lasti, found.f_lineno)
+        return place
+
+
 def function_place(function: Any) -> Place | None:
     """Return where a function is written; None where it has no source of its own."""
     code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)

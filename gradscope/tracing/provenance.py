@@ -28,7 +28,8 @@ class Provenance:
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], Value, int]] = {}
+        self._wrapped: set[int] = set()
         self._leaves: dict[int, int] = {}
         self._written: dict[int, tuple[int, Operation]] = {}
         self._written_unseen: set[int] = set()
@@ -52,18 +53,24 @@ class Provenance:
 
     def remember(self, tensor: torch.Tensor) -> Value:
         """Make a new value of what a tensor holds now."""
+        values = self._recording.values
+        version = _version(tensor)
         value = Value(
-            id=len(self._recording.values),
-            detail=describe(tensor),
-            differentiable=tensor.is_floating_point() or tensor.is_complex(),
-            connected=self._is_connected(tensor),
-            leaf=id(tensor) in self._leaves and tensor.grad_fn is None,
-            inference=tensor.is_inference(),
-            memory=memory_of(tensor),
-        )
-        self._recording.values.append(value)
-        for each in _layers(tensor):
-            self._known[id(each)] = (weakref.ref(each), value.id, _version(each))
+            len(values),
+            describe(tensor),
+            tensor.dtype in DIFFERENTIABLE,
+            self._is_connected(tensor),
+            id(tensor) in self._leaves and tensor.grad_fn is None,
+            version == UNVERSIONED and tensor.is_inference(),
+            "",
+            memory_of(tensor),
+        )  # by position: this runs for every result of every call
+        values.append(value)
+        self._known[id(tensor)] = (weakref.ref(tensor), value, version)
+        if _is_wrapped(tensor):
+            self._wrapped.add(value.id)
+            for each in _layers(tensor)[1:]:
+                self._known[id(each)] = (weakref.ref(each), value, _version(each))
         return value
 
     def is_known(self, tensor: torch.Tensor) -> bool:
@@ -76,18 +83,24 @@ class Provenance:
         known = self._known.get(id(tensor))
         if known is None or known[0]() is not tensor:
             return self._adopt(tensor)
-        _, number, version = known
+        _, value, version = known
         if version != _version(tensor) or (self._written_unseen and memory_of(tensor) in self._written_unseen):
-            number = self._rewritten(tensor, number)
-        value = self._recording.values[number]
+            value = self._recording.values[self._rewritten(tensor, value)]
         if value.room and self._exposed:
-            return self._filled(tensor, number)
-        # Judged again on use: ``Function.apply`` sets the grad_fn after the tensor was first seen.
-        if not value.connected:
-            value.connected = self._is_connected(tensor)
-            if value.connected and number in self.made_by_function:
-                tag(tensor, self.made_by_function[number], self.made_by_function[number])
-        return number
+            return self._filled(tensor, value.id)
+        if not value.connected and (tensor.requires_grad or value.id in self._wrapped):
+            self._judge_again(tensor, value)
+        return value.id
+
+    def values_of(self, value: Any) -> tuple[int, ...]:
+        """Return the values of the tensors in anything that may hold some; see :func:`tensors_in`."""
+        return tuple([self.value_of(tensor) for tensor in tensors_in(value)])
+
+    def _judge_again(self, tensor: torch.Tensor, value: Value) -> None:
+        """Note on use what was not so before: ``Function.apply`` sets the grad_fn after the tensor was first seen."""
+        value.connected = self._is_connected(tensor)
+        if value.connected and value.id in self.made_by_function:
+            tag(tensor, self.made_by_function[value.id], self.made_by_function[value.id])
 
     def _is_connected(self, tensor: torch.Tensor) -> bool:
         """Tell whether autograd links the tensor to anything.
@@ -95,9 +108,8 @@ class Provenance:
         ``requires_grad`` alone lies: a view taken under no_grad borrows it from its base and has
         no grad_fn, and a copy may be a leaf of its own.
         """
-        layers = _layers(tensor)
-        if len(layers) > 1:
-            return any(self._is_connected(each) for each in layers[1:])
+        if _is_wrapped(tensor):
+            return any(self._is_connected(each) for each in _layers(tensor)[1:])
         if not tensor.requires_grad:
             return False
         # A function may give out an inference tensor with a grad_fn: what uses it records nothing (pytorch#77967).
@@ -117,13 +129,13 @@ class Provenance:
             if unseen:
                 self._written_unseen.add(storage)
 
-    def _rewritten(self, tensor: torch.Tensor, number: int) -> int:
-        written, operation = self._written.get(memory_of(tensor), (number, None))
-        if operation is None or written == number:
-            self._known[id(tensor)] = (weakref.ref(tensor), number, _version(tensor))
-            return number
+    def _rewritten(self, tensor: torch.Tensor, value: Value) -> int:
+        written, operation = self._written.get(memory_of(tensor), (value.id, None))
+        if operation is None or written == value.id:
+            self._known[id(tensor)] = (weakref.ref(tensor), value, _version(tensor))
+            return value.id
         self._written_unseen.discard(memory_of(tensor))
-        return self._link(operation.name, (number, written), tensor, operation)
+        return self._link(operation.name, (value.id, written), tensor, operation)
 
     def exposed(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that the memory itself was handed out: a kernel may read it, or write into it where it is room."""
@@ -194,10 +206,10 @@ class Provenance:
         storage = memory_of(tensor)
         if not storage:
             return None
-        for reference, number, _ in list(self._known.values()):
+        for reference, value, _ in list(self._known.values()):
             other = reference()
             if other is not None and other is not tensor and memory_of(other) == storage:
-                return number
+                return value.id
         return None
 
     def _link(
@@ -221,36 +233,50 @@ class Provenance:
 # --- pure functions ------------------------------------------------------------------------------------
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+# The version of an inference tensor, which counts none.
+UNVERSIONED = -1
+
+
 def _layers(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return a tensor and what it wraps: ``torch.func`` wraps its arguments and unwraps its results unseen."""
     layers = [tensor]
-    while torch._C._functorch.is_functorch_wrapped_tensor(layers[-1]):
+    while _is_wrapped(layers[-1]):
         layers.append(torch._C._functorch.get_unwrapped(layers[-1]))
     return layers
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # told so, rather than asked beforehand at every use of every tensor
+        return UNVERSIONED
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested tuples, lists, dicts, dataclasses and plain objects such as model outputs."""
     found: list[torch.Tensor] = []
-    _gather(value, found, 0)
+    _gather((value,), found, 0)
     return found
 
 
+# The dtypes that a gradient can exist for.
+DIFFERENTIABLE = frozenset(
+    each
+    for each in vars(torch).values()
+    if isinstance(each, torch.dtype) and (each.is_floating_point or each.is_complex)
+)
 # What holds no tensors, or (a module) none that are given on.
 PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Module, type)
 
 
-def _gather(value: Any, found: list[torch.Tensor], depth: int) -> None:
-    kind = _kind(type(value))  # type: ignore[arg-type]
-    if kind == "tensor":
-        found.append(value)
-    elif kind and depth < DEEPEST:
-        for item in _parts(value):
-            _gather(item, found, depth + 1)
+def _gather(items: Iterable[Any], found: list[torch.Tensor], depth: int) -> None:
+    for item in items:
+        kind = _kind(type(item))  # type: ignore[arg-type]
+        if kind == "tensor":
+            found.append(item)
+        elif kind and depth < DEEPEST:
+            _gather(_parts(item), found, depth + 1)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from gradscope.tracing.autograd import tag
 from gradscope.tracing.calls import (
     AS_ANOTHER,
+    CROSSINGS,
     ENTRANCES,
     ESCAPES,
     FILLS,
@@ -32,10 +33,10 @@ from gradscope.tracing.calls import (
     writes,
 )
 from gradscope.tracing.cuts import RULE_OF_OPERATION
-from gradscope.tracing.frames import call_chain, function_place, source_site, user_place
+from gradscope.tracing.frames import Places, call_chain, function_place, source_site, user_place
 from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Site
-from gradscope.tracing.scopes import OpenScopes
+from gradscope.tracing.scopes import OpenScopes, Threads
 from gradscope.tracing.subject import Caller
 
 P = ParamSpec("P")
@@ -78,8 +79,13 @@ class Recorder(TorchFunctionMode):
         self._before_write = before_write
         self._cuts_removed = bool(neutralised)
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in REPLACEABLE)
-        self._here = OpenScopes(self.recording)
+        self._threads = Threads(self.recording)
+        self._places = Places()
         self._over = False
+
+    @property
+    def _here(self) -> OpenScopes:
+        return self._threads.here
 
     @property
     def is_here(self) -> bool:
@@ -108,15 +114,25 @@ class Recorder(TorchFunctionMode):
     # --- leaves -----------------------------------------------------------------------------
 
     @_unwatched
-    def add_leaf(self, name: str, tensor: torch.Tensor, *, outside: bool = False) -> None:
-        """Name a tensor that a gradient may be wanted for (``outside``: not part of the model)."""
-        value = self.provenance.add_leaf(tensor)
-        value.name = name
-        for hook in (tensor._backward_hooks or {}).values():
-            place = function_place(hook)
-            if place is not None:
-                self.recording.hooks[value.id] = place
-        (self.recording.outside if outside else self.recording.leaves)[name] = value.id
+    def add_leaves(self, tensors: Mapping[str, torch.Tensor], *, outside: bool = False) -> None:
+        """Name the tensors that a gradient may be wanted for (``outside``: not known yet to be part of the model)."""
+        named = self.recording.outside if outside else self.recording.leaves
+        for name, tensor in tensors.items():
+            value = self.provenance.add_leaf(tensor)
+            value.name = name
+            named[name] = value.id
+            for hook in (tensor._backward_hooks or {}).values():
+                place = function_place(hook)
+                if place is not None:
+                    self.recording.hooks[value.id] = place
+
+    @_unwatched
+    def forget_outside(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Take the model's own parameters from those outside."""
+        own = {self.provenance.value_of(parameter) for parameter in parameters}
+        outside = self.recording.outside
+        for name in [name for name, value in outside.items() if value in own]:
+            del outside[name]
 
     @_unwatched
     def add_constant(self, tensor: torch.Tensor, name: str = "") -> None:
@@ -133,13 +149,13 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         name = operation_name(func)
         if name is None:  # shape, dtype, device: nine calls of ten
-            return func(*args) if func.__name__ == "__get__" else self._pass(func, args, kwargs)
-        if name in ROUNDING and kwargs.get("rounding_mode"):
+            return func(*args) if func.__name__ == "__get__" else self._pass(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if kwargs and name in ROUNDING and kwargs.get("rounding_mode"):
             name = "floor_divide"
-        place = user_place(sys._getframe(1)) if self._neutralised or not self._over else None
+        place = self._places.of(sys._getframe(1)) if self._neutralised or not self._over else None
         if self._neutralised and place is not None and source_site(place, name) in self._neutralised:
             return torch.ops.aten.alias.default(args[REPLACEABLE[name]])
         in_place = writes(name, args, kwargs)
@@ -150,13 +166,15 @@ class Recorder(TorchFunctionMode):
         pending = self._begin(name, args, kwargs, place)
         if self._cuts_removed and name in ("numpy", "__array__") and args[0].requires_grad:
             args = (args[0].detach(), *args[1:])  # with a gradient it would raise; the way out is known by now
-        self._here.calls += 1
+        here = self._threads.here
+        here.calls += 1
         try:
             result = self._run(func, args, kwargs)
         finally:
-            self._here.calls -= 1
+            here.calls -= 1
         self._finish(pending, args[0] if name in WRITES_FIRST else result)
-        self._note_crossing(pending, name, result, in_place)
+        if in_place or name in CROSSINGS:
+            self._note_crossing(pending, name, result, in_place)
         return result
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -272,8 +290,9 @@ class Recorder(TorchFunctionMode):
 
     def _new(self, name: str, inputs: tuple[int, ...], place: Place | None, *, custom: bool = False) -> Operation:
         """Return an operation that starts here and now."""
-        here, index = self._here, len(self.recording.operations)
-        return Operation(index, name, inputs, (), place, here.scope, here.active, custom=custom)
+        here = self._threads.here
+        active = here.active if here.regions else ()
+        return Operation(len(self.recording.operations), name, inputs, (), place, here.scope, active, custom)
 
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
         provenance = self.provenance
@@ -282,9 +301,10 @@ class Recorder(TorchFunctionMode):
             args, kwargs = args[:1], {}
         elif name == "new_tensor":  # of the dtype and device of the first, and the numbers of the second
             args = args[1:]
-        inputs = tuple(provenance.value_of(tensor) for tensor in tensors_in((*args, *kwargs.values())))
+        given = (*args, *kwargs.values()) if kwargs else args
+        inputs = provenance.values_of(given)
         if provenance.has_escapes:
-            inputs += provenance.scalars_in((*args, *kwargs.values()))
+            inputs += provenance.scalars_in(given)
         operation = self._new(name, inputs, place)
         if name in RULE_OF_OPERATION:
             operation.chain = call_chain(sys._getframe(2))
@@ -293,11 +313,11 @@ class Recorder(TorchFunctionMode):
 
     def _finish(self, pending: Operation, produced: Any) -> None:
         self.recording.pending = None
-        made = list(tensors_in(produced))
-        pending.outputs = tuple(self.provenance.remember(tensor).id for tensor in made)
+        made = tensors_in(produced)
+        pending.outputs = tuple([self.provenance.remember(tensor).id for tensor in made])
         if pending.name == "empty":
             self.recording.values[pending.outputs[0]].room = True
-        made_for_inference = bool(self._here.regions) and any(tensor.is_inference() for tensor in made)
+        made_for_inference = bool(self._threads.here.regions) and any(tensor.is_inference() for tensor in made)
         if (pending.inputs and (pending.outputs or pending.name in ESCAPES)) or made_for_inference:
             since, pending.index = pending.index, len(self.recording.operations)
             self.recording.operations.append(pending)
@@ -353,24 +373,24 @@ class Recorder(TorchFunctionMode):
         """Note the call of a module."""
         name = self.module_names.get(id(module), "")
         kind = type(module).__name__
-        given = tuple(self.provenance.value_of(tensor) for tensor in tensors_in(args))
+        given = self.provenance.values_of(args)
         is_model = self.module_names.get(id(module)) == ""
         label = "" if is_model else name or kind
-        scope = self._here.push("module", label, module=name, type=kind)
-        self._here.module_calls.append((module, scope, given))
+        here = self._threads.here
+        here.module_calls.append((module, here.push("module", label, name, kind), given))
 
     @_unwatched
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
-        while self._here.module_calls:
-            entered, scope, given = self._here.module_calls.pop()
+        here = self._threads.here
+        while here.module_calls:
+            entered, scope, given = here.module_calls.pop()
             if entered is module:
-                results = list(tensors_in(output))
-                if not self._left_in(scope) and any(not self.provenance.is_known(tensor) for tensor in results):
+                results = tensors_in(output)
+                if not all(map(self.provenance.is_known, results)) and not self._left_in(scope):
                     self._opaque_module(module, given, results)
-                found = tuple(self.provenance.value_of(tensor) for tensor in results)
-                self.recording.scopes[scope].outputs = found
-                self._here.pop(scope)
+                self.recording.scopes[scope].outputs = self.provenance.values_of(results)
+                here.pop(scope)
                 return
 
     def _left_in(self, scope: int) -> bool:

@@ -20,6 +20,7 @@ from gradscope.tracing.holding import Holder
 TABLES = ("_parameters", "_buffers", "_modules")
 HOOKS = frozenset(vars(nn.Module())) - frozenset(TABLES)
 CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, deque})
+PLAIN = frozenset({str, int, float, bool, type(None)})
 IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, ModuleType, FunctionType)
 # An argument may be an object that holds the caches of several objects (a video session).
 DEEPEST = 6
@@ -61,9 +62,11 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     A tensor is copied only when it is about to change, so that a run costs no second copy of the weights.
     Scripted modules change theirs unseen: their buffers are copied beforehand.
     """
-    held = [each for module in model.modules() if isinstance(module, Holder) for each in module.objects]
-    own = [module.__dict__ for module in model.modules()]
-    parts = [part for table in own for name, part in table.items() if name not in HOOKS]
+    modules = list(model.modules())
+    held = [each for module in modules if isinstance(module, Holder) for each in module.objects]
+    own = [module.__dict__ for module in modules]
+    parts = [part for table in own for name, part in table.items()
+             if type(part) not in PLAIN and name not in HOOKS]  # fmt: skip
     tensors = [*model.parameters(), *model.buffers()]
     owners = {_memory(tensor): tensor for tensor in tensors}
     copies: dict[int, torch.Tensor] = {}
@@ -73,7 +76,7 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
         if key in owners and key not in copies:
             copies[key] = owners[key].detach().clone()
 
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             for buffer in module.buffers():
                 before_write(buffer)
@@ -162,7 +165,9 @@ def _mutable_parts(values: Iterable[Any], deepest: int) -> Iterator[Any]:
 
 def _restore(part: Any, before: Any) -> None:
     same = len(part) == len(before) and all(map(operator.is_, part, before))
-    if not same or (isinstance(part, dict) and not all(map(operator.is_, part.values(), dict(before).values()))):
+    if same and isinstance(before, dict):
+        same = all(map(operator.is_, part.values(), before.values()))
+    if not same:
         part.clear()
         (part.extend if isinstance(part, (list, deque)) else part.update)(before)
 

@@ -21,7 +21,7 @@ from gradscope.tracing.propagation import linked_sources, where_it_left
 from gradscope.tracing.provenance import left_torch, results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.restoring import attributes_of, hushed, put_back, untouched_state
+from gradscope.tracing.restoring import PLAIN, attributes_of, hushed, put_back, untouched_state
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
 # It logs a traceback for every call that it refuses; the refusal is reported.
@@ -73,7 +73,7 @@ class Runner:
         what no torch function shows.
         """
         with (
-            hushed(FAKE_TENSORS),
+            hushed(FAKE_TENSORS) if self.workshop.mode == "structural" else nullcontext(),
             untouched_state(),
             put_back(self.subject.given),
             torch.compiler.set_stance("force_eager"),
@@ -92,21 +92,26 @@ class Runner:
                     return self._record(recorder, origin, backward, as_given)
 
     def _record(self, recorder: Recorder, origin: nn.Module, backward: Pass, as_given: bool) -> Run:
-        for name, parameter in origin.named_parameters():
-            recorder.add_leaf(name, parameter, outside=True)
+        named = dict(origin.named_parameters())
+        recorder.add_leaves(named, outside=True)
         with recorder.constructing():
             built = self.subject.build(self.workshop, origin)
         recorder.provenance.strangers = 0
-        named = dict(built.model.named_parameters())
-        frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+        if built.model is not origin:
+            named = dict(built.model.named_parameters())
+        with torch._C.DisableTorchFunction():
+            frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
         asked = self.subject.asked_for([*named, *built.inputs], set(named), frozen, built.wanted)
         sources = {name: tensor for name, tensor in {**named, **built.inputs}.items() if name in asked or not as_given}
-        _name_leaves(recorder, sources, built)
+        for name in sources.keys() & built.inputs.keys():
+            built.inputs[name].requires_grad_(True)
+        recorder.add_leaves(sources)
+        recorder.forget_outside(named.values())
         run = Run(recorder.recording, frozen, set(named), asked)
         for constant, name in constants_of(built.model):
             recorder.add_constant(constant, name)
         recorder.name_modules(built.model)
-        with _requiring_grad(built.model, sources):
+        with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
         run.strangers = recorder.provenance.strangers
         if run.strangers:
@@ -207,43 +212,33 @@ def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
         yield buffer, ""
     for attributes in attributes_of(model):
         for name, value in attributes.items():
-            for tensor in tensors_in([value]) if not name.startswith("_") else ():
-                yield tensor, name
-
-
-def _name_leaves(recorder: Recorder, sources: dict[str, torch.Tensor], built: Built) -> None:
-    """Make the model's parameters and its inputs the sources of the run."""
-    for name, tensor in sources.items():
-        if name in built.inputs:
-            tensor.requires_grad_(True)
-        recorder.add_leaf(name, tensor)
-    own = {recorder.provenance.value_of(parameter) for parameter in built.model.parameters()}
-    outside = recorder.recording.outside
-    for name in [name for name, value in outside.items() if value in own]:
-        del outside[name]
+            if type(value) not in PLAIN and not name.startswith("_"):
+                for tensor in tensors_in([value]):
+                    yield tensor, name
 
 
 @contextmanager
-def _requiring_grad(model: nn.Module, sources: dict[str, torch.Tensor]) -> Iterator[None]:
+def _requiring_grad(named: dict[str, nn.Parameter], sources: dict[str, torch.Tensor]) -> Iterator[None]:
     """Let the floating parameters among the sources require a gradient, no others, and put the flags back afterwards.
 
     Frozen is not blocked: a frozen parameter's status is what it would be if it were trained.
     """
-    parameters = [(name, each) for name, each in model.named_parameters() if each.is_floating_point()]
-    flags = [parameter.requires_grad for _, parameter in parameters]
+    with torch._C.DisableTorchFunction():  # these are no calls of the run
+        flags = [(each, each.requires_grad) for each in named.values() if each.is_floating_point()]
+        wanted = [(each, name in sources) for name, each in named.items() if each.is_floating_point()]
     try:
-        for name, parameter in parameters:
-            _set_flag(parameter, name in sources)
+        _set_flags(wanted)
         yield
     finally:
-        for (_, parameter), flag in zip(parameters, flags, strict=True):
-            _set_flag(parameter, flag)
+        _set_flags(flags)
 
 
-def _set_flag(parameter: torch.Tensor, flag: bool) -> None:
+def _set_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
     """Set ``requires_grad`` where it can be set: a parameter made under inference_mode stays as it was made."""
-    if parameter.requires_grad != flag and not parameter.is_inference():
-        parameter.requires_grad_(flag)
+    with torch._C.DisableTorchFunction():
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag and not parameter.is_inference():
+                parameter.requires_grad_(flag)
 
 
 def _absorbing(run: Caller, absorbed: frozenset[str]) -> Caller:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import Any
 
 from torch import nn
 
 from gradscope.tracing.frames import is_running
-from gradscope.tracing.recording import Recording, Region, Scope
+from gradscope.tracing.recording import Recording, Region, Scope, ScopeKind
 
 
-class OpenScopes(threading.local):
-    """What is open in the present thread; a new one starts with nothing, as its grad mode does.
+class Threads(threading.local):
+    """What is open in the present thread; a new one starts with nothing, as its grad mode does."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.here = OpenScopes(recording)
+
+
+class OpenScopes:
+    """What is open in one thread.
 
     ``watched`` counts how often the thread was entered, ``calls`` and ``functions`` the torch functions and the custom
     functions under way in it, ``module_calls`` holds each module with its scope and the values it was given.
     """
+
+    __slots__ = ("_recording", "_scopes", "calls", "functions", "module_calls", "regions", "watched")
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
@@ -33,16 +41,19 @@ class OpenScopes(threading.local):
         """Return the innermost scope."""
         return self._scopes[-1] if self._scopes else None
 
-    def push(self, kind: Any, label: str, **fields: Any) -> int:
+    def push(self, kind: ScopeKind, label: str, module: str = "", type: str = "", region: Region | None = None) -> int:
         """Open a scope inside the innermost one; return its number."""
-        scope = Scope(len(self._recording.scopes), self.scope, kind, label, **fields)
-        self._recording.scopes.append(scope)
-        self._scopes.append(scope.id)
-        return scope.id
+        scopes = self._recording.scopes
+        number = len(scopes)
+        scopes.append(Scope(number, self.scope, kind, label, module, type, region))
+        self._scopes.append(number)
+        return number
 
     def pop(self, scope: int) -> None:
         """Close a scope; a generator may close one that is not the innermost."""
-        if scope in self._scopes:
+        if self._scopes and self._scopes[-1] == scope:
+            self._scopes.pop()
+        elif scope in self._scopes:
             self._scopes.remove(scope)
 
     def enter_region(self, key: object, region: Region) -> None:

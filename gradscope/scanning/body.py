@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import Class, Function
@@ -67,7 +69,7 @@ class Body(Regions):
             note = _words(argument.annotation)
             if name in ("self", "cls"):
                 continue
-            if "Float" not in note and (_INTEGER_ANNOTATION.search(note) or _INTEGER_NAME.search(name)):
+            if _holds_no_floats(name, note):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN
                 continue
             self.parameters.add(name)
@@ -81,46 +83,46 @@ class Body(Regions):
         for statement in statements:
             self._statement(statement)
 
-    def _statement(self, node: ast.stmt) -> None:  # noqa: C901, PLR0912 - one branch a kind of statement
-        if isinstance(node, ast.Assign):
-            self._assign(node.targets, node.value)
-        elif isinstance(node, ast.AnnAssign):
-            self._assign([node.target], node.value) if node.value else None
-        elif isinstance(node, ast.AugAssign):
-            self._assign([node.target], node.value, also=self.value(node.target))
-        elif isinstance(node, ast.Expr):
-            self._expression(node.value)
-        elif isinstance(node, ast.Return):
-            self._give(self._handed_out(node.value), bool(node.value))
-        elif isinstance(node, ast.If):
-            self._if(node)
-        elif isinstance(node, (ast.For, ast.AsyncFor)):
-            if isinstance(node, ast.AsyncFor):
-                self.suspended(node.iter, "await")
-            self.bind(node.target, self.value(node.iter))
-            self._loop([*node.body, *node.orelse])
-        elif isinstance(node, ast.While):
-            self.value(node.test)
-            self._loop([*node.body, *node.orelse])
-        elif isinstance(node, (ast.With, ast.AsyncWith)):
-            self._with(node)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            self._inner_function(node)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            add_imports(self.names.imports, node, self.names.module)
-        elif isinstance(node, ast.Try) or type(node).__name__ == "TryStar":
-            for part in (node.body, *(h.body for h in node.handlers), node.orelse, node.finalbody):  # type: ignore[attr-defined]
-                self._run(part)
-        elif isinstance(node, ast.Match):
-            self.value(node.subject)
-            for case in node.cases:
-                self._run(case.body)
-        elif isinstance(node, ast.ClassDef):
-            self._inner_class(node)
-        else:
-            for child in ast.iter_child_nodes(node):
-                if isinstance(child, ast.expr):
-                    self.value(child)
+    def _statement(self, node: ast.stmt) -> None:
+        rule = self.statements.get(type(node))
+        if rule is not None:
+            rule(self, node)
+            return
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                self.value(child)
+
+    def _annotated(self, node: ast.AnnAssign) -> None:
+        if node.value:
+            self._assign([node.target], node.value)
+
+    def _augmented(self, node: ast.AugAssign) -> None:
+        self._assign([node.target], node.value, also=self.value(node.target))
+
+    def _return(self, node: ast.Return) -> None:
+        self._give(self._handed_out(node.value), bool(node.value))
+
+    def _for(self, node: ast.For | ast.AsyncFor) -> None:
+        if isinstance(node, ast.AsyncFor):
+            self.suspended(node.iter, "await")
+        self.bind(node.target, self.value(node.iter))
+        self._loop([*node.body, *node.orelse])
+
+    def _while(self, node: ast.While) -> None:
+        self.value(node.test)
+        self._loop([*node.body, *node.orelse])
+
+    def _import(self, node: ast.Import | ast.ImportFrom) -> None:
+        add_imports(self.names.imports, node, self.names.module)
+
+    def _try(self, node: ast.Try) -> None:
+        for part in (node.body, *(handler.body for handler in node.handlers), node.orelse, node.finalbody):
+            self._run(part)
+
+    def _match(self, node: ast.Match) -> None:
+        self.value(node.subject)
+        for case in node.cases:
+            self._run(case.body)
 
     def _loop(self, body: Sequence[ast.stmt]) -> None:
         self._loops += 1
@@ -148,7 +150,7 @@ class Body(Regions):
         if switch is not None:
             self._alias(targets, switch)
             return
-        if all(isinstance(target, ast.Attribute) and target.attr == "data" for target in targets):
+        if isinstance(targets[0], ast.Attribute) and all(getattr(target, "attr", "") == "data" for target in targets):
             self.discarded = node  # weight.data = f(...) gives the graph nothing
         value = self.value(node)
         if also is not PLAIN:
@@ -156,6 +158,8 @@ class Body(Regions):
         for target in targets:
             self.bind(target, self._as_computed(value))
             self.note_output(target, value.atoms, value.kind)
+            if isinstance(target, ast.Name) and self.function:
+                continue  # by far the most
             self._keep_applied(target, node)
             if isinstance(target, ast.Tuple) and len(target.elts) == 2 and gives_indices(node):
                 self.bind(target.elts[1], INDEX)
@@ -184,7 +188,8 @@ class Body(Regions):
         for region in self._effective_regions():
             region.returned |= value.atoms
 
-    def _expression(self, node: ast.expr) -> None:
+    def _expression(self, statement: ast.Expr) -> None:
+        node = statement.value
         if isinstance(node, ast.Call) and self._switch_statement(node):
             return
         self.discarded = node
@@ -246,6 +251,14 @@ class Body(Regions):
             self.nested += [inner.read(), *inner.nested]
             self._take_over(inner)
 
+    statements: ClassVar[dict[type, Callable[[Any, Any], None]]] = {
+        ast.Assign: lambda self, node: self._assign(node.targets, node.value), ast.AnnAssign: _annotated,
+        ast.AugAssign: _augmented, ast.Expr: _expression, ast.Return: _return, ast.If: _if, ast.For: _for,
+        ast.AsyncFor: _for, ast.While: _while, ast.With: _with, ast.AsyncWith: _with, ast.FunctionDef: _inner_function,
+        ast.AsyncFunctionDef: _inner_function, ast.ClassDef: _inner_class, ast.Import: _import,
+        ast.ImportFrom: _import, ast.Try: _try, getattr(ast, "TryStar", ast.Try): _try, ast.Match: _match,
+    }  # fmt: skip
+
 
 _SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp, ast.Lambda)
 
@@ -269,6 +282,11 @@ def add_imports(imports: dict[str, str], node: ast.Import | ast.ImportFrom, modu
             imports.update({switch: f"{base}.{switch}" for switch in MECHANISMS})
         else:
             imports[f"*{base}"] = base
+
+
+@lru_cache(maxsize=4096)  # the same few names in every file
+def _holds_no_floats(name: str, note: str) -> bool:
+    return "Float" not in note and bool(_INTEGER_ANNOTATION.search(note) or _INTEGER_NAME.search(name))
 
 
 def _signature(node: FunctionNode) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from gradscope.scanning import torch_ops
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class
@@ -15,7 +17,7 @@ class Calls(Expressions):
 
     def call(self, node: ast.Call) -> Value:
         """Return what the result of a call depends on."""
-        applied = self.names.applied(node)
+        applied = None if self.names.none_here else self.names.applied(node)
         if applied is not None:
             return self.apply(node, applied)
         if isinstance(node.func, ast.Name) and node.func.id == "self" and self.klass is not None:
@@ -192,6 +194,8 @@ class Calls(Expressions):
     def apply(self, node: ast.Call, switch: Switch) -> Value:
         """Take note of a switch around a function; return what stands for the result."""
         raise NotImplementedError
+
+    rules: ClassVar[dict[type, Callable[[Any, Any], Value]]] = {**Expressions.rules, ast.Call: call}
 
 
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")

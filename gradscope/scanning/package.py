@@ -44,12 +44,18 @@ class Package:
             for name in facts.headers:
                 self._homes.setdefault(name, []).append(module)
         self._starred = {module: _starred(facts) for module, facts in self.files.items()}
-        self._property_names = {
-            function.name.rpartition(".")[2]
-            for facts in self.files.values()
-            for function in facts.functions.values()
-            if function.kind == "property"
-        }
+        self._property_names: set[str] = set()
+        self._inner_names: set[str] = set()  # of all functions made in functions, and of some more
+        for facts in self.files.values():
+            for function in facts.functions.values():
+                scope, _, name = function.name.rpartition(".")
+                if function.kind == "property":
+                    self._property_names.add(name)
+                if "." in scope or scope in facts.functions:
+                    self._inner_names.add(name)
+        self.class_of = lru_cache(maxsize=None)(self._class_of)
+        self.has_base = lru_cache(maxsize=None)(self._has_base)
+        self._bases = lru_cache(maxsize=None)(self._bases_of)
         self.is_module = lru_cache(maxsize=None)(self._is_module)
         self.mro = lru_cache(maxsize=None)(self._mro)
         self.callees = lru_cache(maxsize=None)(self._callees)
@@ -63,7 +69,7 @@ class Package:
         facts = self.files.get(place.module)
         return facts.functions.get(place.name) if facts else None
 
-    def class_of(self, place: Place) -> Class | None:
+    def _class_of(self, place: Place) -> Class | None:
         """Return the class that a method belongs to."""
         facts = self.files.get(place.module)
         owner = place.name.rpartition(".")[0]
@@ -75,7 +81,7 @@ class Package:
 
     # --- classes --------------------------------------------------------------------------------
 
-    def _bases(self, place: Place) -> tuple[str, ...]:
+    def _bases_of(self, place: Place) -> tuple[str, ...]:
         facts = self.files.get(place.module)
         if facts is None:
             return ()
@@ -99,7 +105,7 @@ class Package:
                 return True
         return False
 
-    def has_base(self, place: Place, names: frozenset[str], depth: int = 0) -> bool:
+    def _has_base(self, place: Place, names: frozenset[str], depth: int = 0) -> bool:
         """Tell whether a class or one of its bases goes by one of these names."""
         if depth > DEEPEST:
             return False
@@ -107,7 +113,7 @@ class Package:
             if base.rpartition(".")[2] in names:
                 return True
             found = self.find_class(base, place.module)
-            if found is not None and found != place and self.has_base(found, names, depth + 1):
+            if found is not None and found != place and self._has_base(found, names, depth + 1):
                 return True
         return False
 
@@ -230,6 +236,8 @@ class Package:
 
     def _local(self, name: str, place: Place) -> Place | None:
         """Return a function defined inside the one that names it, or beside it in the same outer one."""
+        if name.rpartition(".")[2] not in self._inner_names:
+            return None
         functions = self.files[place.module].functions
         scope = place.name
         while scope in functions:

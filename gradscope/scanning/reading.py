@@ -24,7 +24,7 @@ GRAD_MODE = ("no_grad", "inference_mode", "set_grad_enabled", "enable_grad")
 # ``import no_grad as quiet`` gives it a name; ``Net.run = torch.no_grad()(Net.run)`` makes Net worth reading.
 RENAMED = re.compile(
     r"(?:no_grad|inference_mode|set_grad_enabled|enable_grad)"
-    r"(?:[ \t]+as[ \t]+(\w+)|(?:\(\w*\))?\((?!self\b|True|False)([A-Za-z_]\w*)[\w.]*\))"
+    r"(?:[\s\\]+as[\s\\]+(\w+)|(?:\(\w*\))?\((?!self\b|True|False)([A-Za-z_]\w*)[\w.]*\))"
 )
 # Every alternative starts with a dot, so that the search may leap from dot to dot.
 TENSOR_OPS = re.compile(

@@ -43,11 +43,15 @@ class Names:
         self.wrappers = wrappers
         self.module = module
         self.aliases: dict[str, Switch] = {}
+        self.none_here = False  # what is read now names no switch: it is not looked for
 
     def dotted(self, node: ast.expr) -> str:
         """Return the dotted name of an expression with its imports resolved; empty for other expressions."""
         if isinstance(node, ast.Name):
             return self.imports.get(node.id, node.id)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            root = node.value.id
+            return f"{self.imports.get(root, root)}.{node.attr}"
         parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)
@@ -62,6 +66,8 @@ class Names:
 
     def switch(self, node: ast.expr) -> Switch | None:
         """Return the switch that an expression is, or None."""
+        if self.none_here:
+            return None
         if isinstance(node, (ast.Name, ast.Attribute)):
             return self._named(node)
         if isinstance(node, ast.Call):
@@ -83,7 +89,7 @@ class Names:
 
     def applied(self, node: ast.expr) -> Switch | None:
         """Return the switch that a call wraps a function in: ``torch.no_grad()(run)``, ``torch.no_grad(run)``."""
-        if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
+        if self.none_here or not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
             return None
         func = node.func
         if isinstance(func, ast.Call):

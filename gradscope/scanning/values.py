@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from gradscope.scanning import torch_ops
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
@@ -31,12 +31,12 @@ def joined(values: list[Value]) -> Value:
     """Return the value of something made of several: all atoms, a tensor if one of them is."""
     if len(values) < 2:
         return values[0] if values else PLAIN
-    atoms = NOTHING
-    for value in values:
-        if value.atoms:
-            atoms = atoms | value.atoms if atoms else value.atoms
-    kinds = [value.kind for value in values]
-    kind = "tensor" if "tensor" in kinds else "unknown" if "unknown" in kinds else kinds[0]
+    atoms, kind = values[0]
+    for more, other in values[1:]:
+        if more:
+            atoms = atoms | more if atoms else more
+        if kind != "tensor" and other in ("tensor", "unknown"):
+            kind = other
     return Value(atoms, kind)
 
 
@@ -57,15 +57,13 @@ class Expressions:
 
     def value(self, node: ast.expr | None) -> Value:
         """Return what an expression's value depends on."""
-        if node is None or isinstance(node, ast.Constant):
-            return PLAIN
-        rule = _RULES.get(type(node))
-        if rule is not None:
-            return rule(self, node)
+        rule = self.rules.get(type(node))
+        return rule(self, node) if rule is not None else self._children(node)
+
+    def _children(self, node: ast.expr | None) -> Value:
+        assert node is not None  # there is a rule for None
         parts = [self.value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
-        if isinstance(node, ast.JoinedStr):
-            return PLAIN
-        return joined(parts)
+        return PLAIN if isinstance(node, ast.JoinedStr) else joined(parts)
 
     def bind(self, target: ast.expr, value: Value) -> None:
         """Let a name, an item or a tuple of names stand for a value."""
@@ -151,12 +149,8 @@ class Expressions:
         kind = {"parameter": "tensor", "module": "module"}.get(known, "unknown")
         return Value(frozenset({f"attr:{name}"}), kind)
 
-    def call(self, node: ast.Call) -> Value:
-        """Return what the result of a call depends on."""
-        raise NotImplementedError
-
-    def _evaluated_call(self, node: ast.Call) -> Value:
-        return self.call(node)
+    def _plain(self, _: ast.Constant | None) -> Value:
+        return PLAIN
 
     def _operand(self, node: ast.UnaryOp) -> Value:
         return self.value(node.operand)
@@ -228,18 +222,15 @@ class Expressions:
             return self.value(node.value)
         return self.value(node.elt)
 
-
-# Kept outside the objects: bound methods in them would make cycles that hold every syntax tree in memory.
-_RULES: dict[type[ast.AST], Callable[[Expressions, Any], Value]] = {
-    ast.Name: Expressions._name, ast.Attribute: Expressions._attribute, ast.Call: Expressions._evaluated_call,
-    ast.BinOp: Expressions._binary, ast.Subscript: Expressions._subscript, ast.Compare: Expressions._compare,
-    ast.IfExp: Expressions._conditional, ast.NamedExpr: Expressions._walrus, ast.Lambda: Expressions._lambda,
-    ast.Dict: Expressions._dict, ast.ListComp: Expressions._comprehension, ast.SetComp: Expressions._comprehension,
-    ast.GeneratorExp: Expressions._comprehension, ast.DictComp: Expressions._comprehension,
-    ast.UnaryOp: Expressions._operand, ast.BoolOp: Expressions._any_of, ast.Slice: Expressions._slice,
-    ast.Tuple: Expressions._elements, ast.List: Expressions._elements, ast.Set: Expressions._elements,
-    ast.Yield: Expressions._suspension, ast.YieldFrom: Expressions._suspension, ast.Await: Expressions._suspension,
-}  # fmt: skip
+    # Not in the objects: bound methods there would make cycles that hold every syntax tree in memory.
+    rules: ClassVar[dict[type, Callable[[Any, Any], Value]]] = {
+        ast.Constant: _plain, type(None): _plain, ast.Name: _name, ast.Attribute: _attribute, ast.BinOp: _binary,
+        ast.Subscript: _subscript, ast.Compare: _compare, ast.IfExp: _conditional, ast.NamedExpr: _walrus,
+        ast.Lambda: _lambda, ast.Dict: _dict, ast.ListComp: _comprehension, ast.SetComp: _comprehension,
+        ast.GeneratorExp: _comprehension, ast.DictComp: _comprehension, ast.UnaryOp: _operand, ast.BoolOp: _any_of,
+        ast.Slice: _slice, ast.Tuple: _elements, ast.List: _elements, ast.Set: _elements,
+        ast.Yield: _suspension, ast.YieldFrom: _suspension, ast.Await: _suspension,
+    }  # fmt: skip
 
 
 def gives_indices(node: ast.expr) -> bool:

@@ -117,7 +117,10 @@ class FileReader:
 
     def _read_function(self, node: FunctionNode, klass: Class | None, name: str) -> None:
         body = Body(node, self.names, klass, name, None)
-        for fact in (body.read(), *body.nested):
+        self.names.none_here = not (self.names.wrappers or self.names.aliases or _within(self._deep, node))
+        own = body.read()
+        self.names.none_here = False
+        for fact in (own, *body.nested):
             known = self.facts.functions.get(fact.name)
             if known is None or fact.kind != "overload":
                 self.facts.functions[fact.name] = fact

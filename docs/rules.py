@@ -1,15 +1,8 @@
-"""Write the rule pages of this site from the catalogue that ships with gradscope.
-
-Run: ``python docs/rules.py``, before the site is built.
-"""
+"""The rule pages of this site, from the catalogue that ships with gradscope."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gradscope.rules import FAMILIES, RULES, load_rule_page
-
-FOLDER = Path(__file__).parent / "rules"
 
 
 def summary(code: str) -> str:
@@ -32,13 +25,6 @@ def index() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Write the pages."""
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "index.md").write_text(index(), encoding="utf-8")
-    for code in RULES:
-        (FOLDER / f"{code}.md").write_text(load_rule_page(code), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def pages() -> dict[str, str]:
+    """Return each page by its path in the site's folder."""
+    return {"rules/index.md": index()} | {f"rules/{code}.md": load_rule_page(code) for code in RULES}

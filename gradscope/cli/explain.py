@@ -30,7 +30,13 @@ THEME = Theme({"markdown.code": "cyan", "markdown.h2": "bold"})
     show_default=True,
     help="What stdout carries.",
 )
-@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="auto: where a terminal shows the page.",
+)
 def command(rule: str | None, fmt: str, color: str) -> int:
     """Explain a rule, given by its code or its name, or list them all.
 

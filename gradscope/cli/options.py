@@ -34,7 +34,8 @@ def report_options(formats: Sequence[str]) -> Callable[[Callable[..., Any]], Cal
         click.option("--force", is_flag=True, help="Overwrite files named by -o."),
         click.option("-v", "--full", "--verbose", "full", is_flag=True,
                      help="Show everything: all notes, the whole tree (repeats stay folded)."),
-        click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True),
+        click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
+                     help="auto: where a terminal shows the report."),
         click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
     )  # fmt: skip
 

@@ -32,8 +32,19 @@ from gradscope.targets.spec import Request, load_preset, load_target
     show_default=True,
     help="structural: no weights, no arithmetic, any device pretended; real: compute.",
 )
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]))
-@click.option("--dtype", default=None, type=click.Choice(["float32", "bfloat16", "float16", "float64"]))
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    help="Where the model runs; in structural mode it is only pretended.",
+)
+@click.option(
+    "--dtype",
+    default=None,
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    help="Cast the model and its float inputs to this; by default they stay what they are.",
+)
 @click.option(
     "--weights",
     metavar="ID_OR_DIR",
@@ -46,7 +57,7 @@ from gradscope.targets.spec import Request, load_preset, load_target
 @click.option("--fixed", is_flag=True, help="Trace the model through its reference fixer.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the fix by running it.")
 @click.option("--numeric", is_flag=True, help="Also compare autograd with finite differences, in float64 on a copy.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the random weights and inputs.")
 @gate_options()
 @report_options(TRACE_FORMATS)
 def command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import inspect
 import re
 from typing import Any
@@ -83,13 +84,11 @@ def _markup(text: str) -> str:
 
 
 def fields(described: Any) -> str:
-    """Return the fields of a dataclass as a table."""
-    rows = [f"| `{each.name}` | `{_type(each.type)}` |" for each in dataclasses.fields(described)]
+    """Return the fields of a dataclass as a table; a bar in a code span of a table would end the cell."""
+    types = [html.escape(str(each.type)).replace("|", "&#124;") for each in dataclasses.fields(described)]
+    names = [each.name for each in dataclasses.fields(described)]
+    rows = [f"| `{name}` | <code>{written}</code> |" for name, written in zip(names, types, strict=True)]
     return "\n".join(["| field | type |", "|---|---|", *rows])
-
-
-def _type(written: Any) -> str:
-    return str(written).replace("|", "\\|")
 
 
 def methods(name: str, described: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 
@@ -9,6 +10,8 @@ import click
 
 from gradscope.cli.main import group
 
+# What click puts behind the names of an option that takes one of a few words.
+CHOICES = re.compile(r" \[([^\]=]+\|[^\]]+)\]$")
 DEFAULT = re.compile(r"\s*\[default: (.+?)\]")
 
 
@@ -49,15 +52,9 @@ def _options(command: click.Command, context: click.Context) -> list[str]:
     records = [each.get_help_record(context) for each in command.get_params(context) if isinstance(each, click.Option)]
     rows = []
     for names, text in filter(None, records):
-        default = DEFAULT.search(text)
-        cells = [_code(names), _prose(DEFAULT.sub("", text)), _code(default[1]) if default else ""]
-        rows.append(f"| {' | '.join(cells)} |")
+        choices, default = CHOICES.search(names), DEFAULT.search(text)
+        said = html.escape(DEFAULT.sub("", text).strip(), quote=False).replace("*", "\\*").replace("|", "&#124;")
+        if choices:
+            said += f" One of {', '.join(f'`{each}`' for each in choices[1].split('|'))}."
+        rows.append(f"| `{CHOICES.sub('', names)}` | {said.strip()} | {f'`{default[1]}`' if default else ''} |")
     return ["\n".join(["| option | what it does | default |", "|---|---|---|", *rows])]
-
-
-def _code(text: str) -> str:
-    return "`" + text.replace("|", "\\|") + "`"
-
-
-def _prose(text: str) -> str:
-    return text.strip().replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")

@@ -14,7 +14,8 @@ INTRODUCTION = """\
 # Python
 
 All that `import gradscope` offers. The names are loaded on first use, so that the import costs no torch.
-What the options mean is told under [Trace](trace.md) and [Scan](scan.md)."""
+What the options mean is told under [Trace](trace.md) and [Scan](scan.md), what the fields of a session and of a finding
+hold under [The session](session.md)."""
 HEADINGS = {"Args:": "Arguments", "Raises:": "Raises"}
 ITEM = re.compile(r"^(\S.*?): (.*)")
 

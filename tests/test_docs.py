@@ -39,7 +39,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from packaging.requirements import Requirement
 
+import gradscope
 from gradscope.cli.main import main
+from gradscope.flow import FlowNode
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,6 +125,26 @@ def test_the_reference_has_every_option_of_the_help(
     options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text_of(out), re.MULTILINE)
     assert options
     assert [option for option in options if option not in section] == []
+
+
+def test_the_page_of_the_session_names_every_field(site: dict[str, str]) -> None:
+    import torch
+
+    class Cut(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    trace = gradscope.trace(Cut(4, 4), torch.ones(2, 4)).to_dict()
+    scan = gradscope.scan("deepseek_ocr_encoder").to_dict()
+    node = FlowNode.__dataclass_fields__
+    sections = dict(re.findall(r"^## (.+?)$(.+?)(?=^## |\Z)", site["session.md"], re.MULTILINE | re.DOTALL))
+    for title, fields in {
+        "The whole": trace, "Sources": trace["sources"][0], "Findings": trace["findings"][0], "The flow graph": node,
+        "Entries": scan["entries"][0],
+    }.items():  # fmt: skip
+        first_column = "\n".join(row.split("|")[1] for row in sections[title].splitlines() if row.startswith("|"))
+        assert set(fields) <= set(re.findall(r"`(\w+)`", first_column)), title
 
 
 def test_a_screen_asks_nobody_for_a_font(generated: dict[str, str]) -> None:

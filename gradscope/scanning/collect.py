@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradscope.scanning.cache import Cache, key_of
 from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Site
-from gradscope.scanning.reading import GRAD_MODE, Needles, decode, headers
+from gradscope.scanning.reading import GRAD_MODE, Needles, decode, headers, hides_text
 from gradscope.scanning.resolve import SourceFile
 from gradscope.scanning.walk import FileReader
 
@@ -58,9 +57,10 @@ class Collector:
 
     def __init__(self, cache: Cache, jobs: int, progress: Callable[[int, int], None] | None = None) -> None:
         self._cache = cache
-        self._jobs = jobs
+        self._jobs = max(1, jobs)
         self._progress = progress or (lambda done, total: None)
         self.collected = Collected()
+        self._pool: Executor | None = None
 
     def open(self, files: Iterable[SourceFile]) -> None:
         """Read the bytes of every file."""
@@ -72,12 +72,16 @@ class Collector:
                 data, facts.skipped = b"", error.strerror or str(error)
             self.collected.texts[file.shown] = Text(file, data, facts)
 
-    def read(self, settings: Settings, wanted: Callable[[Text], bool]) -> None:
-        """Bring the facts of the wanted files up to these settings."""
-        texts = [text for text in self.collected.texts.values() if not text.facts.skipped and wanted(text)]
+    def read(self, settings: Settings, wanted: Iterable[Text] | None = None) -> None:
+        """Bring the facts of the wanted files up to these settings; by default of all in which something is found."""
+        every = self.collected.texts.values() if wanted is None else wanted
+        texts = [text for text in every if not text.facts.skipped]
         if not self._cache.is_open:
-            self._make(texts, settings)
+            self._make(texts, settings, look_first=wanted is None)
             return
+        if wanted is None:
+            needles = settings.needles()
+            texts = [text for text in texts if is_worth_reading(text.data, needles)]
         keys = {key_of(repr(settings), text.file.module, text.data): text for text in texts}
         known = self._cache.get(keys)
         self.collected.cached.update(keys[key].file.shown for key in known)
@@ -87,48 +91,81 @@ class Collector:
         self._make(list(fresh.values()), settings)
         self._cache.put({key: facts_to(text.facts) for key, text in fresh.items()})
 
-    def _make(self, texts: list[Text], settings: Settings) -> None:
-        made = self._parse(texts, settings)
-        self.collected.parsed.update(text.file.shown for text in texts)
-        for text, facts in zip(texts, made, strict=True):
-            text.facts = facts
+    def close(self) -> None:
+        """Let the other processes go."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
 
-    def _parse(self, texts: list[Text], settings: Settings) -> list[FileFacts]:
+    def _make(self, texts: list[Text], settings: Settings, *, look_first: bool = False) -> None:
+        for text, facts in zip(texts, self._parse(texts, settings, look_first), strict=True):
+            if facts is not None:
+                self.collected.parsed.add(text.file.shown)
+                text.facts = facts
+
+    def _parse(self, texts: list[Text], settings: Settings, look_first: bool) -> list[FileFacts | None]:
         size = sum(len(text.data) for text in texts)
-        jobs = max(1, min(self._jobs, size // WORTH_A_PROCESS))
+        if self._pool is None and min(self._jobs, size // WORTH_A_PROCESS) > 1:
+            self._pool = self._processes()
         # Chunks of equal size rather than of equal count: one file of 400 kB outweighs fifty.
-        chunks = _chunks(texts, size // (jobs * CHUNKS_PER_JOB) + 1)
-        made: list[FileFacts] = []
-        if jobs == 1:
-            for chunk in chunks:
-                made += read_chunk([(t.file, t.data) for t in chunk], settings)
-                self._progress(len(made), len(texts))
-            return made
+        chunks = _chunks(texts, size // (self._jobs * CHUNKS_PER_JOB) + 1)
+        made: list[FileFacts | None] = []
         try:
-            with ProcessPoolExecutor(jobs, initializer=gc.disable) as pool:
-                # Workers read the files themselves: paths are cheaper to send than their content.
-                tasks = [pool.submit(read_chunk, [(t.file, None) for t in chunk], settings) for chunk in chunks]
-                for task in tasks:
-                    made += task.result()
-                    self._progress(len(made), len(texts))
-        except BrokenProcessPool:  # a worker was killed (memory, a container's limit): do it here
-            return read_chunk([(t.file, t.data) for t in texts], settings)
+            for part in self._read_chunks(chunks, settings, look_first):
+                made += part
+                self._progress(len(made), len(texts))
+        except BrokenExecutor:  # a worker was killed (memory, a container's limit): do it here
+            self.close()
+            return read_chunk([(text.file, text.data) for text in texts], settings, look_first)
         return made
 
+    def _processes(self) -> Executor:
+        # Most scans need none of it, and importing it takes longer than scanning a file.
+        from concurrent.futures import ProcessPoolExecutor
 
-def read_chunk(files: list[tuple[SourceFile, bytes | None]], settings: Settings) -> list[FileFacts]:
-    """Return the facts of some files; runs in this process or in a worker."""
+        return ProcessPoolExecutor(self._jobs, initializer=gc.disable)
+
+    def _read_chunks(
+        self, chunks: list[list[Text]], settings: Settings, look_first: bool
+    ) -> Iterator[list[FileFacts | None]]:
+        if self._pool is None:
+            for chunk in chunks:
+                yield read_chunk([(text.file, text.data) for text in chunk], settings, look_first)
+            return
+        # Workers read the files themselves: paths are cheaper to send than their content.
+        parts = [[(text.file, None) for text in chunk] for chunk in chunks]
+        for task in [self._pool.submit(read_chunk, part, settings, look_first) for part in parts]:
+            yield task.result()
+
+
+def is_worth_reading(data: bytes, needles: Needles) -> bool:
+    """Tell whether a file's bytes hold anything to look into, or may hide it."""
+    return needles.are_in(data) or hides_text(data)
+
+
+def read_chunk(
+    files: Sequence[tuple[SourceFile, bytes | None]], settings: Settings, look_first: bool
+) -> list[FileFacts | None]:
+    """Return the facts of some files; runs in this process or in a worker.
+
+    With ``look_first`` there are none (None) of a file that holds nothing to look into.
+    """
     needles, wrappers = settings.needles(), dict(settings.wrappers)
-    return [_read_one(file, data, wrappers, needles) for file, data in files]
+    return [_read_one(file, data, wrappers, needles, look_first) for file, data in files]
 
 
-def _read_one(file: SourceFile, data: bytes | None, wrappers: Mapping[str, str], needles: Needles) -> FileFacts:
+def _read_one(
+    file: SourceFile, data: bytes | None, wrappers: Mapping[str, str], needles: Needles, look_first: bool
+) -> FileFacts | None:
     facts = FileFacts(file.shown, file.module)
     try:
-        text = decode(file.read() if data is None else data)
+        data = file.read() if data is None else data
     except OSError as error:
         facts.skipped = error.strerror or str(error)
         return facts
+    if look_first and not is_worth_reading(data, needles):
+        return None
+    text = decode(data)
     facts.skipped = text.skipped
     if text.skipped:
         return facts

@@ -63,6 +63,8 @@ class Package:
         self.find = lru_cache(maxsize=None)(self._find)
         self.method = lru_cache(maxsize=None)(self._method)
         self.find_class = lru_cache(maxsize=None)(self._find_class)
+        self._of_self = lru_cache(maxsize=None)(self._owned)
+        self._global = lru_cache(maxsize=None)(self._called)
 
     def function(self, place: Place) -> Function | None:
         """Return the fact of a function, where it was looked into."""
@@ -219,9 +221,12 @@ class Package:
         function = self.function(place)
         if function is None:
             return []
-        calls = [*function.calls, *self._properties(function, owner)]
-        found = ((call, self.target(call.target, place, owner)) for call in calls)
-        return [(call, target) for call, target in found if target is not None and target != place]
+        found = []
+        for call in (*function.calls, *self._properties(function, owner)):
+            target = self.target(call.target, place, owner)
+            if target is not None and target != place:
+                found.append((call, target))
+        return found
 
     def _properties(self, function: Function, owner: Place | None) -> list[Call]:
         """Return the properties that a method reads: each is a call."""
@@ -248,21 +253,23 @@ class Package:
 
     def target(self, dotted: str, place: Place, owner: Place | None) -> Place | None:
         """Return the function that a call in ``place`` means, ``owner`` being the class of ``self``."""
-        if dotted.startswith(("self.", "super().")):
-            if owner is None:
-                return None
-            first, _, rest = dotted.partition(".")[2].partition(".")
-            if dotted.startswith("super"):
-                home = self.class_of(place)
-                after = Place(place.module, home.name) if home else None
-                return self.method(owner, first, after) if not rest else None
-            found = self.method(owner, first) if not rest else None
-            return found or self._through_attribute(owner, first, rest)
-        found = self._local(dotted, place) or self.find(dotted, place.module)
-        if found is None:
-            return None
-        facts = self.files[found.module]
-        return None if found.name in facts.headers else found  # constructors are made once, not in every pass
+        if dotted.startswith("self."):
+            return self._of_self(dotted, owner) if owner else None
+        if dotted.startswith("super()."):
+            home = self.class_of(place)
+            _, _, name = dotted.partition(".")
+            return self.method(owner, name, Place(place.module, home.name) if home else None) if owner else None
+        return self._local(dotted, place) or self._global(dotted, place.module)
+
+    def _owned(self, dotted: str, owner: Place) -> Place | None:
+        first, _, rest = dotted.partition(".")[2].partition(".")
+        found = self.method(owner, first) if not rest else None
+        return found or self._through_attribute(owner, first, rest)
+
+    def _called(self, dotted: str, module: str) -> Place | None:
+        found = self.find(dotted, module)
+        # Constructors are made once, not in every pass.
+        return None if found is None or found.name in self.files[found.module].headers else found
 
     def _through_attribute(self, owner: Place, name: str, method: str) -> Place | None:
         kind = self.attribute(owner, name)

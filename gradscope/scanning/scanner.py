@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ from gradscope.scanning.collect import Collected, Collector, Settings, Text, def
 from gradscope.scanning.judge import ClassReport, Judge, Judgement
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Entry
-from gradscope.scanning.reading import decode, headers, hides_text
+from gradscope.scanning.reading import decode, headers
 from gradscope.scanning.resolve import Resolved, resolve
+from gradscope.scanning.searching import Finder
 from gradscope.session import Session
 
 MOST_ROUNDS = 5
@@ -68,6 +68,9 @@ def _without_collection() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # to the old generation, or the next collection goes through all of it
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -81,8 +84,8 @@ def _scan(
     resolved = resolve(targets)
     wanted = tuple(dict.fromkeys((*entry, *resolved.entries)))
     store = Cache(default_folder() if cache else None)
+    collector = Collector(store, jobs, progress)
     try:
-        collector = Collector(store, jobs, progress)
         collector.open(resolved.files.values())
         if not store.is_open:
             return _scanned(collector, resolved, targets, wanted)
@@ -95,6 +98,7 @@ def _scan(
             session = Session.from_dict(kept)
             session.stats.update(parsed=0, cached=session.stats["files"])
     finally:
+        collector.close()
         store.close()
     return session
 
@@ -131,9 +135,9 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     """Read what matches; again where the package's own wrappers are used; again where stopped functions are called."""
     asked = tuple(f"{word} {name.split('.')[0]}" for name in wanted for word in ("class", "def"))
     settings = Settings(names=asked)
-    needles = settings.needles()
-    collector.read(settings, lambda text: needles.are_in(text.data) or hides_text(text.data))
+    collector.read(settings)
     texts = collector.collected.texts.values()
+    finder = Finder(texts)
     for text in texts:
         if not text.facts.parsed and not text.facts.skipped:
             _note_headers(text)
@@ -144,7 +148,7 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
         new = {name.rpartition(".")[2] for name, _ in wrappers if name not in known}
         if not new:
             break
-        collector.read(Settings(asked, wrappers), _holding(new))
+        collector.read(Settings(asked, wrappers), finder.holding(new))
     judge = Judge(Package(text.facts for text in texts))
     goals = _goals(judge, errors_only=sum(len(text.data) for text in texts) > LARGE)
     seen: dict[str, set[str]] = {}
@@ -154,7 +158,7 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
         if not found:
             break
         seen |= found
-        collector.read(Settings((*asked, *sorted(seen)), wrappers), _calling(found))
+        collector.read(Settings((*asked, *sorted(seen)), wrappers), finder.calling(found))
         judge = Judge(Package(text.facts for text in texts))
     return judge
 
@@ -171,28 +175,6 @@ def _note_headers(text: Text) -> None:
         decoded = decode(text.data)
         text.facts.skipped = decoded.skipped
         text.facts.headers = headers(decoded.source)
-
-
-def _holding(names: set[str]) -> Callable[[Text], bool]:
-    needles = [name.encode() for name in names]
-    return lambda text: any(needle in text.data for needle in needles)
-
-
-def _calling(calls: dict[str, set[str]]) -> Callable[[Text], bool]:
-    names = [call.encode() for call, owners in calls.items() if not owners]
-    methods = [(call.encode(), [owner.encode() for owner in owners]) for call, owners in calls.items() if owners]
-    # One search that leaps from dot to dot tells for all of them that a file has none.
-    any_method = re.compile(rb"\.(?:%s)\(" % b"|".join(call[1:-1] for call, _ in methods))
-
-    def calls_one(text: Text) -> bool:
-        data = text.data
-        return any(name in data for name in names) or (
-            bool(methods)
-            and any_method.search(data) is not None
-            and any(call in data and any(owner in data for owner in owners) for call, owners in methods)
-        )
-
-    return calls_one
 
 
 def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:

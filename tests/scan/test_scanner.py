@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
@@ -176,6 +176,18 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     one, many = scan(str(tmp_path), jobs=1, cache=False), scan(str(tmp_path), jobs=3, cache=False)
     assert said(one) == said(many)
     assert len(one.findings) == 12
+
+
+def test_a_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradscope.scanning.collect.WORTH_A_PROCESS", 100)
+    for number in range(12):
+        (tmp_path / f"net{number}.py").write_text(NET.replace("Net", f"Net{number}"))
+    expected = said(scan(str(tmp_path), jobs=1, cache=False))
+    monkeypatch.setattr(
+        "gradscope.scanning.collect.Collector._processes",
+        lambda _: ProcessPoolExecutor(2, initializer=os._exit, initargs=(1,)),
+    )
+    assert said(scan(str(tmp_path), jobs=2, cache=False)) == expected
 
 
 # --- ignore comments -----------------------------------------------------------------------------------

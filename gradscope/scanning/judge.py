@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
-from gradscope.scanning.facts import FileFacts, Site
+from gradscope.scanning.facts import Atoms, FileFacts, Site
 from gradscope.scanning.intent import is_table, meant_by_class, meant_by_name, meant_by_result
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Entry, Reach
@@ -68,6 +68,11 @@ class Judge:
     def reports(self) -> list[ClassReport]:
         """The classes with a stopped method."""
         return self._class_reports(self.reach.leading_to(self.regions))
+
+    @cached_property
+    def report_of(self) -> dict[Place, ClassReport]:
+        """The same by class."""
+        return {report.place: report for report in self.reports}
 
     @cached_property
     def _reached(self) -> dict[Place, list[Place]]:
@@ -208,7 +213,7 @@ class Judge:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant}.")
         return self._beside(facts, site, place, live)
 
-    def _meant(self, site: Site, place: Place, live: set[str]) -> str:
+    def _meant(self, site: Site, place: Place, live: Atoms) -> str:
         if is_table(place) and not any(self._is_weight(atom, place) for atom in live):
             return "a positional table, computed from sizes and positions"
         if site.how == "block" and re.search(r"Loss|Criterion", place.name.partition(".")[0]):
@@ -245,7 +250,7 @@ class Judge:
         message = f"{_where(site)}: training through {entry} loses the gradient here."
         return Judgement(facts, site, "error", "likely", message, way)
 
-    def _beside(self, facts: FileFacts, site: Site, place: Place, live: set[str]) -> Judgement:
+    def _beside(self, facts: FileFacts, site: Site, place: Place, live: Atoms) -> Judgement:
         """A region in a function that no forward pass was seen to call."""
         name = place.name.rpartition(".")[2]
         owner = self.reach.owner(place)
@@ -253,7 +258,7 @@ class Judge:
         is_inner = place.name.rpartition(".")[0] in facts.functions
         if (name.startswith("_") and name not in FORWARDS) or is_inner or not (owner or runs_model):
             return Judgement(facts, site, "note", "possible", f"{_where(site)}; no forward pass was seen to call it.")
-        report = next((each for each in self.reports if owner == each.place), None)
+        report = self.report_of.get(owner) if owner else None
         entry = next((each for each in report.entries if each.place == place), None) if report else None
         advice = ""
         if entry and entry.alternatives:
@@ -298,8 +303,8 @@ def _in_mixin(place: Place) -> bool:
     return place.name.rpartition(".")[0].endswith("Mixin")
 
 
-def _outside_atoms(atoms: set[str]) -> set[str]:
-    return {atom for atom in atoms if not atom.startswith("param:")}
+def _outside_atoms(atoms: Atoms) -> Atoms:
+    return frozenset(atom for atom in atoms if not atom.startswith("param:"))
 
 
 def _what(site: Site) -> str:

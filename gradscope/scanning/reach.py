@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from gradscope.scanning.facts import Atoms, Call, Class, Site
@@ -64,6 +64,8 @@ class Reach:
     def __init__(self, package: Package, harmless: dict[tuple[Place, Site], str]) -> None:
         self.package = package
         self.harmless = harmless
+        self.live = lru_cache(maxsize=None)(self._live)
+        self.blockers = lru_cache(maxsize=None)(self._blockers)
         self._flows: dict[tuple[Place, Place | None], bool] = {}
         self._touches: dict[tuple[Place, Place | None], bool] = {}
         self.regions: dict[Place, list[Site]] = {}
@@ -79,10 +81,10 @@ class Reach:
 
     # --- what a result depends on ---------------------------------------------------------------
 
-    def live(self, atoms: Atoms, place: Place) -> set[str]:
+    def _live(self, atoms: Atoms, place: Place) -> Atoms:
         """Return the atoms that can carry a gradient: float inputs, parameters, modules."""
         owner = self.owner(place)
-        return {atom for atom in atoms if self._is_live(atom, place, owner)}
+        return frozenset(atom for atom in atoms if self._is_live(atom, place, owner))
 
     def _is_live(self, atom: str, place: Place, owner: Place | None) -> bool:
         kind, _, name = atom.partition(":")
@@ -196,7 +198,7 @@ class Reach:
 
     # --- chains ---------------------------------------------------------------------------------
 
-    def blockers(self, place: Place) -> list[Site]:
+    def _blockers(self, place: Place) -> list[Site]:
         """Return the regions of a function that stop a gradient somebody may want, outermost first."""
         return [
             site

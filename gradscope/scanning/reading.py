@@ -37,7 +37,7 @@ BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "floa
 # These begin with a line break, not with ``^``: a literal lets the search leap from line to line.
 HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:")
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
-BLOCK = re.compile(r"\n(?![ \t\r\n)\]}#]|else\b|elif\b|except\b|finally\b|case\b)")
+BLOCK = re.compile(r"\n(?=[^ \t\r\n)\]}#])(?!else\b|elif\b|except\b|finally\b|case\b)")
 
 _COMPARISON = re.compile(r"[<>]|[=!]=|\b(?:in|is)\b")
 _FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
@@ -223,10 +223,11 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
         return source, left_out
     kept = [source[: starts[0]]]
     pending = starts[0]
+    quotes = _triple_quotes(source)
     for start, end in zip(starts, [*starts[1:], len(source)], strict=True):
-        block = source[pending:end]
-        if source[start] == "@" or _is_open(block):
+        if source[start] == "@" or _is_open(quotes, pending, end):
             continue  # a decorator belongs to what follows, and so does the head of an open string
+        block = source[pending:end]
         if not _any_within(offsets, pending, end):
             is_import = not source.startswith(_DEFINITION, start) and "import" in block
             kept.append(block if is_import else "\n" * block.count("\n"))
@@ -235,7 +236,7 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
             and not _any_within(deep, pending, end)
             and not _any_within(offsets, start, source.find("\n", start))  # an autograd.Function: backward matters
         ):
-            kept.append(_blank_methods(block, pending, offsets, left_out))
+            kept.append(_blank_methods(block, pending, offsets, quotes, left_out))
         else:
             kept.append(block)
         pending = end
@@ -243,10 +244,13 @@ def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[s
     return "".join(kept), left_out
 
 
+_TRIPLE_QUOTES = (re.compile('"""'), re.compile("'''"))
 _DEFINITION = ("class ", "def ", "async def ")
 
 
-def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, list[str]]) -> str:
+def _blank_methods(
+    block: str, at: int, offsets: list[int], quotes: list[list[int]], left_out: dict[str, list[str]]
+) -> str:
     """Replace the methods without an offset."""
     name = HEADER.search(f"\n{block}")
     starts = [match.start() + 1 for match in METHOD.finditer(block)]
@@ -255,9 +259,9 @@ def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, 
     kept = [block[: starts[0]]]
     pending = starts[0]
     for start, end in zip(starts, [*starts[1:], len(block)], strict=True):
-        method = block[pending:end]
-        if block[start + 4] == "@" or _is_open(method):
+        if block[start + 4] == "@" or _is_open(quotes, at + pending, at + end):
             continue
+        method = block[pending:end]
         found = NAME.match(block, start)
         if found is None or _any_within(offsets, at + pending, at + end):
             kept.append(method)
@@ -269,9 +273,14 @@ def _blank_methods(block: str, at: int, offsets: list[int], left_out: dict[str, 
     return "".join(kept)
 
 
-def _is_open(text: str) -> bool:
-    """Tell whether a string that runs over lines begins in a text and does not end there."""
-    return bool(text.count('"""') % 2 or text.count("'''") % 2)
+def _triple_quotes(source: str) -> list[list[int]]:
+    """Return the offsets of both kinds of triple quotes, ascending."""
+    return [[match.start() for match in kind.finditer(source)] for kind in _TRIPLE_QUOTES]
+
+
+def _is_open(quotes: list[list[int]], start: int, end: int) -> bool:
+    """Tell whether a string that runs over lines begins in a stretch and does not end there."""
+    return any((bisect_left(places, end) - bisect_left(places, start)) % 2 for places in quotes)
 
 
 def _any_within(offsets: list[int], start: int, end: int) -> bool:

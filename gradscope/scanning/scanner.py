@@ -285,7 +285,7 @@ def _finding(number: str, each: Judgement, judge: Judge, collected: Collected) -
 
 def _advice(how: str, function: str, judge: Judge, place: Place) -> str:
     owner = judge.reach.owner(place)
-    report = next((each for each in judge.reports if each.place == owner), None)
+    report = judge.report_of.get(owner) if owner else None
     clean = f" The modules inside it are clean: {', '.join(report.clean[:6])}." if report and report.clean else ""
     if how == "decorator":
         return f"Call the undecorated function: {function}.__wrapped__(self, ...).{clean}"

@@ -80,9 +80,8 @@ def walk_graph(sinks: Iterable[torch.Tensor], written: Mapping[int, list[Write]]
             graph.refusals.setdefault(operation, refusal)
         if refusal is not None and not refusal.silent:
             continue
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves[id(variable)] = variable
+        if isinstance(node, torch._C._functions.AccumulateGrad):
+            leaves[id(node.variable)] = node.variable
         pending += [(following, operation) for following, _ in node.next_functions if following is not None]
     graph.leaves = list(leaves.values())
     return graph
@@ -97,7 +96,7 @@ def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _refusal(node: Any, operation: int | None, written: Mapping[int, list[Write]]) -> Refusal | None:
-    name = node.name()
+    name = _name(node)
     if name == RAISES:
         return Refusal("GS402", "torch has no derivative for it.", "its derivative is not implemented", True)
     if name == WARNS:
@@ -108,6 +107,20 @@ def _refusal(node: Any, operation: int | None, written: Mapping[int, list[Write]
     if operation is None or operation not in written:
         return None
     return _spoiled(node, written[operation])
+
+
+def _name(node: Any) -> str:
+    """Return the name of a node; that of a class made for one kind of node is found once, since C++ takes it apart."""
+    kind = type(node)
+    name = _NAMES.get(kind)
+    if name is None:
+        name = str(node.name())
+        if name.rpartition("::")[2] == kind.__name__:
+            _NAMES[kind] = name
+    return name
+
+
+_NAMES: dict[type, str] = {}
 
 
 def _operators_without_backward() -> set[str]:

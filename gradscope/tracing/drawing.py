@@ -41,6 +41,7 @@ class _Drawing:
         self.edges: dict[tuple[str, str], FlowStatus] = {}
         self.carrying = self._carrying_values()
         self.names: dict[str, list[str]] = {}
+        self.opened: dict[int | None, list[Scope]] = {}
         self.owned = self._owned_leaves()
         self.containers = {scope.parent for scope in recording.scopes}
 
@@ -62,9 +63,7 @@ class _Drawing:
     # --- nodes ------------------------------------------------------------------------------
 
     def _place(self, operation: Operation) -> None:
-        scopes = self._visible(operation.scope)
-        for depth, scope in enumerate(scopes):
-            self._open(scope, scopes[depth - 1] if depth else None)
+        scopes = self._opened(operation.scope)
         if scopes and scopes[-1].kind == "module" and scopes[-1].module:
             node_id = f"s{scopes[-1].id}"
         else:
@@ -111,6 +110,14 @@ class _Drawing:
                 continue
             shown.append(ancestor)
         return shown
+
+    def _opened(self, scope: int | None) -> list[Scope]:
+        """Return the scopes around an operation that are shown, drawn by now."""
+        if scope not in self.opened:
+            shown = self.opened[scope] = self._visible(scope)
+            for depth, each in enumerate(shown):
+                self._open(each, shown[depth - 1] if depth else None)
+        return self.opened[scope]
 
     def _open(self, scope: Scope, parent: Scope | None) -> None:
         node_id = f"s{scope.id}"

@@ -51,14 +51,33 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
     call was made by the tracer itself: the code that called gradscope is not meant.
     """
     inner = None
-    while frame is not None and not is_user_file(frame.f_code.co_filename):
-        filename = frame.f_code.co_filename
-        if filename in CALLERS:
+    while frame is not None:
+        side = _SIDES[frame.f_code.co_filename]
+        if side == "user":
+            return frame
+        if side == "caller":
             return inner
-        if inner is None and filename.startswith(TORCH_FOLDER):
+        if side == "torch" and inner is None:
             inner = frame
         frame = frame.f_back
     return frame
+
+
+class _Sides(dict[str, str]):
+    """On which side of a call a file is; asked for every frame above every call."""
+
+    def __missing__(self, filename: str) -> str:
+        if is_user_file(filename):
+            side = "user"
+        elif filename in CALLERS:
+            side = "caller"
+        else:
+            side = "torch" if filename.startswith(TORCH_FOLDER) else ""
+        self[filename] = side
+        return side
+
+
+_SIDES = _Sides()
 
 
 def user_place(frame: FrameType | None) -> Place | None:

@@ -85,20 +85,19 @@ def _replace(stack: ExitStack, owner: Any, name: str, replacement: Any) -> None:
     """Set an attribute of a class or a module until the stack is left; one that was inherited is taken off again."""
     original = owner.__dict__.get(name, _INHERITED)
     setattr(owner, name, replacement)
-    installed = owner.__dict__[name]
+    stack.callback(_restore, owner, name, original, owner.__dict__[name])
 
-    def restore() -> None:
-        if owner.__dict__.get(name) is not installed:
-            raise InstrumentationConflict(
-                f"{owner.__name__}.{name} was patched by another tool while gradscope traced.",
-                hint="Stop that tool inside the traced code and trace again.",
-            )
-        if original is _INHERITED:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
 
-    stack.callback(restore)
+def _restore(owner: Any, name: str, original: Any, installed: Any) -> None:
+    if owner.__dict__.get(name) is not installed:
+        raise InstrumentationConflict(
+            f"{owner.__name__}.{name} was patched by another tool while gradscope traced.",
+            hint="Stop that tool inside the traced code and trace again.",
+        )
+    if original is _INHERITED:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, original)
 
 
 def _patch_switch(stack: ExitStack, cls: type, observer: Observer, neutralised: frozenset[Site]) -> None:
@@ -208,13 +207,13 @@ def _observed_forward(cls: Any, forward: Callable[..., Any], applied: Callable[.
     """Return a forward that is told to the observer unless the ``apply`` around it was."""
     leading = 1 if cls.setup_context is torch.autograd.Function.setup_context else 0  # the context
 
-    @functools.wraps(forward)
     def observed(*args: Any, **kwargs: Any) -> Any:
         if not observer.is_watching or observer.is_in_function:
             return forward(*args, **kwargs)
         call = functools.partial(forward, *args[:leading], **kwargs)
         return observer.custom_function(cls.__name__, args[leading:], call, applied)
 
+    observed.__wrapped__ = forward  # type: ignore[attr-defined]  # functools.wraps takes as long as all the rest
     return observed
 
 

@@ -272,16 +272,29 @@ PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, nn.Modul
 
 def _gather(items: Iterable[Any], found: list[torch.Tensor], depth: int) -> None:
     for item in items:
-        kind = _kind(type(item))  # type: ignore[arg-type]
+        kind = KINDS[type(item)]
         if kind == "tensor":
             found.append(item)
         elif kind and depth < DEEPEST:
-            _gather(_parts(item), found, depth + 1)
+            _gather(item if kind == "sequence" else _parts(item), found, depth + 1)
 
 
-@functools.lru_cache(maxsize=4096)
+class _Kinds(dict[type, str]):
+    """What values of a class are to :func:`tensors_in`; looked up for every argument of every call."""
+
+    def __missing__(self, cls: type) -> str:
+        if len(self) > MOST_KINDS:
+            self.clear()
+        kind = self[cls] = _kind(cls)
+        return kind
+
+
+# Classes made in a function are made again and again.
+MOST_KINDS = 4096
+KINDS = _Kinds()
+
+
 def _kind(cls: type) -> str:
-    """Tell what values of a class are to :func:`tensors_in`; looked up for every argument of every call."""
     if issubclass(cls, torch.Tensor):
         return "tensor"
     if issubclass(cls, PLAIN):
@@ -292,7 +305,7 @@ def _kind(cls: type) -> str:
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    kind = _kind(type(value))  # type: ignore[arg-type]
+    kind = KINDS[type(value)]
     if kind == "dataclass":
         held = getattr(value, "__dict__", None)
         if held is not None:  # not by getattr: an attribute of a class may be computed, and raise what it likes

@@ -21,7 +21,15 @@ from gradscope.tracing.propagation import linked_sources, where_it_left
 from gradscope.tracing.provenance import left_torch, results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
-from gradscope.tracing.restoring import PLAIN, attributes_of, hushed, put_back, untouched_state
+from gradscope.tracing.restoring import (
+    PLAIN,
+    attributes_of,
+    hushed,
+    put_back,
+    tensors_of,
+    unhurried_collector,
+    untouched_state,
+)
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
 
 # It logs a traceback for every call that it refuses; the refusal is reported.
@@ -75,6 +83,7 @@ class Runner:
         with (
             hushed(FAKE_TENSORS) if self.workshop.mode == "structural" else nullcontext(),
             untouched_state(),
+            unhurried_collector(),
             put_back(self.subject.given),
             torch.compiler.set_stance("force_eager"),
         ):
@@ -124,7 +133,7 @@ class Runner:
     def _prepare(self) -> nn.Module:
         if self._prepared is None:
             self._prepared = self.subject.prepare(self.workshop)
-            if any(is_lazy(parameter) for parameter in self._prepared.parameters()):
+            if any(map(is_lazy, tensors_of(self._prepared, ("_parameters",)))):
                 raise UsageError(
                     f"{self.subject.name} has lazy parameters, whose shapes its first call settles.",
                     hint="Call it once before it is traced; a trace leaves the model as it is.",
@@ -208,7 +217,7 @@ def _is_of_the_machine(error: Exception) -> bool:
 
 def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
     """Yield the tensors that a model holds besides its parameters: buffers (no name), and attributes by name."""
-    for buffer in model.buffers():
+    for buffer in tensors_of(model, ("_buffers",)):
         yield buffer, ""
     for attributes in attributes_of(model):
         for name, value in attributes.items():

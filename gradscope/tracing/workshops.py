@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gradscope.errors import UsageError
-from gradscope.tracing.restoring import kept, swapped
+from gradscope.tracing.restoring import kept, swapped, tensors_of
 from gradscope.tracing.structural import PretendedDevice
 from gradscope.tracing.subject import Workshop
 from gradscope.tracing.unanalysed import CannotTell
@@ -59,8 +59,8 @@ class RealWorkshop:
 
     def lent(self, model: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
         """Keep the model as it is: what is written in place is copied before; elsewhere, lend it copies."""
-        tensors = [*model.parameters(), *model.buffers()]
-        at_home = all(tensor.device.type == self.device.type for tensor in tensors)
+        home = self.device.type
+        at_home = all(tensor.device.type == home for tensor in tensors_of(model))
         return kept(model) if at_home and not self._casts else swapped(model, self._moved)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:

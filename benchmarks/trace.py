@@ -1,14 +1,19 @@
 """Measure what a trace costs beside the plain forward pass, and what other tools cost on the same models.
 
-Time: CPU seconds in alternating pairs of plain and traced runs in one process, after a warm-up; printed are the
-median ratio, its range, and the ratio of the shortest runs, which a busy machine disturbs least. ``gradscope
-forward`` records and diagnoses the forward pass; ``gradscope`` is ``gradscope.trace(mode="real", verify=False)``,
-which runs a true backward pass too, and is held against a plain forward and backward.
+Time: alternating pairs of plain and traced runs in one process, on one thread. The runs are warm: each was made twice
+before, which is not counted; the very first traced run (imports, caches) stands in a column of its own. Printed are
+the median ratio of CPU time with its range, that of wall time, and the ratio of the shortest runs, which a busy
+machine disturbs least. ``gradscope forward`` records and diagnoses the forward pass; ``gradscope`` is
+``gradscope.trace(mode="real", verify=False)``, which runs a true backward pass too, and is held against a plain
+forward and backward. A batch of 1 in eval mode for all tools, then one of 8 in training mode for gradscope.
+
+Verification: the same models with one block under ``no_grad``; how many runs a verified trace made, and which share of
+its CPU time the runs after the first took.
 
 Memory: the kernel's high-water mark of a fresh process that runs the tool, less that of one that makes the plain
 run; both have imported and warmed up the tool, so that what counts is the run. Linux only.
 
-Run: ``python benchmarks/trace.py [PAIRS]`` (default 9; needs torchvision and transformers; torchlens, torchview
+Run: ``python benchmarks/trace.py [PAIRS]`` (default 15; needs torchvision and transformers; torchlens, torchview
 and torchviz are measured where they are installed).
 """
 
@@ -27,6 +32,9 @@ from typing import Any
 
 MODELS = ("resnet50", "vit_b_16", "gpt2_6_layers")
 TOOLS = ("gradscope forward", "gradscope", "torchlens trace", "torchlens record", "torchview", "torchviz")
+OWN = TOOLS[:2]
+# A block in the middle of each model, to be put under no_grad.
+BLOCKS = {"resnet50": "layer3", "vit_b_16": "encoder.layers.encoder_layer_6", "gpt2_6_layers": "h.3"}
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -39,8 +47,8 @@ def high_water() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1e3
 
 
-def built(name: str) -> tuple[Any, tuple[Any, ...]]:
-    """Return a model in eval mode, with random weights, and its inputs of batch size 1."""
+def built(name: str, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
+    """Return a model with random weights and its inputs; in eval mode for a batch of 1, else in training mode."""
     import torch
 
     torch.manual_seed(0)
@@ -49,10 +57,11 @@ def built(name: str) -> tuple[Any, tuple[Any, ...]]:
     if name == "gpt2_6_layers":
         import transformers
 
-        return transformers.GPT2Model(transformers.GPT2Config(n_layer=6)).eval(), (torch.randint(0, 50000, (1, 64)),)
+        model = transformers.GPT2Model(transformers.GPT2Config(n_layer=6))
+        return model.train(batch > 1), (torch.randint(0, 50000, (batch, 64)),)
     import torchvision
 
-    return torchvision.models.get_model(name).eval(), (torch.randn(1, 3, 224, 224),)
+    return torchvision.models.get_model(name).train(batch > 1), (torch.randn(batch, 3, 224, 224),)
 
 
 def runner(tool: str) -> Callable[[Any, tuple[Any, ...]], object]:
@@ -114,22 +123,54 @@ def _tensor(output: Any) -> Any:
 # --- one measurement, in a process of its own --------------------------------------------------------
 
 
-def measure_time(tool: str, name: str, pairs: int) -> dict[str, Any]:
-    """Return the ratios of CPU time, tool to plain, of alternating pairs."""
+def measure_time(tool: str, name: str, batch: int, pairs: int) -> dict[str, Any]:
+    """Return the ratios of CPU and wall time, tool to plain, of alternating pairs."""
     run, plain = runner(tool), runner(reference(tool))
+    model, inputs = built(name, batch)
+
+    def taken(call: Callable[[Any, tuple[Any, ...]], object]) -> tuple[float, float]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        call(model, inputs)
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+    taken(plain)
+    first = taken(run)[0]
+    taken(plain), taken(run)
+    alone, used = zip(*[(taken(plain), taken(run)) for _ in range(pairs)], strict=True)
+    cpu, wall = ([b[clock] / a[clock] for a, b in zip(alone, used, strict=True)] for clock in (0, 1))
+    least = min(alone)[0]
+    return {"cpu": statistics.median(cpu), "least": min(cpu), "most": max(cpu), "wall": statistics.median(wall),
+            "shortest": min(used)[0] / least, "first": first / least, "plain": statistics.median(alone)[0]}  # fmt: skip
+
+
+def measure_verification(name: str) -> dict[str, Any]:
+    """Trace a model with one block under no_grad, with and without the proof of the fix."""
+    import torch
+
+    import gradscope
+
+    class Frozen(torch.nn.Module):
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                return self.block(*args, **kwargs)
+
     model, inputs = built(name)
-    for each in (plain, run, plain, run):
-        each(model, inputs)
-    taken = []
-    for _ in range(pairs):
+    model.set_submodule(BLOCKS[name], Frozen(model.get_submodule(BLOCKS[name])))
+
+    def trace(verify: bool) -> tuple[float, Any]:
         start = time.process_time()
-        plain(model, inputs)
-        middle = time.process_time()
-        run(model, inputs)
-        taken.append((middle - start, time.process_time() - middle))
-    ratios = [with_tool / alone for alone, with_tool in taken]
-    shortest = min(with_tool for _, with_tool in taken) / min(alone for alone, _ in taken)
-    return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "shortest": shortest}
+        session = gradscope.trace(model, *inputs, mode="real", verify=verify)
+        return time.process_time() - start, session
+
+    trace(True)
+    pairs = [(trace(False)[0], *trace(True)) for _ in range(5)]
+    session = pairs[-1][2]
+    share = statistics.median(1 - alone / verified for alone, verified, _ in pairs)
+    return {"runs": session.stats["runs"], "share": share, "verdict": session.verdict, "proved": session.fix_verified}
 
 
 def measure_memory(tool: str, name: str, used: bool) -> dict[str, Any]:
@@ -174,28 +215,43 @@ def apart(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def extra_memory(tool: str, name: str) -> float:
-    """Return the median over three pairs of processes of what the tool needs more than the plain forward, in MB."""
-    pairs = [[apart("memory", tool, name, used)["peak"] for used in ("used", "plain")] for _ in range(3)]
-    return statistics.median(with_tool - plain for with_tool, plain in pairs)
+def extra_memory(tool: str, name: str, pairs: int) -> float:
+    """Return the median over pairs of processes of what the tool needs more than the plain forward, in MB."""
+    found = [[apart("memory", tool, name, used)["peak"] for used in ("used", "plain")] for _ in range(pairs)]
+    return statistics.median(with_tool - plain for with_tool, plain in found)
 
 
 def main() -> None:
     """Measure every tool on every model and print one row each."""
-    pairs = sys.argv[1] if len(sys.argv) > 1 else "9"
-    print(f"{'model':<16}{'tool':<20}{'CPU time / plain':>24}{'shortest':>10}{'more memory':>14}")
+    pairs = sys.argv[1] if len(sys.argv) > 1 else "15"
+    print(f"Times as a multiple of the plain run; {pairs} warm pairs, medians.")
+    print(f"{'model':<16}{'batch':<7}{'tool':<20}{'CPU time':>20}{'wall':>7}{'shortest':>10}{'first':>8}{'plain':>11}")
+    for batch, tools in (("1", TOOLS), ("8", OWN)):
+        for name in MODELS:
+            for tool in tools:
+                print(f"{name:<16}{batch:<7}{tool:<20}{_in_a_row(apart('time', tool, name, batch, pairs))}", flush=True)
+    print("\nMore memory than the plain run:")
     for name in MODELS:
         for tool in TOOLS:
-            found = apart("time", tool, name, pairs)
-            if "failed" in found:
-                print(f"{name:<16}{tool:<20}  {found['failed']}", flush=True)
-                continue
-            spread = f"{found['ratio']:.2f} [{found['least']:.2f}-{found['most']:.2f}]"
-            memory = f"{extra_memory(tool, name):>11.1f} MB"
-            print(f"{name:<16}{tool:<20}{spread:>24}{found['shortest']:>10.2f}{memory}", flush=True)
-    llama = apart("llama")
-    print("Llama-70B shape, structural:", {key: round(value, 2) if isinstance(value, float) else value
-                                          for key, value in llama.items()})  # fmt: skip
+            found = apart("memory", tool, name, "used")
+            more = found.get("failed") or f"{extra_memory(tool, name, 3 if tool in OWN else 1):>8.1f} MB"
+            print(f"{name:<16}{tool:<20}{more}", flush=True)
+    print("\nVerification, one block under no_grad:")
+    for name in MODELS:
+        print(f"{name:<16}{_shown(apart('verification', name))}", flush=True)
+    print(f"\nLlama-70B shape, structural: {_shown(apart('llama'))}")
+
+
+def _in_a_row(found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return f"  {found['failed']}"
+    spread = f"{found['cpu']:.2f} [{found['least']:.2f}-{found['most']:.2f}]"
+    rest = f"{found['wall']:>7.2f}{found['shortest']:>10.2f}{found['first']:>8.1f}{found['plain'] * 1e3:>8.0f} ms"
+    return f"{spread:>20}{rest}"
+
+
+def _shown(found: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {round(value, 2) if isinstance(value, float) else value}" for key, value in found.items())
 
 
 def one(what: str, *arguments: str) -> dict[str, Any]:
@@ -206,8 +262,13 @@ def one(what: str, *arguments: str) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
+    if what == "verification":
+        return measure_verification(*arguments)
+    if what == "time":
+        tool, name, batch, pairs = arguments
+        return measure_time(tool, name, int(batch), int(pairs))
     tool, name, how = arguments
-    return measure_time(tool, name, int(how)) if what == "time" else measure_memory(tool, name, how == "used")
+    return measure_memory(tool, name, how == "used")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from gradscope.tracing.recording import Place, Region, Site
 
 
 class Observer(Protocol):
-    """What a recorder must answer to; it is told only of threads that it is watching."""
+    """What a recorder must answer to; it is told of every module call, else only of threads that it is watching."""
 
     @property
     def is_here(self) -> bool: ...
@@ -39,7 +39,7 @@ class Observer(Protocol):
     def enter_region(self, key: object, region: Region) -> None: ...
     def leave_region(self, key: object) -> None: ...
     def enter_module(self, module: nn.Module, args: Any) -> None: ...
-    def leave_module(self, module: nn.Module, output: Any) -> None: ...
+    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None: ...
     @property
     def is_in_function(self) -> bool: ...
     def custom_function(
@@ -285,16 +285,8 @@ def _patch_threads(stack: ExitStack, observer: Observer) -> None:
 
 
 def _hook_modules(stack: ExitStack, observer: Observer) -> None:
-    def before(module: nn.Module, args: Any) -> None:
-        if observer.is_watching:
-            observer.enter_module(module, args)
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if observer.is_watching:
-            observer.leave_module(module, output)
-
     for handle in (
-        module_hooks.register_module_forward_pre_hook(before),
-        module_hooks.register_module_forward_hook(after, always_call=True),
+        module_hooks.register_module_forward_pre_hook(observer.enter_module),
+        module_hooks.register_module_forward_hook(observer.leave_module, always_call=True),
     ):
         stack.callback(handle.remove)

@@ -55,11 +55,13 @@ class Provenance:
         """Make a new value of what a tensor holds now."""
         values = self._recording.values
         version = _version(tensor)
+        wrapped = _is_wrapped(tensor)
+        connected = (wrapped or tensor.requires_grad) and self._is_connected(tensor)
         value = Value(
             len(values),
             describe(tensor),
             tensor.dtype in DIFFERENTIABLE,
-            self._is_connected(tensor),
+            connected,
             id(tensor) in self._leaves and tensor.grad_fn is None,
             version == UNVERSIONED and tensor.is_inference(),
             "",
@@ -67,7 +69,7 @@ class Provenance:
         )  # by position: this runs for every result of every call
         values.append(value)
         self._known[id(tensor)] = (weakref.ref(tensor), value, version)
-        if _is_wrapped(tensor):
+        if wrapped:
             self._wrapped.add(value.id)
             for each in _layers(tensor)[1:]:
                 self._known[id(each)] = (weakref.ref(each), value, _version(each))
@@ -94,7 +96,12 @@ class Provenance:
 
     def values_of(self, value: Any) -> tuple[int, ...]:
         """Return the values of the tensors in anything that may hold some; see :func:`tensors_in`."""
-        return tuple([self.value_of(tensor) for tensor in tensors_in(value)])
+        found: list[torch.Tensor] = []
+        if type(value) is tuple:  # the arguments of a call
+            _gather(value, found, 1)
+        else:
+            _gather((value,), found, 0)
+        return tuple([self.value_of(tensor) for tensor in found]) if found else ()
 
     def _judge_again(self, tensor: torch.Tensor, value: Value) -> None:
         """Note on use what was not so before: ``Function.apply`` sets the grad_fn after the tensor was first seen."""

@@ -368,21 +368,26 @@ class Recorder(TorchFunctionMode):
         yield
         self._here.pop(scope)
 
-    @_unwatched
     def enter_module(self, module: nn.Module, args: Any) -> None:
         """Note the call of a module."""
-        name = self.module_names.get(id(module), "")
-        kind = type(module).__name__
-        given = self.provenance.values_of(args)
-        is_model = self.module_names.get(id(module)) == ""
-        label = "" if is_model else name or kind
         here = self._threads.here
-        here.module_calls.append((module, here.push("module", label, name, kind), given))
+        if not here.watched or self._over:
+            return
+        name = self.module_names.get(id(module))
+        kind = type(module).__name__
+        with torch._C.DisableTorchFunction():
+            given = self.provenance.values_of(args)
+        label = "" if name == "" else name or kind  # the model itself has none
+        here.module_calls.append((module, here.push("module", label, name or "", kind), given))
 
-    @_unwatched
-    def leave_module(self, module: nn.Module, output: Any) -> None:
+    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
         here = self._threads.here
+        if here.watched and not self._over:
+            with torch._C.DisableTorchFunction():
+                self._leave(here, module, output)
+
+    def _leave(self, here: OpenScopes, module: nn.Module, output: Any) -> None:
         while here.module_calls:
             entered, scope, given = here.module_calls.pop()
             if entered is module:

@@ -14,6 +14,7 @@ from gradscope.cli.main import group
 from gradscope.errors import GradscopeError
 
 SAMPLE = Path(__file__).parent.parent / "sample"
+OWN = ("distill", "pixelcodec", "build", "net")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -32,7 +33,7 @@ def gradscope(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     """Return the command line in this process: exit code, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("distill", "pixelcodec")]:
+        for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
             del sys.modules[name]  # as a new process would: each copy of the sample has its own
         try:
             code = group.main(list(arguments), prog_name="gradscope", standalone_mode=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -166,9 +167,9 @@ def test_a_session_beside_a_baseline_is_read_back(tmp_path: Path) -> None:
 # --- as a command ------------------------------------------------------------------------------------
 
 
-def gradscope(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gradscope", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "gradscope", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, cwd=folder, check=False)
 
 
 @pytest.fixture
@@ -182,57 +183,60 @@ SCAN = ("scan", "src", "--no-cache", "--baseline", "b.json")
 
 
 def test_only_what_is_new_fails(folder: Path) -> None:
-    assert gradscope(folder, *SCAN).returncode == 2
-    written = gradscope(folder, *SCAN, "--update-baseline")
+    assert command(folder, *SCAN).returncode == 2
+    written = command(folder, *SCAN, "--update-baseline")
     assert (written.returncode, written.stderr) == (0, "wrote b.json: 1 added, 0 removed\n")
     kept = (folder / "b.json").read_bytes()
     (folder / "src" / "net.py").rename(folder / "src" / "moved.py")
     (folder / "src" / "moved.py").write_text("# a line above\n" + NET.format(name="Net"))
-    passing = gradscope(folder, *SCAN)
+    passing = command(folder, *SCAN)
     assert passing.returncode == 0
     assert "1 error" in passing.stdout.splitlines()[0]  # it is as blocked as it was
     assert "beside b.json: 0 new, 1 unchanged, 0 fixed; nothing new, so the gate passes" in passing.stdout
     assert "1 unchanged finding is not shown: -v." in passing.stdout and "moved.py:12" not in passing.stdout
-    assert "moved.py:12" in gradscope(folder, *SCAN, "-v").stdout
+    assert "moved.py:12" in command(folder, *SCAN, "-v").stdout
 
     (folder / "src" / "more.py").write_text(NET.format(name="More"))
-    failing = gradscope(folder, *SCAN)
+    failing = command(folder, *SCAN)
     assert failing.returncode == 1
     assert "beside b.json: 1 new, 1 unchanged, 0 fixed\n" in failing.stdout
     assert "GS104 no-grad-block  new" in failing.stdout and "more.py:11" in failing.stdout
     assert "moved.py" not in failing.stdout
     (folder / "src" / "moved.py").write_text("")
-    assert "1 new, 0 unchanged, 1 fixed" in gradscope(folder, *SCAN).stdout
+    assert "1 new, 0 unchanged, 1 fixed" in command(folder, *SCAN).stdout
     assert (folder / "b.json").read_bytes() == kept
-    assert "1 added, 1 removed" in gradscope(folder, *SCAN, "--update-baseline").stderr
+    assert "1 added, 1 removed" in command(folder, *SCAN, "--update-baseline").stderr
 
 
 def test_a_baseline_is_not_written_for_what_could_not_be_analysed(folder: Path) -> None:
     (folder / "src" / "net.py").write_text("import torch\ntorch.no_grad(\n")
-    run = gradscope(folder, *SCAN, "--update-baseline")
+    run = command(folder, *SCAN, "--update-baseline")
     assert run.returncode == 3 and not (folder / "b.json").exists()
 
 
 def test_an_update_without_a_file_is_one_sentence(folder: Path) -> None:
-    run = gradscope(folder, "scan", "src", "--no-cache", "--update-baseline")
+    run = command(folder, "scan", "src", "--no-cache", "--update-baseline")
     assert (run.returncode, run.stdout) == (2, "")
     assert "--update-baseline needs a file to write." in run.stderr
 
 
 def test_source_text_stays_out_of_the_baseline_where_it_is_not_wanted(folder: Path) -> None:
-    gradscope(folder, *SCAN, "--update-baseline", "--no-source")
+    command(folder, *SCAN, "--update-baseline", "--no-source")
     assert "torch.no_grad" not in (folder / "b.json").read_text()
-    assert gradscope(folder, *SCAN).returncode == 0
+    assert command(folder, *SCAN).returncode == 0
 
 
-def test_a_trace_is_held_beside_the_file_that_a_scan_wrote(folder: Path) -> None:
+def test_a_trace_is_held_beside_the_file_that_a_scan_wrote(
+    folder: Path, gradscope: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "src" / "build.py").write_text(
         "import torch\nfrom net import Net\n\n\ndef build():\n    return Net(), torch.ones(2, 4)\n"
     )
-    gradscope(folder, *SCAN, "--update-baseline")
-    run = gradscope(folder, "trace", "src/build.py:build", "--baseline", "b.json", "-o", "s.json")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.startswith("✗ blocked")
-    assert "beside b.json: 0 new, 1 unchanged, 0 fixed; nothing new, so the gate passes" in run.stdout
-    assert "src/net.py:11" in run.stdout.partition("Forward pass")[2]
+    monkeypatch.chdir(folder)
+    gradscope(*SCAN, "--update-baseline")
+    code, out, _ = gradscope("trace", "src/build.py:build", "--baseline", "b.json", "-o", "s.json")
+    assert code == 0
+    assert out.startswith("✗ blocked")
+    assert "beside b.json: 0 new, 1 unchanged, 0 fixed; nothing new, so the gate passes" in out
+    assert "src/net.py:11" in out.partition("Forward pass")[2]
     assert json.loads((folder / "s.json").read_text())["findings"][0]["state"] == "unchanged"

@@ -16,6 +16,7 @@ COMMANDS = {
     "trace": ("gradscope.cli.trace", "Run a model once and say whether the gradient arrives."),
     "check": ("gradscope.cli.check", "Scan and trace all that pyproject.toml names, as a gate."),
     "explain": ("gradscope.cli.explain", "Explain a rule, or list them all."),
+    "completion": ("gradscope.cli.completion", "Print the completion script of a shell."),
 }
 
 # A command lives for seconds and makes few cycles. Searching for them through all that torch and

@@ -84,10 +84,10 @@ class Gate:
         )
 
     def filtered(self, session: Session) -> Session:
-        """Return the session with the findings that count, and nothing in it that points at others.
+        """Return the session with the findings that count; nothing that is drawn or proposed points at others.
 
-        The verdict follows them where it is a scan's; a trace's is what the run showed. A fix set that lacks
-        some of its parts would be no fix: then there is none.
+        The verdict follows them where it is a scan's; a trace's is what the run showed, and its sources go on naming
+        what they lost their gradient to. A fix set that lacks some of its parts would be no fix: then there is none.
         """
         findings = [finding for finding in session.findings if not self.lets_through(finding)]
         if len(findings) == len(session.findings):
@@ -98,10 +98,6 @@ class Gate:
             session,
             findings=[each if each.behind in kept else dataclasses.replace(each, behind=None) for each in findings],
             entries=[{**each, "findings": [x for x in each["findings"] if x in kept]} for each in session.entries],
-            sources={
-                name: dataclasses.replace(source, findings=[each for each in source.findings if each in kept])
-                for name, source in session.sources.items()
-            },
             graph=session.graph.pointing_at(kept),
             healed=session.healed.pointing_at(kept) if session.healed is not None else None,
             fix_set=session.fix_set if whole else [],

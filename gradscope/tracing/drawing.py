@@ -8,6 +8,7 @@ from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
 from gradscope.paths import short_path
 from gradscope.tracing.diagnose import Diagnosis
 from gradscope.tracing.frames import expression
+from gradscope.tracing.propagation import arriving, linked_to
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Recording, Scope, Site
 
 LONGEST_LABEL = 52
@@ -40,6 +41,7 @@ class _Drawing:
         self.home: dict[int, str] = {}
         self.edges: dict[tuple[str, str], FlowStatus] = {}
         self.carrying = self._carrying_values()
+        self.arriving = arriving(recording, self._ends())
         self.names: dict[str, list[str]] = {}
         self.opened: dict[int | None, list[Scope]] = {}
         self.owned = self._owned_leaves()
@@ -190,7 +192,19 @@ class _Drawing:
     def _status(self, value: int) -> FlowStatus:
         if value not in self.carrying:
             return "none"
-        return "flows" if self.recording.values[value].connected else "blocked"
+        return "flows" if value in self.arriving else "blocked"
+
+    def _status_into(self, operation: Operation, value: int) -> FlowStatus:
+        """Return the status of a value on its way into one operation: the gradient may come back by another."""
+        status = self._status(value)
+        linked = any(value in linked_to(self.recording, operation, output)
+                     for output in self.arriving.intersection(operation.outputs))  # fmt: skip
+        return status if status != "flows" or linked else "blocked"
+
+    def _ends(self) -> tuple[int, ...]:
+        """Return the values that a gradient would start from: the outputs, or what the call that raised was given."""
+        pending = self.recording.pending
+        return tuple(self.recording.sinks) or (tuple(pending.inputs) if pending is not None else ())
 
     @staticmethod
     def _raise(node: FlowNode, status: FlowStatus) -> None:
@@ -204,7 +218,7 @@ class _Drawing:
             if origin is not None and origin != node_id:
                 pair = self._siblings(origin, node_id)
                 if pair is not None:
-                    self.edges[pair] = self._status(value)
+                    self.edges[pair] = self._status_into(operation, value)
 
     def _siblings(self, first: str, second: str) -> tuple[str, str] | None:
         """Return the ancestors of two nodes (or the nodes) that have the same parent."""

@@ -81,6 +81,26 @@ def linked_sources(recording: Recording) -> frozenset[str]:
     return frozenset(name for name, bit in bits.items() if reached & bit)
 
 
+def arriving(recording: Recording, ends: Iterable[int]) -> set[int]:
+    """Return the values that a gradient of ``ends`` comes back to, along the links that autograd has."""
+    reached = {value for value in ends if recording.values[value].connected}
+    for operation in reversed(recording.operations):
+        for output in reached.intersection(operation.outputs):
+            reached.update(
+                value for value in linked_to(recording, operation, output) if recording.values[value].connected
+            )
+    return reached
+
+
+def linked_to(recording: Recording, operation: Operation, output: int) -> tuple[int, ...]:
+    """Return the inputs of an operation that autograd links to one of its outputs."""
+    value = recording.values[output]
+    if not value.connected or (operation.refusal and not operation.refusal.silent):
+        return ()
+    # Written in place where autograd does not look: only what was there before stays linked.
+    return operation.inputs[:1] if value.leaf or _writes_unseen(operation) else operation.inputs
+
+
 def is_flat(operation: Operation) -> bool:
     """Tell whether an operation has no useful derivative whatever goes in."""
     return operation.name in PIECEWISE_CONSTANT
@@ -95,10 +115,8 @@ def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
         walks.data[output] |= data
         if value.differentiable:
             walks.smooth[output] |= smooth
-        if value.connected and not (operation.refusal and not operation.refusal.silent):
-            # Written in place where autograd does not look: only what was there before stays linked.
-            kept = operation.inputs[:1] if value.leaf or _writes_unseen(operation) else operation.inputs
-            walks.linked[output] |= linked if kept is operation.inputs else union(walks.linked, kept)
+        kept = linked_to(recording, operation, output)
+        walks.linked[output] |= linked if kept is operation.inputs else union(walks.linked, kept)
 
 
 def _writes_unseen(operation: Operation) -> bool:

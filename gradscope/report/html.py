@@ -120,10 +120,11 @@ def _data(session: Session, full: bool) -> dict[str, Any]:
             for source in session.sources.values()
         ],
         "findings": {
-            finding.id: {"rule": finding.rule, "severity": finding.severity, "issue": issue.text(finding, session)}
+            finding.id: {"rule": finding.rule, "severity": finding.severity, "module": finding.module,
+                         "issue": issue.text(finding, session)}
             for finding in session.findings
         },
-    }
+    }  # fmt: skip
 
 
 def _norm(source: dict[str, Any]) -> float | str | None:

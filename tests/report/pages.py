@@ -33,7 +33,8 @@ def thousand(sources: int = 5000) -> Session:
                     node.label, node.status, node.finding = "x.detach()", "blocked", "F1"
                 nodes.append(node)
                 if step:
-                    edges.append(FlowEdge(f"{name}.o{step - 1}", node.id, "flows"))
+                    beside = cut or nodes[-2].status == "blocked"
+                    edges.append(FlowEdge(nodes[-2].id, node.id, "blocked" if beside else "flows"))
             edges.append(FlowEdge(f"{name}.o0", f"{name}.o{STEPS - 1}", "flows"))
     known = {f"stage{i % STAGES}.w{i}": Source(f"stage{i % STAGES}.w{i}", "parameter", "flows", i % 3 == 0)
              for i in range(sources)}  # fmt: skip

@@ -17,6 +17,7 @@ from gradscope.session import Session
 
 def test_the_suffix_picks_the_format_and_a_name_overrules_it() -> None:
     assert parse_output("a/graph.SVG", TRACE_FORMATS) == ("svg", Path("a/graph.SVG"))
+    assert parse_output("report.htm", SCAN_FORMATS) == ("html", Path("report.htm"))
     assert parse_output("text=report.json", TRACE_FORMATS) == ("text", Path("report.json"))
     assert parse_output("run=3.json", TRACE_FORMATS) == ("json", Path("run=3.json"))
 

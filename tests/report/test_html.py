@@ -138,6 +138,7 @@ def test_every_node_is_in_the_graph_once(deepseek: Session, opened: Any) -> None
     shown.page.get_by_role("button", name="Open all").click()
     drawn = shown.page.locator(".pane:not([hidden]) .box:not(.k-group) > .label > .name").all_inner_texts()
     assert sorted(drawn) == sorted(" ".join(node.label.split()) for node in deepseek.graph.nodes)
+    assert shown.page.locator(".body:not(:has(.box))").count() == 0
 
 
 @pytest.mark.parametrize("zoomed", [False, True])
@@ -211,7 +212,9 @@ def test_search_finds_what_is_folded_away(deepseek: Session, opened: Any) -> Non
     found = page.locator(".box.selected")
     assert found.locator("> .label > .name").inner_text() == "mlp"
     assert in_sight(found)
-    assert "clip_tr.layers.17.mlp" in page.locator("#selected").inner_text()
+    said = page.locator("#selected").inner_text()
+    assert "clip_tr.layers.17.mlp" in said
+    assert "null" not in said
     page.get_by_role("button", name="Its 4 sources").click()
     assert page.locator("#source-table tbody tr").count() == 4
 
@@ -231,7 +234,7 @@ def test_before_and_after_stand_side_by_side(deepseek: Session, opened: Any) -> 
     assert [node.module for node in deepseek.healed.nodes if node.kind == "module" and node.status == "blocked"] == []
     assert before["sam"] == "blocked"
     assert "was ✗" in second.locator(".box", has_text="patch_embed").last.inner_text()
-    page.get_by_role("button", name="Without the cuts").click()
+    page.get_by_role("button", name="Without F1 + F2").click()
     assert [pane.is_visible() for pane in page.locator(".pane").all()] == [False, True]
 
 
@@ -468,6 +471,29 @@ def test_axe_finds_nothing_serious(
         if each["impact"] in ("serious", "critical")
     ]
     assert grave == []
+
+
+def test_the_page_refuses_what_was_not_written_into_it(scanned: Session, opened: Any) -> None:
+    shown = opened(scanned)
+    refused = shown.page.evaluate(
+        """async () => {
+            const tries = {
+                markup: () => { document.body.innerHTML = "<b>x</b>"; },
+                script: () => { document.body.append(Object.assign(document.createElement("script"), { text: "1" })); },
+                handler: () => { document.body.setAttribute("onclick", "1"); },
+                request: () => fetch("https://example.org/"),
+            };
+            const refused = [];
+            for (const [name, attempt] of Object.entries(tries))
+                try { await attempt(); } catch { refused.push(name); }
+            return refused;
+        }"""
+    )
+    assert {"markup", "script", "request"} <= set(refused)
+    assert all(
+        "Content Security Policy" in said or "TrustedHTML" in said or "Trusted" in said for said in shown.complaints
+    )
+    shown.complaints.clear()
 
 
 # --- what needs no browser -------------------------------------------------------------------------

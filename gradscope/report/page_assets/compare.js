@@ -23,7 +23,7 @@ function startGraphs() {
   graphs.before = new Graph(DATA.graph, "As it is");
   panes.append(graphs.before.pane);
   if (DATA.healed) {
-    graphs.after = new Graph(DATA.healed, "Without the cuts");
+    graphs.after = new Graph(DATA.healed, $('[data-view="after"]').textContent);
     const { changed, shared } = markChanges(graphs.before, graphs.after);
     $(".pane-title", graphs.after.pane).append(
       el("span", { class: "delta" }, `${changed} of ${shared} boxes: ✗ blocked → ✓ flows`));
@@ -118,11 +118,12 @@ function describe(graph, index) {
   ].filter(([, value]) => value);
   const panel = $("#selected");
   panel.hidden = false;
-  panel.replaceChildren(
+  const parts = [
     el("bdi", { class: "mono chosen" }, box.label),
     el("dl", {}, ...rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, el("bdi", {}, value))))),
-    box.finding ? el("button", { type: "button", onclick: () => showFinding(box.finding) }, `To ${box.finding}`) : null,
-    inside ? el("button", { type: "button", onclick: () => filterSources(`${box.module}.`) }, `Its ${inside} sources`) : null,
-    box.place ? el("button", { type: "button", class: "quiet", onclick: () => copy(box.place) }, "Copy file:line") : null,
-  );
+    box.finding && el("button", { type: "button", onclick: () => showFinding(box.finding) }, `To ${box.finding}`),
+    inside && el("button", { type: "button", onclick: () => filterSources(`${box.module}.`) }, `Its ${inside} sources`),
+    box.place && el("button", { type: "button", class: "quiet", onclick: () => copy(box.place) }, "Copy file:line"),
+  ];
+  panel.replaceChildren(...parts.filter(Boolean));
 }

@@ -65,7 +65,8 @@ class Graph {
     const box = this.boxes[index];
     const open = this.open.has(index);
     const label = this.#label(box, index, open);
-    const classes = `box k-${box.kind} s-${box.status}${box.finding ? " cut" : ""}${open ? " open" : ""}`;
+    const cut = box.finding ? ` cut sev-${DATA.findings[box.finding].severity}` : "";
+    const classes = `box k-${box.kind} s-${box.status}${cut}${open ? " open" : ""}`;
     const item = el("div", { class: classes, "data-index": index }, label);
     this.elements.set(index, { item, label });
     if (open) item.append(this.#body(index));
@@ -84,16 +85,21 @@ class Graph {
       box.type ? el("bdi", { class: "type" }, box.type) : null,
       box.frozen ? el("span", { class: "frozen", "aria-hidden": "true" }, SIGNS.frozen) : null,
       box.detail ? el("bdi", { class: "detail" }, box.detail) : null,
-      box.finding ? el("a", { class: "tag", href: `#${box.finding}`, tabindex: "-1" }, this.#tag(box.finding)) : null,
+      box.finding ? el("a", { class: `tag sev-${this.#gravest([box.finding])}`, href: `#${box.finding}`, tabindex: "-1" }, this.#tag(box.finding)) : null,
       box.changed ? el("span", { class: "changed" }, box.changed) : null,
-      inside.length ? el("span", { class: "tag" }, `${SIGNS.cut} ${inside.join(", ")} inside`) : null,
+      inside.length ? el("span", { class: `tag sev-${this.#gravest(inside)}` }, `${SIGNS.cut} ${inside.join(", ")} inside`) : null,
       box.kind === "region" && box.place ? el("bdi", { class: "place" }, box.place) : null,
       el("span", { class: "unseen" }, this.#spoken(box, holds)),
     );
   }
 
   #tag(id) {
-    return `${id} ${DATA.findings[id]?.rule ?? ""}`.trim();
+    return `${id} ${DATA.findings[id].rule}`;
+  }
+
+  #gravest(ids) {
+    const found = ids.map((id) => DATA.findings[id].severity);
+    return ["error", "warning", "note"].find((severity) => found.includes(severity));
   }
 
   /** Say in words what the signs and colours of a label say. */
@@ -139,21 +145,21 @@ class Graph {
   #drawing(up) {
     const { body, lane } = this.elements.get(up);
     const edges = svg("svg", { width: body.offsetWidth, height: body.offsetHeight, class: "edges", "aria-hidden": "true", focusable: "false" });
-    const places = new Map();
-    const place = (index) => {
-      if (!places.has(index)) {
-        const { item } = this.elements.get(index);
-        places.set(index, { x: item.offsetLeft, y: item.offsetTop, width: item.offsetWidth, height: item.offsetHeight });
-      }
-      return places.get(index);
-    };
-    const right = Math.max(...this.children.get(up).map((index) => place(index).x + place(index).width));
+    const places = new Map(this.children.get(up).map((index) => [index, this.#place(index)]));
+    const right = Math.max(...[...places.values()].map(({ x, width }) => x + width));
     for (const edge of this.edges.get(up) ?? []) {
-      const [a, b] = [place(edge[0]), place(edge[1])];
+      const [a, b] = [places.get(edge[0]), places.get(edge[1])];
       const run = lane.has(edge) ? around(a, b, right + 5 + (lane.get(edge) + 0.5) * LANE) : straight(a, b);
       edges.append(this.#edge(edge, run));
     }
     return [body, edges];
+  }
+
+  #place(index) {
+    const { item } = this.elements.get(index);
+    const row = item.parentElement;
+    const box = { x: item.offsetLeft, y: item.offsetTop, width: item.offsetWidth, height: item.offsetHeight };
+    return { ...box, top: row.offsetTop, bottom: row.offsetTop + row.offsetHeight, last: item === row.lastElementChild };
   }
 
   #edge([from, to, status], { d, middle }) {
@@ -161,9 +167,10 @@ class Graph {
     group.append(svg("path", { d, "marker-end": `url(#arrow-${status})` }));
     // The gradient comes from below: it ends where it would enter what cuts it off.
     if (status !== "flows" && this.boxes[from].finding) {
-      const text = svg("text", { x: middle[0], y: middle[1], class: "scissors" });
+      const severity = this.#gravest([this.boxes[from].finding]);
+      const text = svg("text", { x: middle[0], y: middle[1], class: `scissors sev-${severity}` });
       text.textContent = SIGNS.cut;
-      group.append(svg("circle", { cx: middle[0], cy: middle[1], r: 9 }), text);
+      group.append(svg("circle", { cx: middle[0], cy: middle[1], r: 8 }), text);
     }
     return group;
   }
@@ -198,7 +205,7 @@ class Graph {
   }
 
   openAll() {
-    this.open = new Set(this.boxes.keys());
+    this.open = new Set(this.boxes.flatMap((_, index) => (this.children.get(index).length ? [index] : [])));
     this.draw();
   }
 
@@ -218,8 +225,11 @@ class Graph {
     return label;
   }
 
+  /** Return the box of a finding, or where it has none of its own that of the module it lies in; else -1. */
   ofFinding(id) {
-    return this.boxes.findIndex((box) => box.finding === id);
+    const own = this.boxes.findIndex((box) => box.finding === id);
+    const { module } = DATA.findings[id];
+    return own >= 0 || !module ? own : this.boxes.findIndex((box) => box.kind === "module" && box.module === module);
   }
 
   // --- choosing -----------------------------------------------------------------------------------

@@ -55,21 +55,32 @@ function lanesOf(spans) {
   });
 }
 
-/** Return the path from the bottom of one box to the top of another in the next row. */
+// A place is {x, y, width, height} of a box inside its parent, with {top, bottom} of the row it stands in and
+// whether it is the last of it. Lines bend between rows only, so that they cross no other box.
+
+/** Return the path from the foot of one box to the head of another in the next row. */
 function straight(a, b) {
-  const [x1, y1, x2, y2] = [a.x + a.width / 2, a.y + a.height, b.x + b.width / 2, b.y];
-  const bend = (y2 - y1) / 2;
-  const d = x1 === x2 ? `M${x1} ${y1}V${y2}` : `M${x1} ${y1}C${x1} ${y1 + bend} ${x2} ${y2 - bend} ${x2} ${y2}`;
-  return { d, middle: [(x1 + x2) / 2, (y1 + y2) / 2] };
+  const [x1, x2] = [a.x + a.width / 2, b.x + b.width / 2];
+  const [y1, y2] = [a.bottom, b.top];
+  const middle = (y1 + y2) / 2;
+  if (Math.abs(x1 - x2) < 4) return { d: `M${x2} ${a.y + a.height}V${b.y}`, middle: [x2, middle] };
+  const last = b.y === y2 ? "" : `V${b.y}`; // a stretch of no length would turn the arrow
+  const d = `M${x1} ${a.y + a.height}V${y1}C${x1} ${middle} ${x2} ${middle} ${x2} ${y2}${last}`;
+  return { d, middle: [(x1 + x2) / 2, middle] };
 }
 
-/** Return the path out of the right side of one box, down (or up) beside the others, and into another's. */
+/** Return the path that runs beside the rows at `x`: out of the side of the one box and into the other's.
+    Where others stand between a box and that side, it goes out by the foot and in by the head. */
 function around(a, b, x) {
-  const [y1, y2] = [a.y + a.height / 2 + 4, b.y + b.height / 2 - 4];
-  const r = Math.min(8, Math.abs(y2 - y1) / 2) * Math.sign(y2 - y1 || 1);
-  const s = Math.abs(r);
-  const d =
-    `M${a.x + a.width} ${y1}H${x - s}Q${x} ${y1} ${x} ${y1 + r}` +
-    `V${y2 - r}Q${x} ${y2} ${x - s} ${y2}H${b.x + b.width}`;
+  const [start, y1] = a.last ? [`M${a.x + a.width} ${foot(a)}`, foot(a)]
+    : [`M${a.x + a.width / 2} ${a.y + a.height}V${a.bottom + 7}`, a.bottom + 7];
+  const [end, y2] = b.last ? [`H${b.x + b.width}`, head(b)] : [`H${b.x + b.width / 2}V${b.y}`, b.top - 9];
+  const r = Math.min(8, Math.abs(y2 - y1) / 2);
+  const down = y2 < y1 ? -r : r;
+  const d = `${start}H${x - r}Q${x} ${y1} ${x} ${y1 + down}V${y2 - down}Q${x} ${y2} ${x - r} ${y2}${end}`;
   return { d, middle: [x, (y1 + y2) / 2] };
 }
+
+// Out near the foot and in near the head, however high the box is.
+const foot = (box) => box.y + box.height - Math.min(box.height / 2 - 4, 14);
+const head = (box) => box.y + Math.min(box.height / 2 - 4, 14);

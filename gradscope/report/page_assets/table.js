@@ -22,7 +22,7 @@ function startTable() {
     return value !== "" && value !== null;
   }));
   $("#source-table thead").append(el("tr", {}, ...table.columns.map((column) =>
-    el("th", { scope: "col", "aria-sort": "none" },
+    el("th", { scope: "col", "aria-sort": "none", class: `c-${column.name.split(" ")[0].toLowerCase()}` },
       el("button", { type: "button", onclick: () => sortBy(column) }, column.name)))));
   $("#source-search").addEventListener("input", refill);
   $("#source-status").addEventListener("change", refill);
@@ -81,7 +81,7 @@ function cell(column, row) {
     return el("td", {}, ...row[4].flatMap((id) => [el("a", { href: `#${id}` }, id), " "]));
   if (column.name === "Gradient norm")
     return el("td", { class: "number" }, typeof value === "number" ? value.toPrecision(3) : value ?? "");
-  return el("td", {}, value);
+  return el("td", { class: `c-${column.name.toLowerCase()}` }, value);
 }
 
 /** Show the sources whose name, status or findings hold these words. */

@@ -15,12 +15,14 @@ from gradscope.errors import UsageError
 from gradscope.gate import Gate
 from gradscope.paths import write_whole
 from gradscope.report import formats
-from gradscope.report.formats import FORMATS, render, show
+from gradscope.report.formats import FORMATS, render_several, show
 from gradscope.session import Session
 
 # What a scan cannot be written in has a graph to draw.
 TRACE_FORMATS = formats.names(graph=True)
 SCAN_FORMATS = formats.names(graph=False)
+# GitHub takes that much for each step, and shows nothing at all where there is more.
+MOST_SUMMARY = 1024 * 1024
 
 
 def parse_output(text: str, known: Sequence[str]) -> tuple[str, Path]:
@@ -93,7 +95,7 @@ class Reporting:
         self.write(session if self.source else session.without_source())
         return int(gate.exit_code(session))
 
-    def write(self, session: Session) -> None:
+    def write(self, *sessions: Session) -> None:
         """Write the reports; a file that fails takes nothing else with it.
 
         Raises:
@@ -102,15 +104,18 @@ class Reporting:
         failures: list[UsageError] = []
         for fmt, path in self.files:
             try:
-                _write_file(session, fmt, path, full=self.full)
+                _write_file(sessions, fmt, path, full=self.full)
             except UsageError as error:
                 failures.append(error)
         if self.fmt == "text":
-            show(session, _console(self.color), full=self.full)
+            for session in sessions:
+                show(session, _console(self.color), full=self.full)
         elif self.fmt == "png" and sys.stdout.isatty():
             raise UsageError("A PNG picture cannot go to a terminal.", hint="Use `-o picture.png`.")
         else:
-            sys.stdout.buffer.write(render(session, self.fmt, full=self.full))
+            sys.stdout.buffer.write(render_several(sessions, self.fmt, full=self.full))
+        if self.fmt == "github":
+            _summarise(sessions)
         if failures:
             sys.stdout.flush()
             raise failures[0]
@@ -125,18 +130,35 @@ def _renewed(baseline: Baseline, session: Session, *, source: bool) -> Session:
     return renewed.compared(session)
 
 
-def _write_file(session: Session, fmt: str, path: Path, *, full: bool) -> None:
+def _summarise(sessions: Sequence[Session]) -> None:
+    """Append the report to the summary of the GitHub job, where there is one and as long as it takes more."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not path:
+        return
+    try:
+        room = MOST_SUMMARY - (os.path.getsize(path) if os.path.exists(path) else 0)
+        content = render_several(sessions, "markdown") + b"\n"
+        if len(content) > room:
+            content = b"gradscope: the report is too long for this summary; write it with -o report.md.\n"
+        if len(content) <= room:
+            with open(path, "ab") as summary:
+                summary.write(content)
+    except OSError as error:
+        click.echo(f"gradscope: cannot write the summary of the job to {path}: {error.strerror}.", err=True)
+
+
+def _write_file(sessions: Sequence[Session], fmt: str, path: Path, *, full: bool) -> None:
     """Write one report; where a picture cannot be drawn its source is written, and the error says so."""
     undrawn: UsageError | None = None
     try:
-        content = render(session, fmt, full=full)
+        content = render_several(sessions, fmt, full=full)
     except UsageError as error:
         source = path.with_suffix(".dot")
-        if source.exists():
+        if fmt not in ("svg", "png") or len(sessions) > 1 or source.exists():
             raise
         said = f"{error.message} {source} was written in place of {path.name}."
         undrawn = UsageError(said, hint=error.hint)
-        path, content = source, render(session, "dot", full=full)
+        path, content = source, render_several(sessions, "dot", full=full)
     write_whole(path, content)
     click.echo(f"wrote {path}", err=True)
     if undrawn is not None:

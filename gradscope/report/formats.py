@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import PurePath
@@ -35,6 +36,7 @@ FORMATS = {
         Format("sarif", (".sarif", ".sarif.json"), "gradscope.report.sarif"),
         Format("github", (), "gradscope.report.github"),
         Format("junit", (".xml",), "gradscope.report.junit"),
+        Format("markdown", (".md",), "gradscope.report.markdown"),
         Format("gitlab", (".gitlab.json",), "gradscope.report.gitlab"),
         Format("html", (".html", ".htm"), "gradscope.report.html"),
         Format("dot", (".dot", ".gv"), "gradscope.report.dot", needs_graph=True),
@@ -81,6 +83,31 @@ def render(session: Session, fmt: str, *, full: bool = False) -> bytes:
     if not renderer:
         raise UsageError(f"There is no format {fmt!r}.", hint=f"Use one of {', '.join(FORMATS)}.")
     text: str = import_module(renderer).render(session, full=full)
+    return text.encode()
+
+
+def hold_several() -> list[str]:
+    """Return the formats in which one report can show several sessions."""
+    modules = {name: each.renderer for name, each in FORMATS.items() if each.renderer}
+    return ["text", *(name for name, module in modules.items() if hasattr(import_module(module), "render_several"))]
+
+
+def render_several(sessions: Sequence[Session], fmt: str, *, full: bool = False) -> bytes:
+    """Return several sessions in one of ``FORMATS``: runs of one SARIF log, suites of one JUnit file, and so on.
+
+    Raises:
+        UsageError: the format shows one session, or nothing here can draw the picture.
+    """
+    if len(sessions) == 1:
+        return render(sessions[0], fmt, full=full)
+    if fmt not in hold_several():
+        raise UsageError(
+            f"A {fmt} report shows one session, and {len(sessions)} were given.",
+            hint=f"Write one for each, or use one of {', '.join(hold_several())}.",
+        )
+    if fmt == "text":
+        return b"\n".join(render(session, fmt, full=full) for session in sessions)
+    text: str = import_module(FORMATS[fmt].renderer).render_several(sessions, full=full)
     return text.encode()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -13,6 +12,9 @@ from rich.text import Text
 from gradscope.findings import Finding
 from gradscope.session import Session
 
+# Longer lines of prose are hard to read, however wide the terminal is.
+PROSE_WIDTH = 100
+MOST_GROUPS = 4
 SEVERITY_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 SIGNS = {
     "cut": ("✂", "X"), "flows": ("→", ">"), "blocked": ("✗", "x"), "none": ("·", "."),
@@ -42,7 +44,9 @@ class Page:
         self.console.print(head, highlight=False)
         self.print(f"   {finding.path}:{finding.line}", style="bold", no_wrap=True)
         if finding.source:
-            self.print(f"   > {finding.source}", style=colour)
+            self.console.print(
+                Text(self.cropped(f"   > {finding.source}", self.console.width), style=colour), soft_wrap=True
+            )
         self.print(f"   {finding.message}")
         if finding.cuts and finding.severity != "note":
             self.print(f"   {self._effect(finding)} {self._summary(finding.cuts)}")
@@ -91,11 +95,29 @@ class Page:
             for line in lines:
                 self.print(f"  - {line}", style="bright_black")
 
+    def findings(self, findings: Sequence[Finding], most: int | None, what: str) -> None:
+        """Print findings, no more than ``most`` of them where given, and say how many ``what`` are left out."""
+        for each in findings[:most]:
+            self.finding(each)
+        left = len(findings) - most if most is not None else 0
+        if left > 0:
+            self.console.print()
+            self.print(f"and {counted(left, f'more {what}')}: -v shows all")
+
     def _summary(self, names: tuple[str, ...]) -> str:
         if len(names) <= 3:
             return ", ".join(names)
-        groups = Counter(name.split(".")[0] for name in names)
-        return f"{len(names)} sources: " + ", ".join(f"{name}.* {count}" for name, count in groups.items())
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(name.split(".")[0], []).append(name)
+        said = [f"{group}.* {len(each)}" if len(each) > 1 else each[0] for group, each in groups.items()]
+        more = f" and {counted(len(said) - MOST_GROUPS, 'more group')}" if len(said) > MOST_GROUPS else ""
+        return f"{len(names)} sources: {', '.join(said[:MOST_GROUPS])}{more}"
+
+    def cropped(self, text: str, room: int) -> str:
+        """Return one line of code, cut where the room ends: wrapped code reads like other code."""
+        text, dots = self.plain(text), "..." if self.ascii else "…"
+        return text if len(text) <= room else text[: max(room - len(dots), 0)].rstrip() + dots
 
     def plain(self, text: str) -> str:
         """Replace what the terminal's encoding cannot show."""
@@ -112,6 +134,16 @@ class Page:
             # A file:line must stay one word, whatever the width.
             self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
             return
-        indent = " " * (len(text) - len(text.lstrip()))
-        for line in textwrap.wrap(text, self.console.width, subsequent_indent=indent, break_on_hyphens=False):
+        bare = text.lstrip()
+        indent = " " * (len(text) - len(bare) + (2 if bare.startswith("- ") else 0))
+        width = min(self.console.width, PROSE_WIDTH)
+        # A word that is too long is left whole: a path that is broken over two lines cannot be opened.
+        for line in textwrap.wrap(
+            text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+        ):
             self.console.print(Text(line, style=style), soft_wrap=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which has an s where there are several."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

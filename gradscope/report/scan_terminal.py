@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from gradscope.findings import SEVERITIES, Finding
-from gradscope.report.page import Page
+from gradscope.findings import SEVERITIES
+from gradscope.report.page import Page, counted
 from gradscope.session import Session
 
 MOST_WARNINGS = 20
@@ -35,16 +35,14 @@ class _ScanPage(Page):
         for entries in self._groups(full):
             shown |= self._class(entries, full, shown)
         rest = [each for each in self.unfolded(full) if each.id not in shown]
-        self._findings([each for each in rest if each.severity == "error"], len(rest))
-        self._findings([each for each in rest if each.severity == "warning"], len(rest) if full else MOST_WARNINGS)
+        self.findings([each for each in rest if each.severity == "error"], None, "error")
+        self.findings([each for each in rest if each.severity == "warning"], None if full else MOST_WARNINGS, "warning")
         notes = [each for each in rest if each.severity == "note"]
         if full:
-            self._findings(notes, len(notes))
+            self.findings(notes, None, "note")
         elif notes:
             self.console.print()
-            self.print(
-                f"{len(notes)} notes are not shown (places that stop a gradient on purpose or without harm): -v."
-            )
+            self.print(f"and {counted(len(notes), 'note')} on what stops a gradient on purpose or without harm: -v")
         self.folded(full)
         self.bullets("Remarks", self.session.remarks)
         self.bullets("What could not be read", self.session.unseen)
@@ -55,19 +53,25 @@ class _ScanPage(Page):
         session = self.session
         colour, sign, words = VERDICTS[session.verdict]
         counts = Counter(finding.severity for finding in session.findings)
-        said = ", ".join(_count(counts[severity], severity) for severity in SEVERITIES)
-        unread = f"; {_count(len(session.unseen), 'file')} could not" if session.unseen else ""
+        said = ", ".join(counted(counts[severity], severity) for severity in SEVERITIES)
+        unread = f"; {counted(len(session.unseen), 'file')} could not" if session.unseen else ""
         if not session.findings:
             said = "nothing found" + (" in what could be read" if unread else "")
             words = "" if unread else words
         if unread and not counts["error"]:
             colour, sign = "yellow", "maybe"
         head = Text(f"{self.sign(sign)} {said}", style=f"bold {colour}")
-        self.console.print(head.append(unread, style="bold"), Text(words and f" {words}"), highlight=False)
+        head.append(unread, style="bold")
+        if words and len(head) + len(words) + 2 <= self.console.width:
+            head.append(f"  {words}", style="not bold default")
+            words = ""
+        self.console.print(head, highlight=False, soft_wrap=True)
+        if words:
+            self.print(f"  {words}")
         stats = session.stats
         name = session.target.get("name", "")
         entry = f", entry {session.target['entry']}" if session.target.get("entry") else ""
-        files = _count(stats.get("files", 0), "file")
+        files = counted(stats.get("files", 0), "file")
         self.print(f"  {name}{entry}: {files} in {stats.get('seconds', 0)} s, nothing imported or run")
         self.beside_baseline()
 
@@ -98,7 +102,7 @@ class _ScanPage(Page):
                                      and finding.path == self._path(entries))
         ]  # fmt: skip
         new = [finding for finding in own if finding.id not in shown and (full or finding.severity != "note")]
-        self._findings(new, len(new))
+        self.findings(new, None, "finding")
         again = [finding.id for finding in own if finding.id in shown]
         if again:
             self.print(f"  stopped by {', '.join(again)}, shown above", style="bright_black")
@@ -108,32 +112,38 @@ class _ScanPage(Page):
         return next((entry["chain"][0]["path"] for entry in entries if entry["chain"]), "")
 
     def _entry(self, entry: dict[str, Any]) -> None:
-        """One line: the calls from the entry on, each with the line of the switch it runs under."""
-        status = entry["status"]
-        text = Text(f"  {self.sign(STATUS_SIGNS[status])} ", style=STATUS_COLOURS[status])
-        steps = entry["chain"] or [{"function": entry["function"], "sites": []}]
-        for number, step in enumerate(steps):
-            if number:
-                text.append(f" {self.sign('flows')} ", style="bright_black")
-            name = step["function"].removeprefix(f"{entry['class']}.")
-            text.append(name, style="bold" if not number else "")
-            for site in step["sites"]:
-                mechanism = site["mechanism"].rpartition(".")[2]
-                text.append(f" [{mechanism}, line {site['line']}]", style="red")
-        text.append(f"  {status}", style=f"bold {STATUS_COLOURS[status]}")
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """One line: the calls from the entry on, each with the line of the switch it runs under.
 
-    def _findings(self, findings: list[Finding], most: int) -> None:
-        for finding in findings[:most]:
-            self.finding(finding)
-        if len(findings) > most:
-            self.console.print()
-            self.print(f"{len(findings) - most} more {findings[0].severity}s are not shown: -v, or -o report.json.")
+        Where that is too long for the terminal, every further call has a line of its own.
+        """
+        status = entry["status"]
+        sign, colour = self.sign(STATUS_SIGNS[status]), STATUS_COLOURS[status]
+        steps = [
+            self._step(step, entry["class"], first=not number)
+            for number, step in enumerate(entry["chain"] or [{"function": entry["function"], "sites": []}])
+        ]
+        end = Text(f"  {status}", style=f"bold {colour}")
+        arrow = Text(f"{self.sign('flows')} ", style="bright_black")
+        line = Text(f"  {sign} ", style=colour).append_text(steps[0])
+        room = self.console.width - len(end)
+        if len(line) + sum(len(step) + len(arrow) + 1 for step in steps[1:]) <= room:
+            line = Text(" ").join([line, *(arrow + step for step in steps[1:])])
+            self.console.print(line + end, highlight=False, soft_wrap=True)
+            return
+        self.console.print(line + end, highlight=False, soft_wrap=True)
+        for step in steps[1:]:
+            self.console.print(Text("      ") + arrow + step, highlight=False, soft_wrap=True)
+
+    def _step(self, step: dict[str, Any], owner: str, *, first: bool) -> Text:
+        text = Text(self.plain(step["function"].removeprefix(f"{owner}.")), style="bold" if first else "")
+        lines: dict[str, list[str]] = {}
+        for site in step["sites"]:
+            lines.setdefault(site["mechanism"].rpartition(".")[2], []).append(str(site["line"]))
+        for mechanism, numbers in lines.items():
+            noun = "line" if len(numbers) == 1 else "lines"
+            text.append(f" [{mechanism}, {noun} {', '.join(numbers)}]", style="not bold red")
+        return text
 
 
 def _ids(entries: Iterable[dict[str, Any]]) -> set[str]:
     return {finding_id for entry in entries for finding_id in entry["findings"]}
-
-
-def _count(number: int, severity: str) -> str:
-    return f"{number} {severity}" if number == 1 else f"{number} {severity}s"

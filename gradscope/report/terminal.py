@@ -11,7 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from gradscope.findings import Source
-from gradscope.report.page import Page
+from gradscope.report.page import PROSE_WIDTH, Page
 from gradscope.report.views import MOST_LINES, ViewNode, fold
 from gradscope.session import Session
 
@@ -24,6 +24,8 @@ VERDICTS = {
 COLOURS = {"flows": "green", "blocked": "red", "none": "bright_black"}
 # Wide enough for any line of the tree; a terminal that is narrower wraps it itself.
 LONGEST_LINE = 240
+MOST_NOTES = 5
+SHORTEST_LABEL = 12
 
 
 def render(session: Session, console: Console, *, full: bool = False) -> None:
@@ -47,14 +49,11 @@ def words_for(session: Session) -> str:
 class _TracePage(Page):
     def show(self, full: bool) -> None:
         self._verdict()
-        for finding in self.unfolded(full):
-            if finding.severity != "note":
-                self.finding(finding)
-        self._tree(full)
-        for finding in self.unfolded(full):
-            if finding.severity == "note":
-                self.finding(finding)
+        notes = [each for each in self.unfolded(full) if each.severity == "note"]
+        self.findings([each for each in self.unfolded(full) if each not in notes], None, "finding")
+        self.findings(notes, None if full else MOST_NOTES, "note")
         self.folded(full)
+        self._tree(full)
         self._way_out()
         self.bullets("What was assumed", self.session.remarks)
         self.bullets("What could not be seen", self.session.unseen)
@@ -72,7 +71,8 @@ class _TracePage(Page):
         line = f"  {target['name']}{call}"
         how = f"{target['mode']} on {target['device']}, {target['dtype']}, {_runs(session.stats.get('runs', 1))}"
         how = f"{how} in {session.stats.get('seconds', 0)} s"
-        for text in [f"{line}   {how}"] if len(line) + len(how) + 3 <= self.console.width else [line, f"  {how}"]:
+        room = min(self.console.width, PROSE_WIDTH)
+        for text in [f"{line}   {how}"] if len(line) + len(how) + 3 <= room else [line, f"  {how}"]:
             self.print(text)
         for kind in ("input", "parameter"):
             group = [source for source in session.sources.values() if source.kind == kind]
@@ -121,7 +121,10 @@ class _TracePage(Page):
         if node.kind == "region" and node.finding:
             return self._cut_label(view, room)
         text = Text(f"{self.sign(node.status)} ", style=COLOURS[node.status])
-        text.append(self.plain(view.label), style="bold" if node.kind in ("module", "input", "output") else "")
+        text.append(
+            self.cropped(view.label, max(room - len(text), SHORTEST_LABEL)),
+            style="bold" if node.kind in ("module", "input", "output") else "",
+        )
         parts = [(self.sign("frozen"), "blue")] if node.frozen else []
         parts += [(node.detail, "bright_black")] if node.detail else []
         named = node.kind == "module" and node.type not in ("", view.label, "constructor")

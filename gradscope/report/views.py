@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from gradscope.flow import FlowGraph, FlowNode, FlowStatus
 MOST_LINES = 44
 # Further in, indents leave no room for words; and Python's own stack ends somewhere.
 DEEPEST_LEVEL = 40
+FEWEST_NAMED_ALIKE = 3
 
 
 @dataclass(slots=True)
@@ -89,7 +91,10 @@ def _fold_repeats(nodes: list[ViewNode]) -> list[ViewNode]:
         end = start + 1
         while end < len(nodes) and _alike(nodes[start], nodes[end]):
             end += 1
-        folded.append(_merged(nodes[start:end]))
+        run = nodes[start:end]
+        # A list counts its members with dots; a name such as layer_1 has to be one of several to count as a list.
+        listed = "." in run[0].node.label or len(run) >= FEWEST_NAMED_ALIKE
+        folded += [_merged(run)] if listed else run
         start = end
     return folded
 
@@ -97,8 +102,15 @@ def _fold_repeats(nodes: list[ViewNode]) -> list[ViewNode]:
 def _alike(first: ViewNode, other: ViewNode) -> bool:
     a, b = first.node, other.node
     same = _shape(first) == _shape(other)
-    indexed = a.label.rpartition(".")[2].isdigit() and b.label.rpartition(".")[2].isdigit()
-    return same and a.kind == "module" and indexed and a.label.rpartition(".")[0] == b.label.rpartition(".")[0]
+    stem, number = _numbered(a.label)
+    other_stem, other_number = _numbered(b.label)
+    return same and a.kind == "module" and bool(number and other_number) and stem == other_stem
+
+
+def _numbered(label: str) -> tuple[str, str]:
+    """Return what comes before the number at the end of ``blocks.3`` or ``layer_3``, and the number."""
+    found = re.fullmatch(r"(|.*[._])(\d+)", label)
+    return (found[1], found[2]) if found else (label, "")
 
 
 def _shape(view: ViewNode) -> tuple[object, ...]:
@@ -111,7 +123,7 @@ def _merged(run: list[ViewNode]) -> ViewNode:
     first = run[0]
     if len(run) == 1:
         return first
-    last = run[-1].node.label.rpartition(".")[2]
+    last = _numbered(run[-1].node.label)[1]
     node = replace(first.node, detail=run[-1].node.detail, parameters=sum(n.node.parameters for n in run))
     label = f"{first.label}-{last}  x{len(run)}"
     return ViewNode(node, label, [i for member in run for i in _ids(member)], first.children, run)

@@ -14,6 +14,7 @@ import click
 from gradscope.baseline import Baseline
 from gradscope.cli.options import configuration, gate_options, report_options
 from gradscope.cli.output import SCAN_FORMATS, Reporting
+from gradscope.cli.progress import staged
 from gradscope.config import Config
 from gradscope.errors import GradscopeError, UsageError, in_words
 from gradscope.expectations import Run
@@ -81,7 +82,7 @@ def _run_all(orders: dict[tuple[str, str], Analysis], reporting: Reporting) -> l
         started = time.perf_counter()
         session: Session | None = None
         failure: GradscopeError | None = None
-        with reporting.progress().status(f"[{number}/{len(orders)}] {name} ..."):
+        with staged(reporting.progress(), f"[{number}/{len(orders)}] {name}", "starting"):
             try:
                 session = analysis()
             except GradscopeError as error:

@@ -107,4 +107,4 @@ def _record(code: str) -> dict[str, str]:
 def _console(color: str) -> Console:
     if color == "always":
         return Console(force_terminal=True, theme=THEME)
-    return Console(no_color=color == "never", theme=THEME)
+    return Console(color_system=None if color == "never" else "auto", theme=THEME)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import gc
 import importlib
+import io
 import sys
 
 import click
@@ -22,6 +24,19 @@ COMMANDS = {
 # A command lives for seconds and makes few cycles. Searching for them through all that torch and
 # transformers define, again and again while they are imported and once more on leaving, costs two seconds.
 COLLECT_AFTER = 50_000
+
+# What stands in for a sign that the encoding of the terminal or the file does not have.
+STAND_INS = {"•": "*", "→": "->", "…": "...", "–": "-", "—": "-", "≤": "<=", "≥": ">=", "×": "x"}
+IN_PLAIN_LETTERS = "gradscope.plain"
+
+
+def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(STAND_INS.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(IN_PLAIN_LETTERS, _in_plain_letters)
 
 
 class LazyGroup(click.Group):
@@ -57,6 +72,9 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line; never show a traceback for an error that the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=IN_PLAIN_LETTERS)
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
     try:
         code = group.main(prog_name="gradscope", standalone_mode=False)

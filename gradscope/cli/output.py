@@ -73,8 +73,10 @@ class Reporting:
     quiet: bool = False
 
     def progress(self) -> Console:
-        """Return a console on stderr for what is on its way; silent where nobody watches."""
-        return Console(stderr=True, quiet=self.quiet or not sys.stderr.isatty())
+        """Return a console on stderr for what is on its way; silent where nobody watches or nothing can be erased."""
+        console = _console(self.color if self.color == "never" else "auto", stderr=True)
+        console.quiet = self.quiet or not sys.stderr.isatty() or console.is_dumb_terminal
+        return console
 
     def finish(self, session: Session, gate: Gate) -> int:
         """Write what counts to stdout, every file asked for and the baseline, and return the exit code.
@@ -166,7 +168,8 @@ def _write_file(sessions: Sequence[Session], fmt: str, path: Path, *, full: bool
         raise undrawn
 
 
-def _console(color: str) -> Console:
+def _console(color: str, *, stderr: bool = False) -> Console:
+    """Return a console; ``never`` means no escape sequence at all, where NO_COLOR leaves bold type."""
     if color == "always":
-        return Console(force_terminal=True)
-    return Console(no_color=True) if color == "never" else Console()
+        return Console(force_terminal=True, stderr=stderr)
+    return Console(color_system=None if color == "never" else "auto", stderr=stderr)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import click
-from rich.progress import Progress
 
 from gradscope.cli.options import configured_targets, gate_options, report_options
 from gradscope.cli.output import SCAN_FORMATS, Reporting
+from gradscope.cli.progress import counting
 from gradscope.gate import Gate
 from gradscope.scanning.scanner import scan
 
@@ -40,10 +40,6 @@ def command(
       gradscope scan sentence_transformers --entry SentenceTransformer.encode
     """
     targets = targets or configured_targets()
-    with Progress(console=reporting.progress(), transient=True) as progress:
-        task = progress.add_task("Reading", total=None)
-        session = scan(
-            *targets, entry=entry, jobs=jobs, cache=cache,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+    with counting(reporting.progress(), "Reading") as progress:
+        session = scan(*targets, entry=entry, jobs=jobs, cache=cache, progress=progress)
     return reporting.finish(session, gate)

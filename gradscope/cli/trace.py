@@ -8,9 +8,11 @@ import click
 
 from gradscope.cli.options import gate_options, report_options
 from gradscope.cli.output import TRACE_FORMATS, Reporting
+from gradscope.cli.progress import staged
 from gradscope.errors import UsageError
 from gradscope.gate import Gate
 from gradscope.session import Session
+from gradscope.stages import tell
 from gradscope.targets.spec import Request, load_preset, load_target
 
 
@@ -86,7 +88,7 @@ def command(
         inputs=inputs, weights=weights, seed=seed, fixed=fixed, head=head, entry=entry, wrt=wrt, trainable=trainable,
         loss=loss, mode="real" if numeric and mode == "auto" else mode,
     )  # fmt: skip
-    with reporting.progress().status(f"Tracing {target or model} ..."):
+    with staged(reporting.progress(), f"Tracing {target or model}", "loading torch"):
         session = trace_target(target, model, request, mode, device, dtype, verify=verify, numeric=numeric)
     return reporting.finish(session, gate)
 
@@ -114,6 +116,7 @@ def trace_target(
             "`gradscope trace` runs models and needs torch, which is not installed here.",
             hint="Install it: pip install 'torch-gradscope[trace]'.",
         ) from error
+    tell("loading the model")
     if target is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from gradscope.errors import GradscopeError
+from gradscope.stages import tell
 from gradscope.tracing.frames import source_site, user_place
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.provenance import results_in
@@ -98,6 +99,7 @@ def _check_group(
     function: _Function, gradients: Mapping[str, torch.Tensor], names: list[str], answers: dict[str, Answer]
 ) -> None:
     """Give a group one answer where it agrees or nothing of it matters; else ask its halves."""
+    tell(f"finite differences, {function.evaluations} forward passes so far")
     answer = _compare(function, gradients, names)
     exhausted = function.evaluations > MOST_EVALUATIONS and answer in ("lost", "flat")
     if len(names) == 1 or answer in ("agrees", "none") or exhausted:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from gradscope.errors import UsageError, in_words
 from gradscope.findings import Gradient
+from gradscope.stages import tell
 from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
 from gradscope.tracing.dispatched import DispatchedCalls
@@ -63,6 +64,7 @@ class Runner:
         self.subject = subject
         self.workshop = workshop
         self._prepared: nn.Module | None = None
+        self._runs = 0
 
     def run(
         self,
@@ -80,6 +82,8 @@ class Runner:
         the user's own run; else everything does, so that every source can be told about. ``dispatched``: see also
         what no torch function shows.
         """
+        self._runs += 1
+        tell(f"run {self._runs}" + (", to verify the fix" if neutralised else ", a closer look" if dispatched else ""))
         with (
             hushed(FAKE_TENSORS) if self.workshop.mode == "structural" else nullcontext(),
             untouched_state(),

@@ -54,8 +54,9 @@ class _ScanPage(Page):
         colour, sign, words = VERDICTS[session.verdict]
         counts = Counter(finding.severity for finding in session.findings)
         said = ", ".join(counted(counts[severity], severity) for severity in SEVERITIES)
-        unread = f"; {counted(len(session.unseen), 'file')} could not" if session.unseen else ""
+        unread = f"; {counted(len(session.unseen), 'file')} could not be read" if session.unseen else ""
         if not session.findings:
+            unread = unread.removesuffix(" be read")
             said = "nothing found" + (" in what could be read" if unread else "")
             words = "" if unread else words
         if unread and not counts["error"]:

@@ -54,7 +54,11 @@ def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     """Run pytest with this plugin alone, whether it is installed or not, with every warning an error."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    pytester.makeini("[pytest]\naddopts = -p gradscope.pytest_plugin --strict-markers -W error -rA")
+    pytester.makeini(
+        "[pytest]\naddopts = -p gradscope.pytest_plugin --strict-markers -rA\nfilterwarnings =\n    error\n"
+        # Where the plugin is installed, the pytest that runs this test has imported it.
+        "    ignore:Module already imported:pytest.PytestAssertRewriteWarning\n"
+    )
     return pytester
 
 

@@ -124,8 +124,9 @@ class _ScanPage(Page):
             for number, step in enumerate(entry["chain"] or [{"function": entry["function"], "sites": []}])
         ]
         end = Text(f"  {status}", style=f"bold {colour}")
-        arrow = Text(f"{self.sign('flows')} ", style="bright_black")
-        line = Text(f"  {sign} ", style=colour).append_text(steps[0])
+        # Appended and not added: what is added to a text takes on its style.
+        arrow = Text().append(f"{self.sign('flows')} ", style="bright_black")
+        line = Text().append(f"  {sign} ", style=colour).append_text(steps[0])
         room = self.console.width - len(end)
         if len(line) + sum(len(step) + len(arrow) + 1 for step in steps[1:]) <= room:
             line = Text(" ").join([line, *(arrow + step for step in steps[1:])])

@@ -275,6 +275,8 @@ def test_colours_change_nothing_but_colours(kind: str, width: int) -> None:
     assert Text.from_ansi(coloured).plain.splitlines() == EXPECTED[kind, width].splitlines()
     for line in ("\x1b[1;31merror GS104 no-grad-block\x1b[0m", f"\x1b[1m   {CUT.path}:12\x1b[0m"):
         assert line in coloured
+    if kind == "scan":  # the name of a further call is neither grey as its arrow is nor red
+        assert "\x1b[90m→ \x1b[0m_encode_features_of_all_pages\x1b[31m [no_grad, line 20]" in coloured
     assert coloured.startswith("\x1b[1;31m✗ blocked\x1b[0m" if kind == "trace" else "\x1b[1;31m✗ 1 error, ")
 
 

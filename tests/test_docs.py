@@ -113,6 +113,17 @@ def test_every_page_is_in_the_navigation_once(site: dict[str, str]) -> None:
     assert sorted(navigation) == sorted(page for page in site if not re.match(r"rules/GS", page))
 
 
+def test_every_file_and_name_of_the_internals_exists(site: dict[str, str]) -> None:
+    code = re.findall(r"`([^`\n]+)`", site["internals.md"])
+    paths = {each for each in code if each.startswith(("gradscope/", "tests/")) and "CODE" not in each}
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "gradscope").rglob("*.py"))
+    names = {each for each in code if re.fullmatch(r"_?[a-z]+(_[a-z]+)+|[A-Z_]{4,}|([A-Z][a-z]+)+", each)}
+    assert len(names) > 10
+    assert [name for name in names if not re.search(rf"\b{name}\b", source)] == []
+
+
 @pytest.mark.parametrize("name", ["scan", "trace", "explain"])
 def test_the_reference_has_every_option_of_the_help(
     generated: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from torch import nn
 
 import gradscope
 from gradscope.assertion import GradientsDoNotFlow
-from gradscope.merging import merged
+from gradscope.gathering import gathered
 
 
 class Cut(nn.Module):
@@ -66,9 +66,9 @@ def test_a_crash_names_what_autograd_says_and_the_line_that_is_to_blame() -> Non
     assert "GS603 in-place-hazard" in said and "> y.add_(1)" in said
 
 
-def test_sessions_merged_keep_what_each_found_and_share_a_place() -> None:
+def test_sessions_gathered_keep_what_each_found_and_share_a_place() -> None:
     cut, sound = gradscope.trace(Cut(), torch.ones(2, 4)), gradscope.trace(nn.Linear(4, 1), torch.ones(2, 4))
-    whole = merged([("a", cut), ("b", sound), ("a", cut)])
+    whole = gathered([("a", cut), ("b", sound), ("a", cut)])
     assert whole.verdict == cut.verdict == "blocked"
     assert [each["name"] for each in whole.stats["traces"]] == ["a", "b", "a #2"]
     (finding,) = [each for each in whole.findings if each.severity == "error"]
@@ -80,4 +80,4 @@ def test_sessions_merged_keep_what_each_found_and_share_a_place() -> None:
     assert all(node.parent is None or node.parent in ids for node in whole.graph.nodes)
     assert all(edge.source in ids and edge.target in ids for edge in whole.graph.edges)
     assert {node.finding for node in whole.graph.nodes if node.finding} <= {each.id for each in whole.findings}
-    assert merged([("a", cut)]).to_dict() == {**cut.to_dict(), "stats": merged([("a", cut)]).stats}
+    assert gathered([("a", cut)]).to_dict() == {**cut.to_dict(), "stats": gathered([("a", cut)]).stats}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import random
 import threading
 from collections.abc import Callable
@@ -143,3 +144,17 @@ def test_evaluation_mode_and_gradients_that_are_there_stay() -> None:
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     gradscope.trace(model, torch.randn(8, 4), mode="real")
     assert not model.training and all(parameter.grad is kept[name] for name, parameter in model.named_parameters())
+
+
+def test_the_threshold_of_the_garbage_collector_is_put_back() -> None:
+    seen: list[int] = []
+
+    class Asks(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(gc.get_threshold()[0])
+            return super().forward(x)
+
+    before = gc.get_threshold()
+    gradscope.trace(Asks(2, 2), torch.randn(1, 2), mode="real", verify=False)
+    assert seen[0] > before[0]
+    assert gc.get_threshold() == before

@@ -33,7 +33,9 @@ AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
 # What a further run can do without: the call gives back its input instead.
-REPLACEABLE = {"detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0}
+REPLACEABLE = {
+    "detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0, "__deepcopy__": 0,
+}  # fmt: skip
 IN_PLACE = frozenset(
     "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
     "__ior__ __ixor__ __ilshift__ __irshift__".split()
@@ -116,3 +118,11 @@ def _name_of(func: Any) -> str | None:
             return name if attribute == "data" else None
         return attribute if attribute in DATA_PROPERTIES else None
     return None if name in SHAPE_ONLY else str(name)
+
+
+def instead_of(name: str, args: tuple[Any, ...]) -> torch.Tensor:
+    """Return what a call among ``REPLACEABLE`` gives where it is taken away: its input, and of a copy one connected."""
+    given = args[REPLACEABLE[name]]
+    connected = torch.ops.aten.clone if name == "__deepcopy__" else torch.ops.aten.alias
+    result: torch.Tensor = connected.default(given)
+    return result

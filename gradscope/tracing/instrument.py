@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
 from torch.nn.modules import module as module_hooks
+from torch.overrides import handle_torch_function
 
 from gradscope.errors import GradscopeError
 from gradscope.tracing.frames import call_chain, is_user_file, region_site, user_place
@@ -69,6 +70,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_set_grad_enabled(stack, observer, neutralised)
         _patch_custom_functions(stack, observer)
         _patch_parameter(stack, observer)
+        _patch_copying(stack, observer)
         _patch_pickling(stack, observer)
         _patch_threads(stack, observer)
         _hook_modules(stack, observer)
@@ -234,6 +236,18 @@ def _patch_parameter(stack: ExitStack, observer: Observer) -> None:
         return observer.parameter(data, place, lambda: original(cls, data, requires_grad))
 
     _replace(stack, nn.Parameter, "__new__", staticmethod(__new__))
+
+
+def _patch_copying(stack: ExitStack, observer: Observer) -> None:
+    """Patch the deepcopy of a parameter, which asks no mode, as that of every other tensor does: one call, not four."""
+    original: Callable[..., Any] = nn.Parameter.__deepcopy__
+
+    def __deepcopy__(self: nn.Parameter, memo: dict[int, Any]) -> Any:
+        if not observer.is_watching or id(self) in memo:
+            return original(self, memo)
+        return handle_torch_function(original, (self,), self, memo)
+
+    _replace(stack, nn.Parameter, "__deepcopy__", __deepcopy__)
 
 
 def _patch_pickling(stack: ExitStack, observer: Observer) -> None:

@@ -29,6 +29,7 @@ from gradscope.tracing.calls import (
     ROUNDING,
     SHAPE_ONLY,
     WRITES_FIRST,
+    instead_of,
     operation_name,
     writes,
 )
@@ -157,7 +158,7 @@ class Recorder(TorchFunctionMode):
             name = "floor_divide"
         place = self._places.of(sys._getframe(1)) if self._neutralised or not self._over else None
         if self._neutralised and place is not None and source_site(place, name) in self._neutralised:
-            return torch.ops.aten.alias.default(args[REPLACEABLE[name]])
+            return instead_of(name, args)
         in_place = writes(name, args, kwargs)
         for tensor in in_place:
             self._before_write(tensor)

@@ -155,7 +155,19 @@ def _minimise(runner: Runner, proof: Proof) -> None:
         # As good as with everything removed: a gradient that misses one of its paths is not.
         if _arrives(run, diagnosis, wanted) and _statuses(diagnosis, wanted) == healed:
             kept.remove(site)
+        elif site in diagnosis.cuts:
+            _learn(proof, site, diagnosis.cuts[site].sources & wanted)
     proof.fix = tuple(kept)
+
+
+def _learn(proof: Proof, site: Site, sources: set[str]) -> None:
+    """Add to a cut what it cuts off once nothing else does; where another one hid that, it lies behind it."""
+    cut = proof.cuts[site]
+    gained = sources - cut.sources
+    hiding = [other for other in proof.fix if other != site and proof.cuts[other].sources & gained]
+    if hiding and not cut.sources & proof.wanted:
+        proof.hidden_by.setdefault(site, hiding[0])
+    cut.sources |= gained
 
 
 def _statuses(diagnosis: Diagnosis | None, wanted: frozenset[str]) -> dict[str, str]:

@@ -108,7 +108,7 @@ def _confidence(cut: Cut) -> Confidence:
 
 
 def _message(cut: Cut, crashed: bool) -> str:
-    place = f"{cut.site.mechanism} in {cut.site.function}"
+    place = f"{_called(cut.site.mechanism)} in {cut.site.function}"
     if cut.words:
         return f"{place}: {cut.words}"
     if cut.rule.startswith("GS1") and cut.site.mechanism in SWITCHES:
@@ -163,4 +163,9 @@ def _advice(cut: Cut) -> str:
     if site.how == "decorator":
         return f"Call the undecorated function: {site.function}.__wrapped__(self, ...), or the modules inside it."
     advice = ADVICE.get(cut.rule) or ADVICE.get("GS4" if cut.flat or cut.stepped else cut.rule[:3], "")
-    return advice.format(mechanism=site.mechanism)
+    return advice.format(mechanism=_called(site.mechanism))
+
+
+def _called(mechanism: str) -> str:
+    """Return the name that a user knows a call by: ``deepcopy`` for ``__deepcopy__``."""
+    return mechanism[2:-2] if mechanism.startswith("__") and mechanism.endswith("__") else mechanism

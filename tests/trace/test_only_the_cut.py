@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,3 +113,28 @@ def test_statistics_that_are_only_read_are_not_written() -> None:
     workshop = open_workshop("real", "cpu")
     run = Runner(subject_of(model, (torch.randn(3, 4),), {}, Question()), workshop).run()
     assert run.recording.writes == []
+
+
+class CopiesItsEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        encoder = copy.deepcopy(self.encoder)
+        h = encoder(x)
+        h = h.detach()
+        return self.head(h)
+
+
+@pytest.mark.parametrize("mode", ["structural", "real"])
+def test_a_copied_module_is_one_cut_and_what_lies_behind_is_found(mode: gradscope.tracing.library.Mode) -> None:
+    model = CopiesItsEncoder()
+    session = gradscope.trace(model, torch.randn(3, 4), wrt="encoder", mode=mode)
+    first = inspect.getsourcelines(CopiesItsEncoder.forward)[1]
+    found = [(each.rule, each.line - first, each.behind, each.severity) for each in session.findings]
+    assert found == [("GS203", 1, None, "error"), ("GS201", 3, "F1", "error")]
+    assert (session.fix_set, session.fix_verified) == (["F1", "F2"], True)
+    assert session.findings[0].message.startswith("deepcopy in CopiesItsEncoder.forward")
+    assert all(parameter.grad is None and parameter.is_leaf for parameter in model.parameters())

@@ -68,10 +68,14 @@ class _Suite:
         facts = {"verdict": self.session.verdict, **self.session.tool, **self.session.environment}
         for key, value in facts.items():
             suite.add_property(key, _xml(str(value)))
+        run = self._run()
         cases = self._entries() if self.session.kind == "scan" else self._sources(full)
         cases += [self._case(self.owner, f"{each.rule} {each.name} {each.path}:{each.line}", [each])
                   for each in self.findings.values() if _counts(each) and each.id not in self.told]  # fmt: skip
-        suite.add_testcases([self._run(), *cases])
+        rest = [each for each in self.findings.values() if each.severity == "warning" and each.id not in self.told]
+        if rest:
+            cases.append(self._case(self.owner, "warnings", rest))
+        suite.add_testcases([run, *cases])
         return suite
 
     def _run(self) -> TestCase:
@@ -102,9 +106,8 @@ class _Suite:
     def _source_case(self, name: str, group: list[Source]) -> TestCase:
         ids = dict.fromkeys(finding_id for source in group for finding_id in source.findings)
         findings = [self.findings[each] for each in ids if each in self.findings]
-        lost = [source for source in group if source.status in LOST]
-        unexplained = any(not source.findings for source in lost)
-        case = self._case(self.owner, name, findings, lost=bool(lost), unexplained=unexplained, about=_about(group))
+        lost = any(source.status in LOST for source in group)
+        case = self._case(self.owner, name, findings, lost=lost, about=_about(group))
         if all(source.status == "unused" for source in group):
             case.result = [Skipped("unused: the result does not depend on it")]
         return case
@@ -122,22 +125,21 @@ class _Suite:
         return cases
 
     def _case(
-        self, owner: str, name: str, findings: Sequence[Finding], *, lost: bool = True, unexplained: bool = False,
-        about: str = "",
-    ) -> TestCase:  # fmt: skip
-        """Return a case that fails if one of its findings counts, or where a gradient is lost to nothing known."""
+        self, owner: str, name: str, findings: Sequence[Finding], *, lost: bool = True, about: str = ""
+    ) -> TestCase:
+        """Return a case that fails if one of its findings counts and a gradient is lost."""
         case = _Case(_xml(name), _xml(owner))
         if findings:
             case.file, case.line = _xml(findings[0].path), str(findings[0].line)
         guilty = [each for each in findings if _counts(each)] if lost else []
         said = "\n\n".join([about, *map(in_full, guilty or findings)]).strip()
-        if guilty or unexplained:
-            first = f"{_head(guilty[0])}: {guilty[0].message}" if guilty else about
-            case.result = [Failure(_xml(first), guilty[0].rule if guilty else "lost")]
+        if guilty:
+            case.result = [Failure(_xml(f"{_head(guilty[0])}: {guilty[0].message}"), guilty[0].rule)]
             case.result[0].text = _xml(said)
             self.told |= {each.id for each in guilty}
         elif said:
             case.system_out = _xml(said)
+            self.told |= {each.id for each in findings if not _counts(each)}
         return case
 
 

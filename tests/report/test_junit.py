@@ -84,7 +84,8 @@ def test_each_entry_of_a_scan_is_a_case() -> None:
 
 def test_unused_is_skipped_and_the_rest_passes() -> None:
     cases = read(trace(Source("a", "parameter", "unused"), Source("b", "parameter", "flows"),
-                       Source("c", "parameter", "zero"), Source("d", "parameter", "blocked")))  # fmt: skip
+                       Source("c", "parameter", "zero"), Source("d", "parameter", "blocked", findings=["F1"]),
+                       findings=(finding(),)))  # fmt: skip
     assert [type(each) for each in cases["a"].result] == [Skipped]
     assert failed(cases) == {"d"} and not cases["b"].result
     assert cases["c"].system_out == "zero"
@@ -108,6 +109,11 @@ def test_an_ignored_finding_fails_nothing() -> None:
 
 def test_an_error_of_no_source_is_a_case_of_its_own() -> None:
     assert failed(read(trace(Source("a", "parameter", "flows"), findings=(finding(),)))) == {"GS201 detach m.py:12"}
+
+
+def test_a_warning_that_no_entry_reaches_is_told_and_fails_nothing() -> None:
+    cases = read(Session("scan", "partial", target={"name": "m"}, findings=[finding(severity="warning")]))
+    assert not failed(cases) and "said" in cases["warnings"].system_out
 
 
 def test_a_file_that_could_not_be_read_is_an_error() -> None:

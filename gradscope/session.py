@@ -14,6 +14,7 @@ from gradscope.errors import UsageError
 from gradscope.findings import SEVERITIES, Finding, Severity, Source, State
 from gradscope.flow import FlowGraph
 from gradscope.paths import write_whole
+from gradscope.schema import complaint
 
 SCHEMA = "gradscope.session/1"
 # Reports know sessions and not the other way round; what shows one is found by name when it is asked for.
@@ -159,11 +160,22 @@ class Session:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Session:
-        """Read a session back; raise :class:`UsageError` for another schema."""
-        if data.get("schema") != SCHEMA:
+        """Read a session back.
+
+        Raises:
+            UsageError: it has another schema, or it is damaged; the message names the field.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = f"its schema is {data.get('schema')!r}" if isinstance(data, dict) else "it is not a JSON object"
             raise UsageError(
-                f"This is not a {SCHEMA} session: its schema is {data.get('schema')!r}.",
+                f"This is not a {SCHEMA} session: {found}.",
                 hint="Save one with `gradscope trace ... -o session.json`.",
+            )
+        wrong = complaint(data) or _dangling(data)
+        if wrong:
+            raise UsageError(
+                f"The session is damaged: {wrong}.",
+                hint="Make it anew, or read it with the version of gradscope that wrote it.",
             )
         sources = {entry["name"]: Source.from_dict(entry) for entry in data["sources"]}
         return cls(
@@ -196,9 +208,40 @@ class Session:
     def load(cls, path: str | os.PathLike[str]) -> Session:
         """Read a saved session; raise :class:`UsageError` where the file is not one."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"Cannot read a session from {path}: {error}.") from error
-        if not isinstance(data, dict):
-            raise UsageError(f"Cannot read a session from {path}: it is not a JSON object.")
-        return cls.from_dict(data)
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise UsageError(f"Cannot read a session from {path}: {error.strerror or error}.") from error
+        return cls.loads(text, os.fspath(path))
+
+    @classmethod
+    def loads(cls, text: bytes, name: str) -> Session:
+        """Read a session from JSON text; raise :class:`UsageError`, with the name, where it is none."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"Cannot read a session from {name}: it is no JSON ({error}).") from error
+        try:
+            return cls.from_dict(data)
+        except UsageError as error:
+            raise UsageError(f"Cannot read a session from {name}: {error.message}", hint=error.hint) from error
+
+
+def _dangling(data: dict[str, Any]) -> str:
+    """Return the first name in a session that names nothing; empty where there is none."""
+    ids = {finding["id"] for finding in data["findings"]}
+    named = [("fix_set", each) for each in data["fix_set"]]
+    named += [(f"findings[{n}].behind", each.get("behind")) for n, each in enumerate(data["findings"])]
+    for graph in ("graph", "healed"):
+        drawn = data.get(graph) or {"nodes": [], "edges": []}
+        nodes: set[str] = set()
+        for number, node in enumerate(drawn["nodes"]):
+            if node.get("parent") is not None and node["parent"] not in nodes:
+                return f"{graph}.nodes[{number}].parent is {node['parent']!r}, and no node before it has this id"
+            nodes.add(node["id"])
+            named.append((f"{graph}.nodes[{number}].finding", node.get("finding")))
+        for number, edge in enumerate(drawn["edges"]):
+            lost = next((each for each in (edge["from"], edge["to"]) if each not in nodes), None)
+            if lost is not None:
+                return f"{graph}.edges[{number}] names the node {lost!r}, which is not there"
+    return next((f"{where} is {name!r}, and no finding has this id" for where, name in named
+                 if name is not None and name not in ids), "")  # fmt: skip

@@ -17,6 +17,7 @@ COMMANDS = {
     "scan": ("gradscope.cli.scan", "Find what stops gradients in source code, importing none of it."),
     "trace": ("gradscope.cli.trace", "Run a model once and say whether the gradient arrives."),
     "check": ("gradscope.cli.check", "Scan and trace all that pyproject.toml names, as a gate."),
+    "report": ("gradscope.cli.report", "Show saved sessions again, in any format."),
     "explain": ("gradscope.cli.explain", "Explain a rule, or list them all."),
     "completion": ("gradscope.cli.completion", "Print the completion script of a shell."),
 }

@@ -1,4 +1,4 @@
-"""A session as JUnit XML, for the test tab of a CI server: a case for each source of a trace, for each entry of a scan.
+"""A session as JUnit XML, for the test tab of a CI server: a case for each source, entry, or run of a check.
 
 A case fails where the gate would: an error that no baseline knows and no configuration expects. What is merely
 warned about passes, and is told in the case's output.
@@ -68,14 +68,15 @@ class _Suite:
         facts = {"verdict": self.session.verdict, **self.session.tool, **self.session.environment}
         for key, value in facts.items():
             suite.add_property(key, _xml(str(value)))
-        run = self._run()
-        cases = self._entries() if self.session.kind == "scan" else self._sources(full)
+        run = [self._run()] if self.session.kind != "check" else []
+        made = {"scan": self._entries, "check": self._runs}
+        cases = made[self.session.kind]() if self.session.kind in made else self._sources(full)
         cases += [self._case(self.owner, f"{each.rule} {each.name} {each.path}:{each.line}", [each])
                   for each in self.findings.values() if _counts(each) and each.id not in self.told]  # fmt: skip
         rest = [each for each in self.findings.values() if each.severity == "warning" and each.id not in self.told]
         if rest:
             cases.append(self._case(self.owner, "warnings", rest))
-        suite.add_testcases([run, *cases])
+        suite.add_testcases([*run, *cases])
         return suite
 
     def _run(self) -> TestCase:
@@ -122,6 +123,18 @@ class _Suite:
             if entry["clean"]:
                 about += f"\nclean inside it, call these to keep the gradient: {', '.join(entry['clean'])}"
             cases.append(self._case(f"{entry['module']}.{entry['class']}", name, findings, about=about))
+        return cases
+
+    def _runs(self) -> list[TestCase]:
+        """The runs of a check: each fails by what it found, and is an error where it could not be analysed."""
+        cases = []
+        for run in self.session.runs:
+            findings = [self.findings[each] for each in run["findings"] if each in self.findings]
+            case = self._case(f"gradscope.{run['kind']}", run["name"], findings, about=run["verdict"] or "")
+            case.time = float(run.get("seconds", 0))
+            if run["failure"]:
+                case.result = [Error(_xml(run["failure"]), "not-analysed")]
+            cases.append(case)
         return cases
 
     def _case(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gradscope.findings import Finding
 from gradscope.report import mermaid
+from gradscope.report.headline import headline
 from gradscope.report.places import gravest_first, uri_of
 from gradscope.session import Session
 
@@ -19,12 +20,7 @@ SMALLER = [(50, 10, 200), (50, 3, 20), (20, 1, 0), (5, 0, 0)]
 MOST_WAYS = 50
 MOST_BOXES = 24
 ICONS = {"error": "❌", "warning": "⚠️", "note": "ℹ️"}
-VERDICTS = {
-    "flows": "✅ **The gradient arrives**",
-    "blocked": "❌ **The gradient does not arrive**",
-    "partial": "⚠️ **The gradient arrives on one path and is cut on another**",
-    "crashes": "❌ **Autograd refuses the run**",
-}
+TONES = {"good": "✅", "warn": "⚠️", "bad": "❌"}
 SCAN_VERDICTS = {
     "flows": "✅ **No place stops a gradient that somebody would miss**",
     "blocked": "❌ **Gradients are stopped where training would need them**",
@@ -53,19 +49,23 @@ def render_several(sessions: Sequence[Session], *, full: bool = False) -> str:
 
 
 def _report(session: Session, most_findings: int, most_excerpts: int, most_sources: int) -> str:
-    expected = [each for each in session.findings if each.state == "expected"]
-    findings = [each for each in gravest_first(session.findings) if each.state != "expected"]
-    notes = [each for each in findings if each.severity == "note"]
-    grave = findings[: len(findings) - len(notes)]
+    findings = gravest_first(session.findings)
+    counting = [each for each in findings if each.counts]
+    notes = [each for each in counting if each.severity == "note"]
+    grave = counting[: len(counting) - len(notes)]
     parts = [_verdict(session), _table(grave, most_findings)]
     parts += [_finding(each) for each in grave[:most_excerpts]]
     parts += [_remedy(session), _graph(session), _sources(session, most_sources), _entries(session)]
+    known = [each for each in findings if each.state == "unchanged"]
+    expected = [each for each in findings if each.state == "expected"]
     for title, group in (
         (_count(len(notes), "note"), notes),
+        (f"{len(known)} known to the baseline", known),
         (f"{len(expected)} expected by the configuration", expected),
     ):
         if group:
             parts.append(details(title, _table(group, most_findings)))
+    parts.append(_runs(session))
     parts += [_list("What was assumed", session.remarks), _list("What could not be seen", session.unseen)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -73,18 +73,40 @@ def _report(session: Session, most_findings: int, most_excerpts: int, most_sourc
 def _verdict(session: Session) -> str:
     target = session.target
     name = ".".join(str(target[key]) for key in ("name", "entry") if target.get(key))
+    how = ", ".join(str(target[key]) for key in ("mode", "device", "dtype") if target.get(key))
     if session.kind == "scan":
-        words = SCAN_VERDICTS[session.verdict]
-        if session.unseen:
-            words = words.replace("✅ **No place", "⚠️ **In what could be read, no place")
         how = f"{_count(session.stats.get('files', 0), 'file')} read, nothing imported or run"
-    else:
-        words = VERDICTS[session.verdict]
-        how = ", ".join(str(target[key]) for key in ("mode", "device", "dtype") if target.get(key))
+    words = _words(session)
     lines = [f"### gradscope: {code(name)}", "", f"{words}  ", "; ".join(filter(None, [how, _counted(session)]))]
     if session.crash is not None:
         lines += ["", f"> {text(session.crash['exception'])}: {text(session.crash['message'])}"]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
+
+
+def _words(session: Session) -> str:
+    """Return the verdict; what a baseline knows and what is expected is no reason to be alarmed."""
+    grave = [each for each in session.findings if each.severity != "note"]
+    if grave and not any(each.counts for each in grave) and not session.in_doubt:
+        return "✅ **Nothing that is not known or expected**"
+    if session.kind == "trace":
+        said = headline(session)
+        return f"{TONES[said.tone]} **{said.sentence.rstrip('.')}**"
+    counting = {each.severity for each in grave if each.counts}
+    verdict = "blocked" if "error" in counting else "partial" if counting else "flows"
+    words = SCAN_VERDICTS[verdict]
+    return words.replace("✅ **No place", "⚠️ **In what could be read, no place") if session.unseen else words
+
+
+def _runs(session: Session) -> str:
+    """Return what became of each run of a check."""
+    rows = []
+    for run in session.runs:
+        found = [each for each in session.findings if each.id in run["findings"] and each.counts]
+        counts = ", ".join(_count(number, severity) for severity in ICONS
+                           if (number := sum(each.severity == severity for each in found)))  # fmt: skip
+        said = text(run["failure"]) or counts or "nothing that counts"
+        rows.append(f"| {_cell(code(run['name']))} | {run['verdict'] or 'not analysed'} | {said} |")
+    return "\n".join(["| run | verdict | found |", "|---|---|---|", *rows]) if rows else ""
 
 
 def _counted(session: Session) -> str:

@@ -108,8 +108,8 @@ def _rule(code: str) -> Json:
 
 def _invocation(session: Session) -> Json:
     """Say whether everything was read, and what was not; a scan that skipped files is no success."""
-    scan = session.kind == "scan"
-    notes = [_notification(text, "warning" if scan else "note") for text in session.unseen]
+    incomplete = bool(session.unseen) if session.kind == "scan" else any(run["failure"] for run in session.runs)
+    notes = [_notification(text, "warning" if incomplete else "note") for text in session.unseen]
     notes += [_notification(text, "note") for text in session.remarks]
     if session.crash is not None:
         crash = session.crash
@@ -117,7 +117,7 @@ def _invocation(session: Session) -> Json:
     over = len(session.findings) - MOST_RESULTS
     if over > 0:
         notes.append(_notification(f"{over} more findings are left out: a file may hold {MOST_RESULTS}.", "warning"))
-    return {"executionSuccessful": not (scan and session.unseen), "toolExecutionNotifications": notes}
+    return {"executionSuccessful": not incomplete, "toolExecutionNotifications": notes}
 
 
 def _notification(text: str, level: str) -> Json:

@@ -232,7 +232,7 @@ def _dangling(data: dict[str, Any]) -> str:
     named = [("fix_set", each) for each in data["fix_set"]]
     named += [(f"findings[{n}].behind", each.get("behind")) for n, each in enumerate(data["findings"])]
     for graph in ("graph", "healed"):
-        drawn = data.get(graph) or {"nodes": [], "edges": []}
+        drawn = {"nodes": [], "edges": [], **(data.get(graph) or {})}
         nodes: set[str] = set()
         for number, node in enumerate(drawn["nodes"]):
             if node.get("parent") is not None and node["parent"] not in nodes:

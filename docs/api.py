@@ -29,7 +29,8 @@ def pages() -> dict[str, str]:
     for name, function in functions.items():
         parts += [f"## gradscope.{name}", signature(name, function), *docstring(function)]
     for name, each in classes.items():
-        parts += [f"## gradscope.{name}", *docstring(each), fields(each), *methods(name, each)]
+        shown = [fields(each)] if dataclasses.is_dataclass(each) else []
+        parts += [f"## gradscope.{name}", *docstring(each), *shown, *methods(name, each)]
     return {"api.md": "\n\n".join(parts) + "\n"}
 
 

@@ -56,6 +56,8 @@ NEEDS = re.compile(r"\A---\nneeds: (.+)\n---\n")
 TITLE = re.compile(r'title="(.+?)"')
 HIDDEN = re.compile(r"<!-- python\n(.*)-->", re.DOTALL)
 SECONDS = re.compile(r"\b\d+(\.\d+)? s\b")
+# pytest draws its headings as wide as the terminal.
+RULE = re.compile(r"={2,}")
 # What the shell is needed for; a plain gradscope command runs in this process, where torch is imported already.
 SHELL = re.compile(r"[|<>&;$]")
 
@@ -263,7 +265,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {"toml": tomllib.loads, "yaml": yaml.
 
 def first_missing(shown: str, said: str) -> str:
     """Return the first part of what is shown that was not printed where it should be; empty if all was."""
-    shown, said = (" ".join(SECONDS.sub("N s", text).split()) for text in (shown, said))
+    shown, said = (" ".join(RULE.sub("==", SECONDS.sub("N s", text)).split()) for text in (shown, said))
     first, *parts = (part.strip() for part in shown.split("..."))
     if not (said.startswith(first) and (parts or said == first)):
         words = first.split()

@@ -40,7 +40,7 @@ from markdown_it.token import Token
 from packaging.requirements import Requirement
 
 import gradscope
-from gradscope.cli.main import main
+from gradscope.cli.main import COMMANDS, main
 from gradscope.flow import FlowNode
 
 if sys.version_info >= (3, 11):
@@ -126,7 +126,7 @@ def test_every_file_and_name_of_the_internals_exists(site: dict[str, str]) -> No
     assert [name for name in names if not re.search(rf"\b{name}\b", source)] == []
 
 
-@pytest.mark.parametrize("name", ["scan", "trace", "explain"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_reference_has_every_option_of_the_help(
     generated: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

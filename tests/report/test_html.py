@@ -165,6 +165,30 @@ def test_edges_run_from_box_to_box(deepseek: Session, opened: Any, zoomed: bool)
     assert off == []
 
 
+@pytest.mark.parametrize("made", ["deepseek", "thousand"])
+def test_edges_cross_no_box(made: str, opened: Any, request: pytest.FixtureRequest) -> None:
+    session = pages.thousand(10) if made == "thousand" else request.getfixturevalue(made)
+    page = opened(session, full=True).page
+    if session.healed is not None:
+        page.get_by_role("button", name="Side by side").click()
+    crossing = page.evaluate(
+        """() => [...document.querySelectorAll(".body")].flatMap(body => {
+            const boxes = [...body.querySelectorAll(":scope > .line > .box")];
+            const places = boxes.map(box => [box.dataset.index, box.getBoundingClientRect()]);
+            return [...body.querySelectorAll(":scope > svg > .edge")].flatMap(edge => {
+                const path = edge.querySelector("path"), step = path.getTotalLength() / 39;
+                const matrix = path.getScreenCTM();
+                const points = [...Array(40).keys()].map(n => path.getPointAtLength(step * n).matrixTransform(matrix));
+                const hit = ([, b]) => points.some(p => p.x > b.left && p.x < b.right && p.y > b.top && p.y < b.bottom);
+                const others = places.filter(([index]) => index !== edge.dataset.from && index !== edge.dataset.to);
+                return others.filter(hit).map(([index]) => [edge.dataset.from, edge.dataset.to, index]);
+            });
+        })"""
+    )
+    assert page.locator(".edge").count() > 300
+    assert crossing == []
+
+
 def test_no_two_boxes_overlap_but_by_nesting(deepseek: Session, opened: Any) -> None:
     page = opened(deepseek, full=True).page
     overlapping = page.evaluate(

@@ -1,7 +1,7 @@
 // The run as it is and the run without the cuts, one or both of them on the page.
 
 const graphs = {};
-const PAPER = 680; // CSS pixels between the margins of a printed page
+const PAPER = { width: 680, height: 900 }; // CSS pixels between the margins of a printed page
 
 /** Say on the boxes of the second run what the same box was in the first; return how many changed. */
 function markChanges(before, after) {
@@ -38,8 +38,7 @@ function startGraphs() {
   startToolbar();
   // Labels wrap on a narrow screen: everything stands elsewhere then.
   matchMedia("screen and (max-width: 760px)").addEventListener("change", () => showView(panes.dataset.view));
-  addEventListener("beforeprint", () =>
-    shownGraphs().forEach((graph) => graph.setZoom(Math.min(1, PAPER / graph.canvas.offsetWidth / shownGraphs().length))));
+  addEventListener("beforeprint", () => shownGraphs().forEach(toPaper));
 }
 
 function follow(graph, key, open) {
@@ -78,6 +77,13 @@ function showView(name) {
 /** As much smaller as the width asks for, and never too small to read. */
 function fitting(graph) {
   return Math.min(1, Math.max(0.55, (graph.view.clientWidth - 4) / graph.canvas.offsetWidth));
+}
+
+/** Onto one page where that can still be read; else as wide as the page, and cut where it ends. */
+function toPaper(graph, _, shown) {
+  const wide = PAPER.width / shown.length / graph.canvas.offsetWidth;
+  const high = PAPER.height / graph.canvas.offsetHeight;
+  graph.setZoom(Math.min(1, wide, Math.max(high, 0.4)));
 }
 
 function startToolbar() {

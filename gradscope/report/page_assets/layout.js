@@ -24,10 +24,10 @@ function rowsOf(children, edges) {
     level.set(index, own);
     last = alone ? own : Math.max(last, own);
   }
-  // A box that nothing leads to stands right above the first that uses it.
-  for (const index of children) {
-    if (before.get(index).length || !after.get(index).length) continue;
-    level.set(index, Math.max(0, Math.min(...after.get(index).map((each) => level.get(each))) - 1));
+  // And then as far down as what uses it allows: a table stands by the step that it is added to.
+  for (const index of [...children].reverse()) {
+    const users = after.get(index);
+    if (users.length) level.set(index, Math.min(...users.map((each) => level.get(each))) - 1);
   }
   const byLevel = new Map();
   for (const index of children) {
@@ -36,12 +36,19 @@ function rowsOf(children, edges) {
     byLevel.get(key).push(index);
   }
   const rows = [];
+  const at = new Map(); // where a box stands in its row, counted from the middle
   for (const key of [...byLevel.keys()].sort((a, b) => a - b)) {
-    const row = byLevel.get(key);
-    for (let start = 0; start < row.length; start += WIDEST_ROW) rows.push(row.slice(start, start + WIDEST_ROW));
+    // In the order of what they come from, so that lines do not cross.
+    const row = byLevel.get(key).map((index) => [mean(before.get(index).map((each) => at.get(each))), index]);
+    row.sort((a, b) => a[0] - b[0]);
+    row.forEach(([, index], number) => at.set(index, number - (row.length - 1) / 2));
+    for (let start = 0; start < row.length; start += WIDEST_ROW)
+      rows.push(row.slice(start, start + WIDEST_ROW).map(([, index]) => index));
   }
   return rows;
 }
+
+const mean = (numbers) => (numbers.length ? numbers.reduce((sum, each) => sum + each, 0) / numbers.length : 0);
 
 /** Give each edge that runs past other rows a lane of its own at the right: `[[from, to], ...]` in rows. */
 function lanesOf(spans) {

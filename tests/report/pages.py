@@ -48,6 +48,19 @@ def thousand(sources: int = 5000) -> Session:
     return Session("trace", "partial", target=TARGET, sources=known, findings=[finding], graph=FlowGraph(nodes, edges))
 
 
+def lattice() -> Session:
+    """Return a session whose boxes stand side by side, high ones among them, with lines that run past several rows."""
+    names = ("x", "a", "b", "c", "d", "e", "f", "y")
+    nodes = [FlowNode(name, name * 3, "module", "flows", module=name) for name in names]
+    for name, inside in (("b", 5), ("d", 3)):
+        nodes += [FlowNode(f"{name}{i}", f"part {i}", "operation", "flows", name) for i in range(inside)]
+    joined = (
+        "xa xb xc xd xy ad bd cd ae be ce de df ef ay by cy ey fy b0b1 b1b2 b2b3 b3b4 b0b4 d0d1 d1d2 d0d2"
+    ).split()
+    edges = [FlowEdge(pair[: len(pair) // 2], pair[len(pair) // 2 :], "flows") for pair in joined]
+    return Session("trace", "flows", target=TARGET, graph=FlowGraph(nodes, edges))
+
+
 HOSTILE = (
     "</script><script>window.hacked=1</script>",
     "<img src=x onerror=window.hacked=1>",

@@ -39,6 +39,7 @@ function startGraphs() {
   // Labels wrap on a narrow screen: everything stands elsewhere then.
   matchMedia("screen and (max-width: 760px)").addEventListener("change", () => showView(panes.dataset.view));
   addEventListener("beforeprint", () => shownGraphs().forEach(toPaper));
+  addEventListener("afterprint", () => showView(panes.dataset.view));
 }
 
 function follow(graph, key, open) {

@@ -54,7 +54,7 @@ class Graph {
     const lane = new Map(skipping.map((edge, number) => [edge, lanes[number]]));
     const most = lanes.length ? Math.max(...lanes) + 1 : 0;
     // As much room on the left, so that rows stay in the middle.
-    if (most) body.style.paddingInline = `${10 + most * LANE}px`;
+    if (most) body.style.paddingInline = `${18 + most * LANE}px`;
     for (const row of rows)
       body.append(el("div", { class: "line", role: "presentation" }, ...row.map((index) => this.#item(index))));
     this.elements.set(up, { ...this.elements.get(up), body, lane });
@@ -149,7 +149,7 @@ class Graph {
     const right = Math.max(...[...places.values()].map(({ x, width }) => x + width));
     for (const edge of this.edges.get(up) ?? []) {
       const [a, b] = [places.get(edge[0]), places.get(edge[1])];
-      const run = lane.has(edge) ? around(a, b, right + 5 + (lane.get(edge) + 0.5) * LANE) : straight(a, b);
+      const run = lane.has(edge) ? around(a, b, right + 15 + lane.get(edge) * LANE) : straight(a, b);
       edges.append(this.#edge(edge, run));
     }
     return [body, edges];

@@ -85,7 +85,8 @@ def _table(path: Path) -> dict[str, Any] | None:
         text = path.read_text(encoding="utf-8")
         if "gradscope" not in text:  # another project's file, whatever state it is in
             return None
-        table: dict[str, Any] | None = tomllib.loads(text).get("tool", {}).get("gradscope")
+        tools = tomllib.loads(text).get("tool", {})
+        table: dict[str, Any] | None = tools.get("gradscope") if isinstance(tools, dict) else None
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
     except ValueError as error:

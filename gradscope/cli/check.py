@@ -53,7 +53,9 @@ def command(gate: Gate, reporting: Reporting) -> int:
     judged = [_judged(part, gate, config.folder) for part in parts]
     baseline = gate.baseline
     if gate.update and baseline is not None:
-        failed = [part.name for part in parts if part.failure is not None]
+        failed = [
+            part.name for part in parts if part.session is None or (part.kind == "trace" and part.session.in_doubt)
+        ]
         if failed:
             click.echo(f"{baseline.path} was not written: {', '.join(failed)} could not be analysed.", err=True)
         else:

@@ -126,6 +126,9 @@ class Reporting:
 
 def _renewed(baseline: Baseline, session: Session, *, source: bool) -> Session:
     """Write the baseline anew and return the session beside it, in which nothing is new any more."""
+    if session.kind == "trace" and session.in_doubt:
+        click.echo(f"{baseline.path} was not written: too much of the run could not be seen.", err=True)
+        return session
     renewed = baseline.updated(session if source else session.without_source())
     renewed.save()
     gone = session.baseline.fixed if session.baseline else 0

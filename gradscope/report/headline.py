@@ -25,7 +25,9 @@ SIGNS = {"good": "✓", "warn": "!", "bad": "✗"}
 
 
 def headline(session: Session) -> Headline:
-    """Return the verdict of a trace or a scan, in the words of the command line."""
+    """Return the verdict of a trace, a scan or a check, in the words of the command line."""
+    if session.kind == "check":
+        return _of_check(session)
     tone = TONES[session.verdict]
     if session.kind != "scan":
         words = terminal.words_for(session) or terminal.VERDICTS[session.verdict][1]
@@ -40,6 +42,17 @@ def headline(session: Session) -> Headline:
         tone = "bad" if counts["error"] else "warn"
         words = f"{_count(len(session.unseen), 'file')} could not be read" + (f"; {words}" if session.findings else "")
     return Headline(tone, SIGNS[tone], said or "nothing found", f"{words[0].upper()}{words[1:]}.")
+
+
+def _of_check(session: Session) -> Headline:
+    """Say what counts, and what could not be analysed: that is never clean."""
+    counting = Counter(finding.severity for finding in session.findings if finding.counts)
+    failed = sum(bool(run["failure"]) for run in session.runs)
+    tone = "bad" if counting["error"] else "warn" if counting["warning"] or failed or session.in_doubt else "good"
+    said = ", ".join(_count(counting[severity], severity) for severity in SEVERITIES if counting[severity])
+    rest = f"{failed} of {_count(len(session.runs), 'target')} could not be analysed" if failed else ""
+    sentence = rest or ("look at what counts" if counting else "all is known, expected or sound")
+    return Headline(tone, SIGNS[tone], said or "nothing new", f"{sentence[0].upper()}{sentence[1:]}.")
 
 
 def _count(number: int, noun: str) -> str:

@@ -66,7 +66,8 @@ class Page:
         if session.baseline is None:
             return
         new, unchanged = session.count_state("new"), session.count_state("unchanged")
-        passes = "" if new or session.unseen else "; nothing new, so the gate passes"
+        failed = session.in_doubt or any(run["failure"] for run in session.runs)
+        passes = "" if new or failed else "; nothing new, so the gate passes"
         fixed = session.baseline.fixed
         self.print(f"  beside {session.baseline.path}: {new} new, {unchanged} unchanged, {fixed} fixed{passes}")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from gradscope.baseline import SCHEMA, Baseline
+from gradscope.cli.output import Reporting
 from gradscope.errors import UsageError
-from gradscope.findings import Finding
+from gradscope.findings import Finding, Source
 from gradscope.gate import Gate
 from gradscope.session import Session
 
@@ -162,6 +163,24 @@ def test_a_session_beside_a_baseline_is_read_back(tmp_path: Path) -> None:
     again = Session.load(tmp_path / "s.json")
     assert again.to_dict() == judged.to_dict()
     assert again.to_dict()["baseline"] == {"path": "baseline.json", "new": 1, "unchanged": 1, "fixed": 0}
+
+
+def test_a_run_that_could_not_be_followed_writes_no_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its sources look unused because the way to them is unseen: nothing is known to be gone."""
+    path = tmp_path / "b.json"
+    about = {"name": "m", "entry": "f", "inputs": [], "mode": "real", "device": "cpu", "dtype": "float32"}
+    seen = Session("trace", "blocked", target=about, findings=[finding(1)])
+    Baseline(path).updated(seen).save()
+    kept = path.read_bytes()
+    sources = {"w": Source("w", "parameter", "unused")}
+    doubtful = Session("trace", "flows", target=about, sources=sources, unseen=["a result with no known origin"])
+    code = Reporting(color="never").finish(doubtful, Gate.of(baseline=path, update=True))
+    out, err = capsys.readouterr()
+    assert code == 3 and path.read_bytes() == kept
+    assert err == f"{path} was not written: too much of the run could not be seen.\n"
+    assert "the gate passes" not in out
 
 
 # --- as a command ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from gradscope.errors import ExitCode, NotAnalysedError, UsageError
 from gradscope.findings import Finding
 from gradscope.gate import Gate
 from gradscope.merging import Part, merged
+from gradscope.report.headline import headline
 from gradscope.session import Session
 
 Run = Callable[..., tuple[int, str, str]]
@@ -138,6 +139,24 @@ def test_nothing_to_check_is_one_sentence(tmp_path: Path, gradscope: Run, monkey
     monkeypatch.chdir(tmp_path)
     code, out, err = gradscope("check", "--no-config")
     assert (code, out) == (2, "") and err.startswith("There is nothing to check") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "tone", "said"),
+    [
+        ([("scan", None)], "good", "nothing new"),
+        ([("scan", None), ("trace", NotAnalysedError("no"))], "warn", "1 of 2 targets could not be analysed"),
+        ([("scan", "error")], "bad", "1 error"),
+        ([("scan", "warning")], "warn", "1 warning"),
+    ],
+)
+def test_a_page_never_calls_clean_what_was_not_analysed(parts: list[tuple[str, Any]], tone: str, said: str) -> None:
+    made = [
+        part(kind, failure=what) if isinstance(what, Exception) else part(kind, *([found(what)] if what else []))
+        for kind, what in parts
+    ]
+    head = headline(merged(made, "pyproject.toml"))
+    assert head.tone == tone and said in f"{head.said} {head.sentence}"
 
 
 # --- merging -----------------------------------------------------------------------------------------

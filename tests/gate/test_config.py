@@ -94,6 +94,8 @@ def test_the_nearest_file_with_the_table_counts(tmp_path: Path, monkeypatch: pyt
 
 def test_without_a_file_nothing_is_configured(tmp_path: Path) -> None:
     assert load_config(start=tmp_path) == Config()
+    write(tmp_path, "tool = 'gradscope'")
+    assert load_config(start=tmp_path) == Config()
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,12 @@ from gradscope.session import Session
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """Yield a headless Chromium; skip where the machine has none or playwright is not installed."""
+    """Yield a headless Chromium; skip where the machine has none or playwright is not installed.
+
+    No longer than a module: playwright runs an event loop in this thread, and other tests want to run their own.
+    """
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright: pip install 'torch-gradscope[browser]'")
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_api.sync_playwright() as playwright:

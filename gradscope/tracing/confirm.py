@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gradscope.tracing.cuts import Cut
+from gradscope.tracing.cuts import Cut, cut_at
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.numeric import CannotCheck, Checked, check
 from gradscope.tracing.propagation import union, walk
@@ -17,6 +17,10 @@ STATUS_OF = {"lost": "blocked", "differs": "blocked", "flat": "nondifferentiable
 WRONG_BACKWARD = "its backward is not the derivative of its forward, as finite differences at its own operands show."
 CAUSE_UNKNOWN = (
     "finite differences disagree with the gradient of what goes in here; where on its way it goes wrong was not found."
+)
+LAST_SEEN = (
+    "the last that torch sees of these numbers. Finite differences show that the result depends on them: what takes "
+    "them from here (a kernel, another library) gives no gradient back."
 )
 SHARED_MEMORY = (
     "the array shares its memory with the tensor; what is written into it changes values that backward still needs."
@@ -76,9 +80,23 @@ def _settle(proof: Proof, name: str, status: str) -> None:
         elif before == "blocked":
             cut.stepped.add(name)
     if before == "unused" and status != "unused":
-        proof.first.recording.unseen.append(
+        _blame_last(proof, name, in_steps=status == "nondifferentiable")
+
+
+def _blame_last(proof: Proof, name: str, *, in_steps: bool) -> None:
+    """Name the last call that a source's numbers are seen in, where they reach the result by a way that is not seen."""
+    recording = proof.first.recording
+    passing = [op for op in _passing(recording, [name])[name] if op.place is not None]
+    if not passing:
+        recording.unseen.append(
             f"Finite differences say that the output depends on {name}; where its gradient is lost was not seen."
         )
+        return
+    cut = cut_at(proof.cuts, recording, passing[-1])
+    cut.words, cut.certain = cut.words or LAST_SEEN, True
+    cut.sources.add(name)
+    if in_steps:
+        cut.stepped.add(name)
 
 
 def _clear(proof: Proof, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -180,6 +181,21 @@ def test_lost_in_steps_and_without_influence_are_told_apart() -> None:
     assert status_of(printed) == "unused"
     assert status_of(rounded) == "nondifferentiable"
     assert status_of(lambda x: x.detach() * 2) == "blocked"
+
+
+def through_foreign_memory(x: torch.Tensor) -> torch.Tensor:
+    size = x.numel() * x.element_size()
+    foreign = (ctypes.c_byte * size).from_address(x.data_ptr())
+    return torch.frombuffer(bytearray(foreign), dtype=x.dtype).view(x.shape) + 0
+
+
+def test_what_passes_unseen_is_blamed_on_the_last_call_that_was_seen() -> None:
+    session = traced(through_foreign_memory, "auto", numeric=True)
+    assert session.sources["first.weight"].status == "blocked"
+    assert session.verdict == "blocked"
+    finding = session.findings[0]
+    assert (finding.rule, finding.severity, finding.mechanism) == ("GS503", "error", "linear")
+    assert "first.weight" in finding.cuts
 
 
 def status_of(between: Between) -> str:

@@ -75,7 +75,7 @@ def load_config(path: Path | None = None, *, start: Path | None = None) -> Confi
 @cache
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of the table, as SchemaStore and validate-pyproject take it."""
-    text = resources.files("gradscope").joinpath("schemas", "partial-gradscope.json").read_text(encoding="utf-8")
+    text = resources.files("gradscope.schema").joinpath("partial-gradscope.json").read_text(encoding="utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,18 +282,6 @@ def test_with_a_cut(model):
         "E         > model.classifier.forward = lambda x: forward(x.data)",
         "E         smallest fix: take away *.py:19 (verified by running it)",
     ])  # fmt: skip
-
-
-def test_the_guide_says_what_happens(bench: pytest.Pytester) -> None:
-    page = (ROOT / "docs" / "pytest.md").read_text(encoding="utf-8")
-    marker, fixture, case = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    bench.makepyfile(test_model=marker, test_fixture=fixture, test_case=case)
-    result = bench.runpytest_inprocess()
-    result.assert_outcomes(passed=5, failed=1)
-    failure, summary = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    text = result.stdout.str()
-    assert failure in text
-    assert summary.splitlines()[2] in text
 
 
 HEAVY = ("torch", "rich", "click", "numpy", "gradscope.session", "gradscope.report")

@@ -7,6 +7,7 @@ into the graph under test.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from gradscope.tracing.calls import (
     writes,
 )
 from gradscope.tracing.cuts import RULE_OF_OPERATION
-from gradscope.tracing.frames import Places, call_chain, function_place, source_site, user_place
+from gradscope.tracing.frames import Places, call_chain, function_place, is_user_file, source_site, user_place
 from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Site
 from gradscope.tracing.scopes import OpenScopes, Threads
@@ -63,7 +64,8 @@ class Recorder(TorchFunctionMode):
 
     ``module_names`` maps ``id(module)`` to its ``named_modules`` path, ``run`` is called for each torch
     function (structural mode runs it on a pretended device), ``before_write`` for every tensor that is
-    about to change in place. Single calls at the ``neutralised`` sites give back their input.
+    about to change in place. Single calls at the ``neutralised`` sites give back their input. ``guesses`` counts the
+    modules taken as one operation although some of what they do was seen.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Recorder(TorchFunctionMode):
         self._threads = Threads(self.recording)
         self._places = Places()
         self._over = False
+        self.guesses = 0
 
     @property
     def _here(self) -> OpenScopes:
@@ -394,6 +397,8 @@ class Recorder(TorchFunctionMode):
             if entered is module:
                 results = tensors_in(output)
                 if not all(map(self.provenance.is_known, results)) and not self._left_in(scope):
+                    operations = self.recording.operations
+                    self.guesses += bool(operations) and (operations[-1].scope or 0) >= scope
                     self._opaque_module(module, given, results)
                 self.recording.scopes[scope].outputs = self.provenance.values_of(results)
                 here.pop(scope)
@@ -409,6 +414,9 @@ class Recorder(TorchFunctionMode):
         own = tuple(self.provenance.value_of(parameter) for parameter in module.parameters())
         name = f"{type(module).__name__}.forward"
         place = user_place(sys._getframe(2))
+        if place is None or not is_user_file(place.code.co_filename):  # called by torch: where it is written
+            written = inspect.getattr_static(module, "forward")
+            place = (function_place(written) if inspect.isfunction(written) else None) or place
         self._finish(self._new(name, (*given, *own), place, custom=True), results)
         self.recording.unseen.append(f"What happens inside {name} is taken as one operation.")
 

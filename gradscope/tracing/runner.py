@@ -44,7 +44,8 @@ class Run:
     """One recorded run and what stayed of its model: names of sources, which are frozen, which are asked about.
 
     ``gradients`` has the sources that a backward pass was made for and their graph reaches (None: nothing arrived);
-    ``troubled`` says that a watched pass has more to tell.
+    ``troubled`` says that a watched pass has more to tell. ``strangers`` and ``guesses`` count tensors of no known
+    origin and modules taken as one; ``dispatched`` runs looked closer.
     """
 
     recording: Recording
@@ -55,6 +56,8 @@ class Run:
     measured: bool = False
     troubled: bool = False
     strangers: int = 0
+    guesses: int = 0
+    dispatched: bool = False
 
 
 class Runner:
@@ -102,7 +105,9 @@ class Runner:
                     stack.enter_context(recorder.in_thread())
                     if dispatched:
                         stack.enter_context(DispatchedCalls(recorder))
-                    return self._record(recorder, origin, backward, as_given)
+                    run = self._record(recorder, origin, backward, as_given)
+                    run.dispatched = dispatched
+                    return run
 
     def _record(self, recorder: Recorder, origin: nn.Module, backward: Pass, as_given: bool) -> Run:
         named = dict(origin.named_parameters())
@@ -126,7 +131,7 @@ class Runner:
         recorder.name_modules(built.model)
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
-        run.strangers = recorder.provenance.strangers
+        run.strangers, run.guesses = recorder.provenance.strangers, recorder.guesses
         if run.strangers:
             recorder.recording.unseen.append(
                 f"{recorder.provenance.strangers} tensors came from where no torch function looks "

@@ -97,9 +97,11 @@ def _run_back(runner: Runner, *, as_given: bool) -> tuple[Run, int]:
 
 
 def _lost_sight(runner: Runner, run: Run) -> bool:
-    """Tell whether to look closer: something asked about seems unused, and something came from nowhere."""
-    if not run.strangers or runner.workshop.mode == "structural":
+    """Tell whether to look closer: a module was guessed at, or something seems unused and something is a stranger."""
+    if runner.workshop.mode == "structural" or not (run.strangers or run.guesses):
         return False
+    if run.guesses:
+        return True
     statuses = diagnose(run.recording).statuses
     return any(statuses.get(name) == "unused" for name in run.asked)
 
@@ -114,7 +116,9 @@ def _peel(runner: Runner, proof: Proof) -> None:
     removed = _removable(proof.cuts)
     newest = removed
     while newest and proof.runs < MOST_ROUNDS:
-        run = runner.run(frozenset(removed), as_given=bool(proof.as_given), backward="plain")
+        run = runner.run(
+            frozenset(removed), as_given=bool(proof.as_given), backward="plain", dispatched=proof.first.dispatched
+        )
         proof.runs += 1
         diagnosis = diagnose(run.recording)
         if _arrives(run, diagnosis, wanted):
@@ -149,7 +153,7 @@ def _minimise(runner: Runner, proof: Proof) -> None:
         if proof.first.recording.error is None and proof.diagnosis.needs(site):
             continue  # the first run itself shows it: no further run can say otherwise
         without = frozenset(kept) - {site}
-        run = runner.run(without, as_given=bool(proof.as_given))
+        run = runner.run(without, as_given=bool(proof.as_given), dispatched=proof.first.dispatched)
         proof.runs += 1
         diagnosis = diagnose(run.recording)
         # As good as with everything removed: a gradient that misses one of its paths is not.

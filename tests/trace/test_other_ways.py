@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import ctypes
+import inspect
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -347,6 +348,30 @@ def test_a_scripted_module_is_judged_as_one_operation_and_computed() -> None:
     blocked = {name for name, source in session.sources.items() if source.status == "blocked"}
     assert blocked == {"0.weight", "0.bias", "1.layer.weight", "1.layer.bias", "input.0"}
     assert any("taken as one operation" in words for words in session.unseen)
+
+
+@torch.jit.script
+def scripted_detach(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x).detach() * 2
+
+
+class EndsInAScript(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return scripted_detach(self.layer(x))
+
+
+def test_a_script_at_the_end_of_a_module_hides_neither_what_came_before_nor_its_own_line() -> None:
+    session = gradscope.trace(EndsInAScript(), given(), mode="real")
+    line = inspect.getsourcelines(EndsInAScript.forward)[1] + 1
+    assert [(each.rule, each.line, each.path.endswith("test_other_ways.py")) for each in session.findings] == [
+        ("GS201", line, True)
+    ]
+    assert {source.status for source in session.sources.values()} == {"blocked"}
+    assert "layer" in {node.module for node in session.graph.nodes}
 
 
 def test_lazy_parameters_are_asked_to_be_settled_first() -> None:

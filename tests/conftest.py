@@ -11,7 +11,7 @@ from gradscope.session import Session
 
 
 @pytest.fixture(scope="session", autouse=True)
-def made() -> Iterator[list[Session]]:
+def sessions_made() -> Iterator[list[Session]]:
     """Collect the sessions that are made, also by fixtures of modules."""
     sessions: list[Session] = []
     original = Session.__init__
@@ -26,11 +26,11 @@ def made() -> Iterator[list[Session]]:
 
 
 @pytest.fixture(autouse=True)
-def _sessions_can_be_read_back(made: list[Session]) -> Iterator[None]:
+def _sessions_can_be_read_back(sessions_made: list[Session]) -> Iterator[None]:
     yield
-    finished = [session for session in made if session.tool]  # those made by hand in a test have none
-    made.clear()
+    finished = [session for session in sessions_made if session.tool]  # those made by hand in a test have none
+    sessions_made.clear()
     for session in finished:
         data = session.to_dict()
         assert Session.from_dict(data).to_dict() == data
-    made.clear()
+    sessions_made.clear()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gradscope.tracing.recording import Refusal, Write
 
@@ -167,6 +168,8 @@ def memory_of(tensor: torch.Tensor) -> int:
     """Return what tells one piece of memory from another; 0 where there is none."""
     try:
         storage = tensor.untyped_storage()
+        if isinstance(tensor, FakeTensor):  # has none, and to ask where it lies is an error to be
+            return int(storage._cdata)
         address = storage.data_ptr()  # asked first: the device costs four times as much
         return address or (storage._cdata if storage.device.type == "meta" else 0)
     except (NotImplementedError, RuntimeError):  # sparse and nested tensors, wrappers of torch.func

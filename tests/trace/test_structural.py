@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -91,3 +92,16 @@ class CopiesItself(nn.Module):
 def test_what_is_copied_along_with_a_weight_keeps_its_numbers() -> None:
     session = gradscope.trace(CopiesItself(), torch.ones(2, 4), mode="structural")
     assert session.verdict == "flows"
+
+
+def test_nobody_asks_a_fake_tensor_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of it once in a process, and says that it will raise one day."""
+    original, asked = torch.UntypedStorage.data_ptr, []
+
+    def data_ptr(self: torch.UntypedStorage) -> int:
+        asked.append(self.device.type)
+        return original(self)
+
+    monkeypatch.setattr(torch.UntypedStorage, "data_ptr", data_ptr)
+    gradscope.trace(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(3, 4), mode="structural")
+    assert "meta" not in asked

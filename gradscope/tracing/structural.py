@@ -154,9 +154,11 @@ class _Constructing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _DEVICE and _is_meta(args[0]):
             return torch.device("cpu")
-        tensors = tensors_in((args, kwargs))
+        name = getattr(func, "__name__", "")
+        # The memo of a deepcopy holds all copies made so far, and has to stay the one that it is.
+        tensors = tensors_in((args[:1] if name == "__deepcopy__" else args, kwargs))
         if any(map(_is_meta, tensors)):
-            if getattr(func, "__name__", "") in INITIALISERS:
+            if name in INITIALISERS:
                 return tensors[0]
             if not all(map(_is_meta, tensors)):
                 args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))

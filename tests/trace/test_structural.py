@@ -105,3 +105,24 @@ def test_nobody_asks_a_fake_tensor_where_it_lies(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.UntypedStorage, "data_ptr", data_ptr)
     gradscope.trace(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(3, 4), mode="structural")
     assert "meta" not in asked
+
+
+class Copies(nn.Module):
+    """Copies a module whose buffers have values, as timm does to prune a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        layer.append(layer[1])
+        self.twin = copy.deepcopy(layer)
+
+
+def test_a_copy_made_in_a_constructor_keeps_its_ties() -> None:
+    calls = []
+    original = torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda self, *args: calls.append(args) or original(self, *args))
+        twin = hollow(Copies).twin
+    assert twin[1] is twin[2]
+    assert twin[1].running_mean.tolist() == [0.0] * 4, "a buffer keeps its numbers"
+    assert len(calls) <= 8, "each parameter goes to the meta device once"

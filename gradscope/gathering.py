@@ -9,10 +9,7 @@ from typing import Any
 
 from gradscope.findings import SEVERITIES, Finding, Source
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
-from gradscope.session import Session
-
-# The gravest verdict first: a run is as good as its worst trace.
-VERDICTS = ("crashes", "blocked", "partial", "flows")
+from gradscope.session import VERDICTS, Session
 
 
 def gathered(traces: Iterable[tuple[str, Session]]) -> Session:

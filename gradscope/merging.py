@@ -12,9 +12,8 @@ from gradscope._version import version
 from gradscope.baseline import label_of
 from gradscope.errors import ExitCode, GradscopeError
 from gradscope.findings import SEVERITIES, Finding
-from gradscope.session import Comparison, Session
+from gradscope.session import VERDICTS, Comparison, Session
 
-GRAVEST_VERDICT = ("crashes", "blocked", "partial", "flows")
 Place = tuple[str, str, int, str]
 
 
@@ -42,7 +41,7 @@ def merged(parts: Sequence[Part], name: str, baseline: Comparison | None = None)
     failed = [f"{part.name}: {part.failure.message}" for part in parts if part.failure is not None]
     return Session(
         kind="check",
-        verdict=next((each for each in GRAVEST_VERDICT if any(one.verdict == each for one in sessions)), "flows"),
+        verdict=next((each for each in VERDICTS if any(one.verdict == each for one in sessions)), "flows"),
         tool={"name": "gradscope", "version": version()},
         environment=_environment(sessions),
         target={"name": name, "entry": ""},

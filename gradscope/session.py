@@ -17,6 +17,8 @@ from gradscope.paths import write_whole
 from gradscope.schema import complaint
 
 SCHEMA = "gradscope.session/1"
+# The gravest first: several sessions are as good as the worst of them.
+VERDICTS = ("crashes", "blocked", "partial", "flows")
 # Reports know sessions and not the other way round; what shows one is found by name when it is asked for.
 SHOWN_BY = "gradscope.report.showing"
 

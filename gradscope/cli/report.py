@@ -13,7 +13,7 @@ from gradscope.cli.options import gate_options, report_options
 from gradscope.cli.output import TRACE_FORMATS, Reporting
 from gradscope.errors import ExitCode, UsageError
 from gradscope.gate import Gate
-from gradscope.report.formats import FORMATS, hold_several
+from gradscope.report.formats import FORMATS, refuse_several
 from gradscope.session import Session
 
 # Of several sessions the gravest answer counts.
@@ -84,11 +84,7 @@ def _refuse_what_cannot_be_shown(fmt: str, paths: Sequence[str], sessions: Seque
     Raises:
         UsageError: it draws a graph and a session has none, or it holds one session and there are several.
     """
-    if len(sessions) > 1 and fmt not in hold_several():
-        raise UsageError(
-            f"A {fmt} report shows one session, and {len(sessions)} were given.",
-            hint=f"Write one for each, or use one of {', '.join(hold_several())}.",
-        )
+    refuse_several(fmt, len(sessions))
     for path, session in zip(paths, sessions, strict=True):
         if FORMATS[fmt].needs_graph and not session.graph.nodes:
             raise UsageError(

@@ -92,6 +92,19 @@ def hold_several() -> list[str]:
     return ["text", *(name for name, module in modules.items() if hasattr(import_module(module), "render_several"))]
 
 
+def refuse_several(fmt: str, number: int) -> None:
+    """Raise where one report in this format cannot show so many sessions.
+
+    Raises:
+        UsageError: it shows one.
+    """
+    if number > 1 and fmt not in hold_several():
+        raise UsageError(
+            f"A {fmt} report shows one session, and {number} were given.",
+            hint=f"Write one for each, or use one of {', '.join(hold_several())}.",
+        )
+
+
 def render_several(sessions: Sequence[Session], fmt: str, *, full: bool = False) -> bytes:
     """Return several sessions in one of ``FORMATS``: runs of one SARIF log, suites of one JUnit file, and so on.
 
@@ -100,11 +113,7 @@ def render_several(sessions: Sequence[Session], fmt: str, *, full: bool = False)
     """
     if len(sessions) == 1:
         return render(sessions[0], fmt, full=full)
-    if fmt not in hold_several():
-        raise UsageError(
-            f"A {fmt} report shows one session, and {len(sessions)} were given.",
-            hint=f"Write one for each, or use one of {', '.join(hold_several())}.",
-        )
+    refuse_several(fmt, len(sessions))
     if fmt == "text":
         return b"\n".join(render(session, fmt, full=full) for session in sessions)
     text: str = import_module(FORMATS[fmt].renderer).render_several(sessions, full=full)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gradscope.findings import SEVERITIES
 from gradscope.report import scan_terminal, terminal
+from gradscope.report.page import counted
 from gradscope.session import Session
 
 
@@ -35,12 +36,12 @@ def headline(session: Session) -> Headline:
             tone = "warn"
         return Headline(tone, SIGNS[tone], session.verdict, f"{words[0].upper()}{words[1:]}.")
     counts = Counter(finding.severity for finding in session.findings)
-    said = ", ".join(_count(counts[severity], severity) for severity in SEVERITIES if counts[severity])
+    said = ", ".join(counted(counts[severity], severity) for severity in SEVERITIES if counts[severity])
     words = scan_terminal.VERDICTS[session.verdict][2]
     if session.unseen:
         # What could not be read is never clean.
         tone = "bad" if counts["error"] else "warn"
-        words = f"{_count(len(session.unseen), 'file')} could not be read" + (f"; {words}" if session.findings else "")
+        words = f"{counted(len(session.unseen), 'file')} could not be read" + (f"; {words}" if session.findings else "")
     return Headline(tone, SIGNS[tone], said or "nothing found", f"{words[0].upper()}{words[1:]}.")
 
 
@@ -49,11 +50,7 @@ def _of_check(session: Session) -> Headline:
     counting = Counter(finding.severity for finding in session.findings if finding.counts)
     failed = sum(bool(run["failure"]) for run in session.runs)
     tone = "bad" if counting["error"] else "warn" if counting["warning"] or failed or session.in_doubt else "good"
-    said = ", ".join(_count(counting[severity], severity) for severity in SEVERITIES if counting[severity])
-    rest = f"{failed} of {_count(len(session.runs), 'target')} could not be analysed" if failed else ""
+    said = ", ".join(counted(counting[severity], severity) for severity in SEVERITIES if counting[severity])
+    rest = f"{failed} of {counted(len(session.runs), 'target')} could not be analysed" if failed else ""
     sentence = rest or ("look at what counts" if counting else "all is known, expected or sound")
     return Headline(tone, SIGNS[tone], said or "nothing new", f"{sentence[0].upper()}{sentence[1:]}.")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

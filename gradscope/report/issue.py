@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from gradscope.findings import Finding
+from gradscope.report.markdown import code, fenced
 from gradscope.session import Session
 
 MOST_NAMES = 5
@@ -50,15 +51,11 @@ def _excerpt(finding: Finding) -> str:
             for number, row in zip(numbers, finding.excerpt.lines, strict=True)
         ]
     body = "\n".join(rows)
-    # A fence must be longer than any run of backticks inside it.
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", body)), default=0))
-    return f"{fence}python\n{body}\n{fence}"
+    return fenced(body, "python")
 
 
 def _code(words: str) -> str:
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
-    blank = " " if "`" in words else ""
-    return f"{fence}{blank}{words}{blank}{fence}".replace("\n", " ")
+    return code(words.replace("\n", " "))
 
 
 def _words(said: str) -> str:

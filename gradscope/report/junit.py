@@ -157,7 +157,7 @@ class _Suite:
 
 
 def _counts(finding: Finding) -> bool:
-    return finding.severity == "error" and finding.state not in ("unchanged", "expected")
+    return finding.severity == "error" and finding.counts
 
 
 def _about(group: list[Source]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from gradscope.findings import Finding
 from gradscope.report import mermaid
 from gradscope.report.headline import headline
+from gradscope.report.page import counted
 from gradscope.report.places import gravest_first, uri_of
 from gradscope.session import Session
 
@@ -59,7 +60,7 @@ def _report(session: Session, most_findings: int, most_excerpts: int, most_sourc
     known = [each for each in findings if each.state == "unchanged"]
     expected = [each for each in findings if each.state == "expected"]
     for title, group in (
-        (_count(len(notes), "note"), notes),
+        (counted(len(notes), "note"), notes),
         (f"{len(known)} known to the baseline", known),
         (f"{len(expected)} expected by the configuration", expected),
     ):
@@ -75,7 +76,7 @@ def _verdict(session: Session) -> str:
     name = ".".join(str(target[key]) for key in ("name", "entry") if target.get(key))
     how = ", ".join(str(target[key]) for key in ("mode", "device", "dtype") if target.get(key))
     if session.kind == "scan":
-        how = f"{_count(session.stats.get('files', 0), 'file')} read, nothing imported or run"
+        how = f"{counted(session.stats.get('files', 0), 'file')} read, nothing imported or run"
     words = _words(session)
     lines = [f"### gradscope: {code(name)}", "", f"{words}  ", "; ".join(filter(None, [how, _counted(session)]))]
     if session.crash is not None:
@@ -102,7 +103,7 @@ def _runs(session: Session) -> str:
     rows = []
     for run in session.runs:
         found = [each for each in session.findings if each.id in run["findings"] and each.counts]
-        counts = ", ".join(_count(number, severity) for severity in ICONS
+        counts = ", ".join(counted(number, severity) for severity in ICONS
                            if (number := sum(each.severity == severity for each in found)))  # fmt: skip
         said = text(run["failure"]) or counts or "nothing that counts"
         rows.append(f"| {_cell(code(run['name']))} | {run['verdict'] or 'not analysed'} | {said} |")
@@ -113,7 +114,7 @@ def _counted(session: Session) -> str:
     """Return how many sources have which status, where there are sources."""
     counts = {source.status: session.count(source.status) for source in session.sources.values()}
     said = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda each: -each[1]))
-    return f"{_count(len(session.sources), 'source')}: {said}" if said else ""
+    return f"{counted(len(session.sources), 'source')}: {said}" if said else ""
 
 
 def _table(findings: list[Finding], most: int) -> str:
@@ -191,11 +192,7 @@ def _entries(session: Session) -> str:
         return ""
     head = ["| reached by | status | call these to keep the gradient |", "|---|---|---|"]
     more = [f"\n{len(rows) - MOST_WAYS} more are not shown."] if len(rows) > MOST_WAYS else []
-    return details(_count(len(rows), "way") + " in", "\n".join([*head, *rows[:MOST_WAYS], *more]))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return details(counted(len(rows), "way") + " in", "\n".join([*head, *rows[:MOST_WAYS], *more]))
 
 
 def _list(title: str, lines: list[str]) -> str:

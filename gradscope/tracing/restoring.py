@@ -98,16 +98,16 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
                 before_write(buffer)
     try:
         with put_back(own, deepest=1), put_back(parts, deepest=2), put_back(held):
-            _wait_for_no_rank(model)
+            _wait_for_no_rank(modules)
             yield before_write
     finally:
         for key, numbers in copies.items():
             owners[key].data.copy_(numbers)  # .data: the version counter stays as it was
 
 
-def _wait_for_no_rank(model: nn.Module) -> None:
+def _wait_for_no_rank(modules: list[nn.Module]) -> None:
     """Let a distributed model run by itself, as under its ``no_sync``: other ranks may not be traced at this time."""
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module.require_backward_grad_sync = module.require_forward_param_sync = False
 

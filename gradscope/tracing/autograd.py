@@ -165,8 +165,16 @@ def _first_sentence(text: str) -> str:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Return what tells one piece of memory from another; 0 where there is none."""
+    """Return what tells one piece of memory from another; 0 where there is none.
+
+    Not to be asked while calls are recorded: whoever takes an address may write there.
+    """
     try:
+        if type(tensor) in _USUAL:
+            offset = int(tensor.storage_offset())
+            address = tensor.data_ptr() - (offset * tensor.element_size() if offset else 0)
+            if address > 0:  # a storage costs an object, so it is asked only where this says nothing
+                return address
         storage = tensor.untyped_storage()
         if isinstance(tensor, FakeTensor):  # has none, and to ask where it lies is an error to be
             return int(storage._cdata)
@@ -174,3 +182,6 @@ def memory_of(tensor: torch.Tensor) -> int:
         return address or (storage._cdata if storage.device.type == "meta" else 0)
     except (NotImplementedError, RuntimeError):  # sparse and nested tensors, wrappers of torch.func
         return 0
+
+
+_USUAL = frozenset({torch.Tensor, torch.nn.Parameter})

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
-from torch.nn.modules import module as module_hooks
 from torch.overrides import handle_torch_function
 
 from gradscope.errors import GradscopeError
@@ -29,7 +28,7 @@ from gradscope.tracing.recording import Place, Region, Site
 
 
 class Observer(Protocol):
-    """What a recorder must answer to; it is told of every module call, else only of threads that it is watching."""
+    """What a recorder must answer to; it is told of threads only that it is watching."""
 
     @property
     def is_here(self) -> bool: ...
@@ -39,8 +38,8 @@ class Observer(Protocol):
 
     def enter_region(self, key: object, region: Region) -> None: ...
     def leave_region(self, key: object) -> None: ...
-    def enter_module(self, module: nn.Module, args: Any) -> None: ...
-    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None: ...
+    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def leave_module(self, module: nn.Module, output: Any) -> None: ...
     @property
     def is_in_function(self) -> bool: ...
     def custom_function(
@@ -73,7 +72,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_copying(stack, observer)
         _patch_pickling(stack, observer)
         _patch_threads(stack, observer)
-        _hook_modules(stack, observer)
+        _patch_modules(stack, observer)
         yield
 
 
@@ -298,9 +297,20 @@ def _patch_threads(stack: ExitStack, observer: Observer) -> None:
     _replace(stack, ThreadPoolExecutor, "submit", submit_observed)
 
 
-def _hook_modules(stack: ExitStack, observer: Observer) -> None:
-    for handle in (
-        module_hooks.register_module_forward_pre_hook(observer.enter_module),
-        module_hooks.register_module_forward_hook(observer.leave_module, always_call=True),
-    ):
-        stack.callback(handle.remove)
+def _patch_modules(stack: ExitStack, observer: Observer) -> None:
+    """Patch the call of a module. Torch's global hooks would do, and send every call the long way round."""
+    original: Callable[..., Any] = nn.Module._call_impl
+
+    def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not observer.is_watching:
+            return original(self, *args, **kwargs)
+        observer.enter_module(self, args, kwargs)
+        try:
+            output = original(self, *args, **kwargs)
+        except BaseException:
+            observer.leave_module(self, None)
+            raise
+        observer.leave_module(self, output)
+        return output
+
+    _replace(stack, nn.Module, "_call_impl", _call_impl)

@@ -7,7 +7,6 @@ numbers came from, as far as that can be told; what cannot be told is counted an
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import memory_of, reached_leaves, tag
-from gradscope.tracing.recording import Operation, Place, Recording, Value, Write
+from gradscope.tracing.recording import Operation, Place, Recording, Value, Write, in_words
 
 # Results nest rarely deeper; a cycle of objects ends here too.
 DEEPEST = 6
@@ -54,16 +53,22 @@ class Provenance:
     def remember(self, tensor: torch.Tensor) -> Value:
         """Make a new value of what a tensor holds now."""
         values = self._recording.values
-        version = _version(tensor)
+        version, dtype = _version(tensor), tensor.dtype
         wrapped = _is_wrapped(tensor)
-        connected = (wrapped or tensor.requires_grad) and self._is_connected(tensor)
+        inference = version == UNVERSIONED and tensor.is_inference()
+        is_leaf = id(tensor) in self._leaves
+        if wrapped:
+            connected = self._is_connected(tensor)
+        else:
+            connected = tensor.requires_grad and (is_leaf or (tensor.grad_fn is not None and not inference))
         value = Value(
             len(values),
-            describe(tensor),
-            tensor.dtype in DIFFERENTIABLE,
+            _shape(tensor),
+            dtype,
+            dtype in DIFFERENTIABLE,
             connected,
-            id(tensor) in self._leaves and tensor.grad_fn is None,
-            version == UNVERSIONED and tensor.is_inference(),
+            is_leaf and tensor.grad_fn is None,
+            inference,
             "",
             memory_of(tensor),
         )  # by position: this runs for every result of every call
@@ -191,7 +196,7 @@ class Provenance:
             self._escapes.append(operation)
             self._recording.escapes.append(operation)
             if isinstance(result, float):
-                out = Value(len(self._recording.values), "number", differentiable=True)
+                out = Value(len(self._recording.values), None, float, differentiable=True)
                 self._recording.values.append(out)
                 self._record(
                     Operation(0, operation.name, operation.inputs, (out.id,), operation.place, operation.scope)
@@ -344,10 +349,8 @@ def _held(value: Any, depth: int = 0) -> Iterator[Any]:
 
 def describe(tensor: torch.Tensor) -> str:
     """Return shape and dtype in words, such as ``1x256x1024 bfloat16``."""
-    return _in_words(None if tensor.is_nested else tensor.shape, tensor.dtype)
+    return in_words(_shape(tensor), tensor.dtype)
 
 
-@functools.lru_cache(maxsize=1024)
-def _in_words(shape: torch.Size | None, dtype: torch.dtype) -> str:
-    sizes = "nested" if shape is None else "x".join(str(int(size)) for size in shape) or "scalar"
-    return f"{sizes} {str(dtype).removeprefix('torch.')}"
+def _shape(tensor: torch.Tensor) -> torch.Size | None:
+    return None if tensor.is_nested else tensor.shape

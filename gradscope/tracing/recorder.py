@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -42,15 +42,16 @@ from gradscope.tracing.scopes import OpenScopes, Threads
 from gradscope.tracing.subject import Caller
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _unwatched(method: Callable[P, None]) -> Callable[P, None]:
+def _unwatched(method: Callable[P, R]) -> Callable[P, R]:
     """Keep what a method itself asks of tensors from being reported: ten calls for each tensor that it looks at."""
 
     @functools.wraps(method)
-    def quiet(*args: P.args, **kwargs: P.kwargs) -> None:
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch._C.DisableTorchFunction():
-            method(*args, **kwargs)
+            return method(*args, **kwargs)
 
     return quiet
 
@@ -232,7 +233,8 @@ class Recorder(TorchFunctionMode):
                 return args[0](*args[2:])  # (run_function, preserve_rng_state, *inputs)
         if name == "BackwardHookFunction":  # torch's way of running a module's full backward hooks
             place = self._place_of_module_hook() or place
-        pending = self._begin(name, args, {}, place)
+        with torch._C.DisableTorchFunction():
+            pending = self._begin(name, args, {}, place)
         pending.custom = True
         before = len(self.recording.values)
         self._here.functions += 1
@@ -245,7 +247,8 @@ class Recorder(TorchFunctionMode):
         taken = {value for operation in inside for value in operation.inputs if value < before}
         made = {value for operation in inside for value in operation.outputs}
         pending.inputs = tuple(dict.fromkeys((*pending.inputs, *sorted(taken - made))))
-        self._finish(pending, result)
+        with torch._C.DisableTorchFunction():
+            self._finish(pending, result)
         pending.chain = call_chain(sys._getframe(2))
         self.provenance.made_by_function.update(dict.fromkeys(pending.outputs, pending.index))
         return result
@@ -273,20 +276,25 @@ class Recorder(TorchFunctionMode):
     def dispatched(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Record an operator that ran where no torch function looks (see ``dispatched.py``)."""
         if name not in SHAPE_ONLY:
-            self._finish(self._begin(name, args, kwargs, user_place(sys._getframe(2))), result)
+            place = user_place(sys._getframe(2))
+            with torch._C.DisableTorchFunction():
+                self._finish(self._begin(name, args, kwargs, place), result)
 
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter:
         """Record ``nn.Parameter(tensor)``, which cuts what the tensor was computed from."""
         made = make()
         if isinstance(data, torch.Tensor) and self.provenance.is_known(data):
-            self._finish(self._new("Parameter", (self.provenance.value_of(data),), place), made)
+            with torch._C.DisableTorchFunction():
+                self._finish(self._new("Parameter", (self.provenance.value_of(data),), place), made)
         return made
 
+    @_unwatched
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that a tensor was written to bytes, from which another one may be made."""
         number = self.provenance.value_of(tensor)
         self.provenance.escaped(self._new("pickle", (number,), place), None)
 
+    @_unwatched
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
         if self.provenance.has_escapes and tensor.is_floating_point():
@@ -372,35 +380,30 @@ class Recorder(TorchFunctionMode):
         yield
         self._here.pop(scope)
 
-    def enter_module(self, module: nn.Module, args: Any) -> None:
+    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the call of a module."""
         here = self._threads.here
-        if not here.watched or self._over:
-            return
         name = self.module_names.get(id(module))
         kind = type(module).__name__
-        with torch._C.DisableTorchFunction():
-            given = self.provenance.values_of(args)
         label = "" if name == "" else name or kind  # the model itself has none
-        here.module_calls.append((module, here.push("module", label, name or "", kind), given))
+        here.module_calls.append((module, here.push("module", label, name or "", kind), (args, kwargs)))
 
-    def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
-        here = self._threads.here
-        if here.watched and not self._over:
-            with torch._C.DisableTorchFunction():
-                self._leave(here, module, output)
+        with torch._C.DisableTorchFunction():
+            self._leave(self._threads.here, module, output)
 
     def _leave(self, here: OpenScopes, module: nn.Module, output: Any) -> None:
+        provenance = self.provenance
         while here.module_calls:
             entered, scope, given = here.module_calls.pop()
             if entered is module:
                 results = tensors_in(output)
-                if not all(map(self.provenance.is_known, results)) and not self._left_in(scope):
+                if not all(map(provenance.is_known, results)) and not self._left_in(scope):
                     operations = self.recording.operations
                     self.guesses += bool(operations) and (operations[-1].scope or 0) >= scope
-                    self._opaque_module(module, given, results)
-                self.recording.scopes[scope].outputs = self.provenance.values_of(results)
+                    self._opaque_module(module, provenance.values_of(given), results)
+                self.recording.scopes[scope].outputs = tuple(map(provenance.value_of, results))
                 here.pop(scope)
                 return
 
@@ -413,13 +416,14 @@ class Recorder(TorchFunctionMode):
         """Record a module whose inside no torch function shows (scripted, compiled, a kernel) as one operation."""
         own = tuple(self.provenance.value_of(parameter) for parameter in module.parameters())
         name = f"{type(module).__name__}.forward"
-        place = user_place(sys._getframe(2))
+        place = user_place(sys._getframe(3))
         if place is None or not is_user_file(place.code.co_filename):  # called by torch: where it is written
             written = inspect.getattr_static(module, "forward")
             place = (function_place(written) if inspect.isfunction(written) else None) or place
         self._finish(self._new(name, (*given, *own), place, custom=True), results)
         self.recording.unseen.append(f"What happens inside {name} is taken as one operation.")
 
+    @_unwatched
     def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:
         """Return the values of the floating tensors of a result."""
         return tuple(self.provenance.value_of(tensor) for tensor in result if tensor.is_floating_point())

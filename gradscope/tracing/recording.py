@@ -1,14 +1,15 @@
 """The recording of one forward pass: values, operations and the scopes they ran in, as plain data.
 
 Written by ``recorder.py``, read by ``diagnose.py`` and ``drawing.py``. No tensor is kept: a value is
-a number, its shape and dtype in words, and whether autograd connected it to anything.
+a number, its shape and dtype, and whether autograd connected it to anything.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 # The scope in which a model is built, before it is called.
 CONSTRUCTOR = "constructor"
@@ -62,11 +63,13 @@ class Scope:
 class Value:
     """One tensor at one moment. ``connected`` says that autograd links it to some leaf that counts, or is it.
 
+    ``shape`` and ``dtype`` are as torch gives them (a nested tensor has no shape, a number of Python's neither).
     ``room`` marks memory that was made to be written into and holds nothing yet.
     """
 
     id: int
-    detail: str
+    shape: Any
+    dtype: Any
     differentiable: bool
     connected: bool = False
     leaf: bool = False
@@ -74,6 +77,11 @@ class Value:
     name: str = ""
     memory: int = 0
     room: bool = False
+
+    @property
+    def detail(self) -> str:
+        """Shape and dtype in words."""
+        return "number" if self.dtype is float else in_words(self.shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,3 +198,10 @@ class Recording:
             chain.append(self.scopes[scope])
             scope = self.scopes[scope].parent
         return chain[::-1]
+
+
+@functools.lru_cache(maxsize=1024)
+def in_words(shape: Any, dtype: Any) -> str:
+    """Return shape and dtype in words, such as ``1x256x1024 bfloat16``; without a shape it is a nested tensor."""
+    sizes = "nested" if shape is None else "x".join(str(int(size)) for size in shape) or "scalar"
+    return f"{sizes} {str(dtype).removeprefix('torch.')}"

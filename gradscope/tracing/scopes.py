@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ class OpenScopes:
     """What is open in one thread.
 
     ``watched`` counts how often the thread was entered, ``calls`` and ``functions`` the torch functions and the custom
-    functions under way in it, ``module_calls`` holds each module with its scope and the values it was given.
+    functions under way in it, ``module_calls`` holds each module with its scope and the arguments it was given.
     """
 
     __slots__ = ("_recording", "_scopes", "calls", "functions", "module_calls", "regions", "watched")
@@ -34,7 +35,7 @@ class OpenScopes:
         self.calls = 0
         self.functions = 0
         self.regions: list[tuple[object, Region, int]] = []
-        self.module_calls: list[tuple[nn.Module, int, tuple[int, ...]]] = []
+        self.module_calls: list[tuple[nn.Module, int, tuple[Any, ...]]] = []
 
     @property
     def scope(self) -> int | None:

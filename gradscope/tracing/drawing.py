@@ -43,7 +43,8 @@ class _Drawing:
         self.carrying = self._carrying_values()
         self.arriving = arriving(recording, self._ends())
         self.names: dict[str, list[str]] = {}
-        self.opened: dict[int | None, list[Scope]] = {}
+        self.opened: dict[int, tuple[list[Scope], int]] = {}
+        self.lineages: dict[str, list[str]] = {}
         self.owned = self._owned_leaves()
         self.containers = {scope.parent for scope in recording.scopes}
 
@@ -65,7 +66,7 @@ class _Drawing:
     # --- nodes ------------------------------------------------------------------------------
 
     def _place(self, operation: Operation) -> None:
-        scopes = self._opened(operation.scope)
+        scopes, _ = self._opened(operation.scope)
         if scopes and scopes[-1].kind == "module" and scopes[-1].module:
             node_id = f"s{scopes[-1].id}"
         else:
@@ -95,36 +96,29 @@ class _Drawing:
         inside = [home for home in inside if node_id in self._lineage(home)[:-1]]
         return max(inside, key=self.order.__getitem__, default=node_id)
 
-    def _visible(self, scope: int | None) -> list[Scope]:
-        shown: list[Scope] = []
-        named = 0
-        for ancestor in self.recording.ancestors(scope):
-            if ancestor.kind == "region":
-                if ancestor.region is None or ancestor.region.site not in self.ids:
-                    continue
-            elif ancestor.module:
-                named += 1
-                if named > MODULE_DEPTH or ancestor.module.count(".") >= MODULE_DEPTH:
-                    continue
-            elif not ancestor.label:
-                continue  # the model itself: the whole picture is inside it
-            elif named:
-                continue
-            shown.append(ancestor)
-        return shown
-
-    def _opened(self, scope: int | None) -> list[Scope]:
-        """Return the scopes around an operation that are shown, drawn by now."""
+    def _opened(self, scope: int | None) -> tuple[list[Scope], int]:
+        """Return the scopes around an operation that are shown, drawn by now, and how many modules it is inside."""
+        if scope is None:
+            return [], 0
         if scope not in self.opened:
-            shown = self.opened[scope] = self._visible(scope)
-            for depth, each in enumerate(shown):
-                self._open(each, shown[depth - 1] if depth else None)
+            innermost = self.recording.scopes[scope]
+            shown, named = self._opened(innermost.parent)
+            named += bool(innermost.module)
+            if self._is_shown(innermost, named):
+                self._open(innermost, shown[-1] if shown else None)
+                shown = [*shown, innermost]
+            self.opened[scope] = (shown, named)
         return self.opened[scope]
+
+    def _is_shown(self, scope: Scope, named: int) -> bool:
+        if scope.kind == "region":
+            return scope.region is not None and scope.region.site in self.ids
+        if scope.module:
+            return named <= MODULE_DEPTH and scope.module.count(".") < MODULE_DEPTH
+        return bool(scope.label) and not named  # without a label it is the model itself: the whole picture is inside it
 
     def _open(self, scope: Scope, parent: Scope | None) -> None:
         node_id = f"s{scope.id}"
-        if node_id in self.nodes:
-            return
         above = f"s{parent.id}" if parent else None
         if scope.kind == "region" and scope.region is not None:
             site = scope.region.site
@@ -184,9 +178,10 @@ class _Drawing:
         """Return, for every module, the names of the sources inside it."""
         owned: dict[str, list[str]] = {}
         for name in self.recording.leaves:
-            for end, letter in enumerate(name):
-                if letter == ".":
-                    owned.setdefault(name[:end], []).append(name)
+            module = name.rpartition(".")[0]
+            while module:
+                owned.setdefault(module, []).append(name)
+                module = module.rpartition(".")[0]
         return owned
 
     def _status(self, value: int) -> FlowStatus:
@@ -197,9 +192,11 @@ class _Drawing:
     def _status_into(self, operation: Operation, value: int) -> FlowStatus:
         """Return the status of a value on its way into one operation: the gradient may come back by another."""
         status = self._status(value)
+        if status != "flows":
+            return status
         linked = any(value in linked_to(self.recording, operation, output)
                      for output in self.arriving.intersection(operation.outputs))  # fmt: skip
-        return status if status != "flows" or linked else "blocked"
+        return "flows" if linked else "blocked"
 
     def _ends(self) -> tuple[int, ...]:
         """Return the values that a gradient would start from: the outputs, or what the call that raised was given."""
@@ -229,10 +226,11 @@ class _Drawing:
         return None
 
     def _lineage(self, node_id: str) -> list[str]:
-        line = [node_id]
-        while (parent := self.nodes[line[-1]].parent) is not None:
-            line.append(parent)
-        return line[::-1]
+        """Return what a node is inside of, outermost first, and the node."""
+        if node_id not in self.lineages:
+            parent = self.nodes[node_id].parent
+            self.lineages[node_id] = [*(self._lineage(parent) if parent is not None else ()), node_id]
+        return self.lineages[node_id]
 
     def _finish(self) -> None:
         self._connect_untraced_inputs()

@@ -51,6 +51,10 @@ class Observer(Protocol):
     def unpickled(self, tensor: torch.Tensor) -> None: ...
 
 
+# Where torch makes a function for every custom operator, hundreds of them, that only it calls.
+OF_OPERATORS = "torch._library.autograd"
+
+
 class InstrumentationConflict(GradscopeError):
     """Another tool replaced one of our patches while the trace ran and left its own behind."""
 
@@ -199,7 +203,7 @@ def _patch_custom_functions(stack: ExitStack, observer: Observer) -> None:
     _replace(stack, torch.autograd.Function, "apply", classmethod(apply))
     for cls in _subclasses(torch.autograd.Function):
         forward = cls.__dict__.get("forward")
-        if isinstance(forward, staticmethod):
+        if isinstance(forward, staticmethod) and cls.__module__ != OF_OPERATORS:
             bound = original.__get__(None, cls)
             _replace(stack, cls, "forward", staticmethod(_observed_forward(cls, forward.__func__, bound, observer)))
 

@@ -19,10 +19,21 @@ from torch import nn
 from gradscope.tracing.holding import Holder
 
 TABLES = ("_parameters", "_buffers", "_modules")
-HOOKS = frozenset(vars(nn.Module())) - frozenset(TABLES)
+# What every module has of itself; the rest are attributes of its class.
+OWN = frozenset(vars(nn.Module()))
 CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, deque})
 PLAIN = frozenset({str, int, float, bool, type(None)})
 IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, ModuleType, FunctionType)
+
+
+class _Lasting(dict[type, bool]):
+    """Whether values of a class hold nothing that a run could change; looked up for everything that a model holds."""
+
+    def __missing__(self, cls: type) -> bool:
+        lasting = self[cls] = issubclass(cls, IMMUTABLE)
+        return lasting
+
+
 # So many objects more than were freed, before Python looks for cycles among them (700 by default).
 RARELY = 50_000
 # An argument may be an object that holds the caches of several objects (a video session).
@@ -82,8 +93,9 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     modules = modules_of(model)
     held = [each for module in modules if isinstance(module, Holder) for each in module.objects]
     own = [module.__dict__ for module in modules]
-    parts = [part for table in own for name, part in table.items()
-             if type(part) not in PLAIN and name not in HOOKS]  # fmt: skip
+    tables = [attributes[name] for attributes in own for name in TABLES if name in attributes]
+    parts = [part for attributes in own for name, part in attributes.items()
+             if name not in OWN and type(part) not in PLAIN]  # fmt: skip
     owners = {_memory(tensor): tensor for tensor in tensors_of(model)}
     copies: dict[int, torch.Tensor] = {}
 
@@ -97,7 +109,7 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
             for buffer in module.buffers():
                 before_write(buffer)
     try:
-        with put_back(own, deepest=1), put_back(parts, deepest=2), put_back(held):
+        with put_back(own, deepest=1), put_back(tables, deepest=1), put_back(parts, deepest=2), put_back(held):
             _wait_for_no_rank(modules)
             yield before_write
     finally:
@@ -185,6 +197,7 @@ def put_back(values: Iterable[Any], deepest: int = DEEPEST) -> Iterator[None]:
 def _mutable_parts(values: Iterable[Any], deepest: int) -> Iterator[Any]:
     """Yield dicts, lists and sets, each once."""
     seen: set[int] = set()
+    lasting = _Lasting()
     pending = deque((value, 1) for value in values)
     while pending:
         value, depth = pending.popleft()
@@ -198,7 +211,7 @@ def _mutable_parts(values: Iterable[Any], deepest: int) -> Iterator[Any]:
             yield part
         if part and depth < deepest:
             items = part.values() if isinstance(part, dict) else part
-            pending.extend([(item, depth + 1) for item in items if not isinstance(item, IMMUTABLE)])
+            pending.extend([(item, depth + 1) for item in items if not lasting[type(item)]])
 
 
 def _restore(part: Any, before: Any) -> None:

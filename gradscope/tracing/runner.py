@@ -19,11 +19,11 @@ from gradscope.tracing.backward import run_backward
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.propagation import linked_sources, where_it_left
-from gradscope.tracing.provenance import left_torch, results_in, tensors_in
+from gradscope.tracing.provenance import KINDS, left_torch, results_in, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.restoring import (
-    PLAIN,
+    OWN,
     attributes_of,
     hushed,
     put_back,
@@ -230,7 +230,7 @@ def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
         yield buffer, ""
     for attributes in attributes_of(model):
         for name, value in attributes.items():
-            if type(value) not in PLAIN and not name.startswith("_"):
+            if name not in OWN and KINDS[type(value)] and not name.startswith("_"):
                 for tensor in tensors_in([value]):
                     yield tensor, name
 

@@ -16,7 +16,8 @@ class FlowNode:
 
     A *region* is a stretch of code in which gradients are switched off (it carries the id of its
     finding and nests what ran inside it), a *module* is one call of an ``nn.Module``, an
-    *operation* one or more torch calls of one source line outside any leaf module.
+    *operation* one or more torch calls of one source line outside any leaf module, or a call that is
+    blamed itself (it carries the id of its finding), wherever it is.
     ``status``: ``flows`` (autograd connects it to the output), ``blocked`` (data passes, autograd
     does not), ``none`` (nothing here could carry a gradient: preprocessing, tables).
     ``detail`` is the shape and dtype of what it gives out, ``type`` the class of a module.

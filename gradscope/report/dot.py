@@ -10,11 +10,14 @@ from pathlib import Path
 import graphviz
 
 from gradscope.errors import UsageError
+from gradscope.findings import Finding
 from gradscope.report.views import ViewNode, edges_between, fold
 from gradscope.session import Session
 
 MOST_BOXES = 40
 FILL = {"flows": "#e3f4e6", "blocked": "#fde7e4", "none": "#f2f2f2"}
+# A cut by the severity of its finding.
+CUT = {"error": "#c62828", "warning": "#9a6700", "note": "#6e6e6e"}
 LINE = {"flows": "#1a7f37", "blocked": "#c62828", "none": "#8c8c8c"}
 FONT = "Helvetica,Arial,sans-serif"
 SECONDS_TO_RENDER = 120
@@ -109,19 +112,34 @@ def _place(dot: graphviz.Digraph, view: ViewNode, session: Session) -> None:
     node = view.node
     if not view.children:
         style = "rounded,filled,dashed" if node.frozen else "rounded,filled"
-        dot.node(view.ids[0], _text(view), fillcolor=FILL[node.status], color=LINE[node.status], style=style)
+        if node.finding:
+            finding = session.finding(node.finding)
+            colour = CUT[finding.severity]
+            dot.node(view.ids[0], "\n".join(_cut_lines(view, finding)), fillcolor=FILL[node.status], color=colour,
+                     fontcolor=colour, penwidth="2.5", style=style)  # fmt: skip
+        else:
+            dot.node(view.ids[0], _text(view), fillcolor=FILL[node.status], color=LINE[node.status], style=style)
         return
     with dot.subgraph(name=f"cluster_{node.id}") as cluster:
-        if node.kind == "region":
-            rule = session.finding(node.finding).rule if node.finding else ""
-            lines = [f"CUT  {view.label}  {rule}", f"{graphviz.escape(node.path)}:{node.line}"]
-            cluster.attr(label=_heading(lines), color="#c62828", fontcolor="#c62828", penwidth="2.5",
+        if node.finding:
+            finding = session.finding(node.finding)
+            colour = CUT[finding.severity]
+            cluster.attr(label=_heading(_cut_lines(view, finding)), color=colour, fontcolor=colour, penwidth="2.5",
                          style="rounded", fontsize="13", labeljust="l", margin="16")  # fmt: skip
         else:
             cluster.attr(label=_heading(_text(view).split("\n")), color=LINE[node.status], style="rounded",
                          fontsize="11", labeljust="l", penwidth="1", margin="14")  # fmt: skip
         for child in view.children:
             _place(cluster, child, session)
+
+
+def _cut_lines(view: ViewNode, finding: Finding) -> list[str]:
+    """Return what a place that stops the gradient is labelled with; a note stops none that was asked for."""
+    word = "" if finding.severity == "note" else "CUT  "
+    return [
+        f"{word}{graphviz.escape(view.label)}  {finding.rule}",
+        f"{graphviz.escape(view.node.path)}:{view.node.line}",
+    ]
 
 
 def _heading(lines: list[str]) -> str:

@@ -24,6 +24,9 @@ CLASSES = {
     "blocked": "fill:#fde7e4,stroke:#c62828,color:#4a0f0f",
     "none": "fill:#f2f2f2,stroke:#8c8c8c,color:#333333",
 }
+# A cut by the severity of its finding.
+CUT = {"error": "#d93636", "warning": "#bf8700", "note": "#8c8c8c"}
+GREY = "#8c8c8c"
 EDGES: dict[FlowStatus, str] = {
     "flows": "stroke:#1a7f37,stroke-width:2px",
     "blocked": "stroke:#c62828,stroke-width:2px,stroke-dasharray:6 4",
@@ -71,12 +74,18 @@ def _box(view: ViewNode, names: dict[str, str], session: Session, indent: str) -
     if not view.children:
         shape = ('(["', '"])') if node.kind in ("input", "output") else ('["', '"]')
         frozen = f"\n{indent}class {name} frozen" if node.frozen else ""
+        if node.finding:
+            frozen += f"\n{indent}style {name} stroke:{CUT[session.finding(node.finding).severity]},stroke-width:3px"
         return [f"{indent}{name}{shape[0]}{_label(view, session)}{shape[1]}:::{node.status}{frozen}"]
     lines = [f'{indent}subgraph {name}["{_label(view, session)}"]']
     for child in view.children:
         lines += _box(child, names, session, indent + "  ")
-    cut = node.kind == "region"
-    style = "fill:#c628280d,stroke:#c62828,stroke-width:3px,color:#d93636" if cut else "fill:#8c8c8c0d,stroke:#8c8c8c"
+    colour = CUT[session.finding(node.finding).severity] if node.finding else ""
+    style = (
+        f"fill:{colour}0d,stroke:{colour},stroke-width:3px,color:{colour}"
+        if colour
+        else "fill:#8c8c8c0d,stroke:#8c8c8c"
+    )
     return [*lines, f"{indent}end", f"{indent}style {name} {style}"]
 
 
@@ -86,9 +95,8 @@ def _label(view: ViewNode, session: Session) -> str:
     if node.type not in ("", "constructor", view.label) and node.kind == "module":
         first = f"{first}  {node.type}"
     parts = [first]
-    if node.kind == "region":
-        rule = session.finding(node.finding).rule if node.finding else ""
-        parts = [f"✂ {first}  {rule}", f"{node.path}:{node.line}"]
+    if node.finding:
+        parts = [f"✂ {first}  {session.finding(node.finding).rule}", f"{node.path}:{node.line}"]
     elif node.detail and not view.children:
         parts.append(node.detail)
     if node.frozen:

@@ -10,8 +10,8 @@ from rich.syntax import Syntax
 from rich.text import Text
 from rich.tree import Tree
 
-from gradscope.findings import Source
-from gradscope.report.page import PROSE_WIDTH, Page
+from gradscope.findings import Finding, Source
+from gradscope.report.page import PROSE_WIDTH, SEVERITY_COLOURS, Page
 from gradscope.report.views import MOST_LINES, ViewNode, fold
 from gradscope.session import Session
 
@@ -118,8 +118,8 @@ class _TracePage(Page):
     def _label(self, view: ViewNode, room: int) -> Text:
         """Return one line of the tree; what does not fit into ``room`` columns is left out."""
         node = view.node
-        if node.kind == "region" and node.finding:
-            return self._cut_label(view, room)
+        if node.finding:
+            return self._cut_label(view, room, self.session.finding(node.finding))
         text = Text(f"{self.sign(node.status)} ", style=COLOURS[node.status])
         text.append(
             self.cropped(view.label, max(room - len(text), SHORTEST_LABEL)),
@@ -135,15 +135,17 @@ class _TracePage(Page):
                 text.append(f"  {part}", style=style)
         return text
 
-    def _cut_label(self, view: ViewNode, room: int) -> Text:
+    def _cut_label(self, view: ViewNode, room: int, finding: Finding) -> Text:
         node = view.node
-        rule = self.session.finding(node.finding).rule if node.finding else ""
         where = f"  {self.plain(node.path)}:{node.line}"
         label = self.plain(view.label)
-        if len(label) + len(rule) + len(where) + 4 > room:
+        if len(label) + len(finding.rule) + len(where) + 4 > room:
             label = label.partition("  @")[0]
-        text = Text(f"{self.sign('cut')} {label}", style="bold red")
-        text.append(f"  {rule}", style="red")
+        if node.kind == "operation":
+            label = self.cropped(label, max(room - len(finding.rule) - len(where) - 4, SHORTEST_LABEL))
+        colour = SEVERITY_COLOURS[finding.severity]
+        text = Text(f"{self.sign('cut')} {label}", style=f"bold {colour}")
+        text.append(f"  {finding.rule}", style=colour)
         text.append(where, style="bold")
         return text
 

@@ -37,8 +37,7 @@ class ViewNode:
 def fold(graph: FlowGraph, most_lines: int | None = MOST_LINES) -> list[ViewNode]:
     """Return the graph as a tree with repeats folded, no longer than ``most_lines`` where given.
 
-    Where it is too long, the deepest modules are closed first; regions stay open, since they are
-    where the gradient breaks.
+    Where it is too long, the deepest modules are closed first; the places where the gradient breaks stay in sight.
     """
     whole = _build(_children(graph), None)
     if most_lines is None:
@@ -56,7 +55,10 @@ def edges_between(views: list[ViewNode], graph: FlowGraph) -> list[tuple[ViewNod
     pairs: dict[tuple[str, str], tuple[ViewNode, ViewNode, FlowStatus]] = {}
     for edge in graph.edges:
         source, target = visible.get(edge.source), visible.get(edge.target)
-        if source is not None and target is not None and source is not target:
+        if source is None or target is None:
+            continue
+        # What is hidden in a module stands for no box of its own beside the break that is shown in it.
+        if source not in target.walk() and target not in source.walk():
             pairs.setdefault((source.ids[0], target.ids[0]), (source, target, edge.status))
     return list(pairs.values())
 
@@ -152,16 +154,26 @@ def _ids(view: ViewNode) -> list[str]:
 
 
 def _closed(view: ViewNode, depth: int) -> ViewNode:
-    """Return the node with modules open for ``depth`` levels only."""
+    """Return the node with modules open for ``depth`` levels only, and further only on the way to a break."""
     is_module = view.node.kind == "module"
     if is_module and depth == 0:
-        return ViewNode(view.node, view.label, _ids(view))
+        broken = [_closed(child, 0) for child in view.children if _is_broken(child)]
+        hidden = [i for child in view.children if not _is_broken(child) for i in _ids(child)]
+        return ViewNode(view.node, view.label, [*view.ids, *hidden], broken)
     below = depth - 1 if is_module else depth
     children = [_closed(child, below) for child in view.children]
     # One lone operation inside a module says no more than the module itself.
-    if is_module and len(children) < 2 and not any(child.children or len(child.ids) > 1 for child in children):
+    if (
+        is_module
+        and len(children) < 2
+        and not any(child.children or len(child.ids) > 1 or child.node.finding for child in children)
+    ):
         return ViewNode(view.node, view.label, _ids(view))
     return ViewNode(view.node, view.label, view.ids, children)
+
+
+def _is_broken(view: ViewNode) -> bool:
+    return any(each.node.finding for each in view.walk())
 
 
 def _shortened(nodes: list[ViewNode], most_lines: int) -> list[ViewNode]:

@@ -7,7 +7,7 @@ import os
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
 from gradscope.paths import short_path
 from gradscope.tracing.diagnose import Diagnosis
-from gradscope.tracing.frames import expression
+from gradscope.tracing.frames import expression, source_site
 from gradscope.tracing.propagation import arriving, linked_to
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Recording, Scope, Site
 
@@ -35,6 +35,7 @@ class _Drawing:
         self.recording = recording
         self.diagnosis = diagnosis
         self.ids = ids
+        self.blamed_lines = {(site.path, site.line) for site in ids}
         self.frozen = frozen
         self.nodes: dict[str, FlowNode] = {}
         self.order: dict[str, int] = {}
@@ -67,10 +68,12 @@ class _Drawing:
 
     def _place(self, operation: Operation) -> None:
         scopes, _ = self._opened(operation.scope)
-        if scopes and scopes[-1].kind == "module" and scopes[-1].module:
+        finding = self._finding_at(operation)
+        if scopes and scopes[-1].kind == "module" and scopes[-1].module and finding is None:
             node_id = f"s{scopes[-1].id}"
         else:
             node_id = self._operation_node(operation, f"s{scopes[-1].id}" if scopes else None)
+            self.nodes[node_id].finding = self.nodes[node_id].finding or finding
         node = self.nodes[node_id]
         output = operation.outputs[0] if operation.outputs else operation.inputs[0]
         status = self._status(output)
@@ -83,6 +86,13 @@ class _Drawing:
         home = self._home(operation, scopes[-1].id, node_id) if scopes else node_id
         for value in operation.outputs:
             self.home[value] = home
+
+    def _finding_at(self, operation: Operation) -> str | None:
+        """Return the finding that blames this very call: it is drawn also where it is one step inside a module."""
+        place = operation.place
+        if place is None or (place.code.co_filename, place.line) not in self.blamed_lines:
+            return None
+        return self.ids.get(source_site(place, operation.name))
 
     def _home(self, operation: Operation, scope: int, node_id: str) -> str:
         """Return the node that a result comes from, as drawn.

@@ -7,7 +7,6 @@ into the graph under test.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +34,8 @@ from gradscope.tracing.calls import (
     writes,
 )
 from gradscope.tracing.cuts import RULE_OF_OPERATION
-from gradscope.tracing.frames import Places, call_chain, function_place, is_user_file, source_site, user_place
+from gradscope.tracing.frames import Places, call_chain, function_place, source_site, user_place
+from gradscope.tracing.module_calls import ModuleCalls
 from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Site
 from gradscope.tracing.scopes import OpenScopes, Threads
@@ -63,10 +63,9 @@ def nothing_written(tensor: torch.Tensor) -> None:
 class Recorder(TorchFunctionMode):
     """See every torch call while active; the result is :attr:`recording`.
 
-    ``module_names`` maps ``id(module)`` to its ``named_modules`` path, ``run`` is called for each torch
-    function (structural mode runs it on a pretended device), ``before_write`` for every tensor that is
-    about to change in place. Single calls at the ``neutralised`` sites give back their input. ``guesses`` counts the
-    modules taken as one operation although some of what they do was seen.
+    ``run`` is called for each torch function (structural mode runs it on a pretended device),
+    ``before_write`` for every tensor that is about to change in place. Single calls at the ``neutralised``
+    sites give back their input.
     """
 
     def __init__(
@@ -77,8 +76,8 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.recording = Recording()
-        self.module_names: dict[int, str] = {}
         self.provenance = Provenance(self.recording)
+        self.modules = ModuleCalls(self.recording, self.provenance, self._record_module)
         self._run = run
         self._before_write = before_write
         self._cuts_removed = bool(neutralised)
@@ -86,7 +85,6 @@ class Recorder(TorchFunctionMode):
         self._threads = Threads(self.recording)
         self._places = Places()
         self._over = False
-        self.guesses = 0
 
     @property
     def _here(self) -> OpenScopes:
@@ -144,10 +142,6 @@ class Recorder(TorchFunctionMode):
         """Know a tensor that was there before the run; named where it is no buffer, whose origin nobody says."""
         if not self.provenance.is_known(tensor):
             self.provenance.remember(tensor).name = name
-
-    def name_modules(self, model: nn.Module) -> None:
-        """Learn the ``named_modules`` paths of the model under test."""
-        self.module_names = {id(module): name for name, module in model.named_modules()}
 
     # --- torch calls ------------------------------------------------------------------------
 
@@ -382,46 +376,17 @@ class Recorder(TorchFunctionMode):
 
     def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the call of a module."""
-        here = self._threads.here
-        name = self.module_names.get(id(module))
-        kind = type(module).__name__
-        label = "" if name == "" else name or kind  # the model itself has none
-        here.module_calls.append((module, here.push("module", label, name or "", kind), (args, kwargs)))
+        self.modules.enter(self._threads.here, module, (args, kwargs))
 
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
         with torch._C.DisableTorchFunction():
-            self._leave(self._threads.here, module, output)
+            self.modules.leave(self._threads.here, module, output)
 
-    def _leave(self, here: OpenScopes, module: nn.Module, output: Any) -> None:
-        provenance = self.provenance
-        while here.module_calls:
-            entered, scope, given = here.module_calls.pop()
-            if entered is module:
-                results = tensors_in(output)
-                if not all(map(provenance.is_known, results)) and not self._left_in(scope):
-                    operations = self.recording.operations
-                    self.guesses += bool(operations) and (operations[-1].scope or 0) >= scope
-                    self._opaque_module(module, provenance.values_of(given), results)
-                self.recording.scopes[scope].outputs = tuple(map(provenance.value_of, results))
-                here.pop(scope)
-                return
-
-    def _left_in(self, scope: int) -> bool:
-        """Tell whether numbers left for Python in the scope or inside it: an unknown result came from there, then."""
-        last = self.recording.escapes[-1].scope if self.recording.escapes else None
-        return last is not None and last >= scope
-
-    def _opaque_module(self, module: nn.Module, given: tuple[int, ...], results: list[torch.Tensor]) -> None:
-        """Record a module whose inside no torch function shows (scripted, compiled, a kernel) as one operation."""
-        own = tuple(self.provenance.value_of(parameter) for parameter in module.parameters())
-        name = f"{type(module).__name__}.forward"
-        place = user_place(sys._getframe(3))
-        if place is None or not is_user_file(place.code.co_filename):  # called by torch: where it is written
-            written = inspect.getattr_static(module, "forward")
-            place = (function_place(written) if inspect.isfunction(written) else None) or place
-        self._finish(self._new(name, (*given, *own), place, custom=True), results)
-        self.recording.unseen.append(f"What happens inside {name} is taken as one operation.")
+    def _record_module(
+        self, name: str, inputs: tuple[int, ...], place: Place | None, results: list[torch.Tensor]
+    ) -> None:
+        self._finish(self._new(name, inputs, place, custom=True), results)
 
     @_unwatched
     def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:

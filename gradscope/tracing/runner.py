@@ -128,10 +128,10 @@ class Runner:
         run = Run(recorder.recording, frozen, set(named), asked)
         for constant, name in constants_of(built.model):
             recorder.add_constant(constant, name)
-        recorder.name_modules(built.model)
+        recorder.modules.name(built.model)
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
-        run.strangers, run.guesses = recorder.provenance.strangers, recorder.guesses
+        run.strangers, run.guesses = recorder.provenance.strangers, recorder.modules.guesses
         if run.strangers:
             recorder.recording.unseen.append(
                 f"{recorder.provenance.strangers} tensors came from where no torch function looks "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import gradscope
+from gradscope.report import dot, mermaid
+from gradscope.report.views import MOST_LINES, edges_between, fold
 
 
 class Ways(nn.Module):
@@ -61,3 +64,36 @@ def test_an_edge_is_blocked_where_the_gradient_comes_back_by_another() -> None:
                  if module[edge.source] == "stem"}  # fmt: skip
     assert from_stem["side"] == "flows"
     assert {from_stem["codes"], from_stem["teacher"]} == {"blocked"}
+
+
+class Quiet(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 2).detach()
+
+
+def test_a_call_that_cuts_is_drawn_inside_the_module_that_makes_it() -> None:
+    session = gradscope.trace(nn.Sequential(nn.Linear(4, 4), Quiet(), nn.Linear(4, 4)), torch.randn(2, 4))
+    inside = next(node for node in session.graph.nodes if node.module == "1")
+    cut = next(node for node in session.graph.nodes if node.finding)
+    assert (cut.parent, cut.kind, cut.status, cut.finding) == (inside.id, "operation", "blocked", "F1")
+    finding = session.finding("F1")
+    assert (cut.path, cut.line) == (finding.path, finding.line)
+    # A graph without a cut shows no more than it did: one box for each module.
+    assert {node.kind for node in session.graph.nodes if node is not cut} == {"input", "module", "output"}
+
+
+def test_a_cut_deep_in_a_large_model_stays_in_sight_in_every_picture() -> None:
+    model = torchvision.models.vit_b_16()
+    forward = model.encoder.layers.encoder_layer_6.mlp.forward
+    model.encoder.layers.encoder_layer_6.mlp.forward = lambda x: forward(x).detach()
+    session = gradscope.trace(model, torch.randn(1, 3, 224, 224))
+    shown = [view for top in fold(session.graph) for view in top.walk()]
+    assert len(shown) <= MOST_LINES
+    (cut,) = (view for view in shown if view.node.finding)
+    assert session.graph.nodes and cut.node.label == "forward(x).detach()"
+    assert "CUT  forward(x).detach()  GS201" in dot.build(session).source
+    assert mermaid.render(session).count("GS201") == 1
+    # What is hidden beside it is no neighbour of it.
+    hidden = [(a.label, b.label) for a, b, _ in edges_between(fold(session.graph, 12), session.graph)
+              if a in b.walk() or b in a.walk()]  # fmt: skip
+    assert hidden == []

@@ -1,0 +1,77 @@
+"""The module calls of one run: the scope of each, what it gave out, and those whose inside nobody sees."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradscope.tracing.frames import function_place, is_user_file, user_place
+from gradscope.tracing.provenance import Provenance, tensors_in
+from gradscope.tracing.recording import Place, Recording
+from gradscope.tracing.scopes import OpenScopes
+
+
+class ModuleCalls:
+    """Follows modules in and out; one that gives out what no recorded call made is taken as one operation.
+
+    ``record`` does that, from a name, the values taken in, the place and the tensors given out. ``guesses`` counts
+    the modules taken as one operation although some of what they do was seen.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        provenance: Provenance,
+        record: Callable[[str, tuple[int, ...], Place | None, list[torch.Tensor]], None],
+    ) -> None:
+        self._recording = recording
+        self._provenance = provenance
+        self._record = record
+        self._names: dict[int, str] = {}
+        self.guesses = 0
+
+    def name(self, model: nn.Module) -> None:
+        """Learn the ``named_modules`` paths of the model under test."""
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(self, here: OpenScopes, module: nn.Module, given: tuple[Any, ...]) -> None:
+        """Open the scope of a call in the present thread; ``given`` holds its arguments."""
+        name = self._names.get(id(module))
+        kind = type(module).__name__
+        label = "" if name == "" else name or kind  # the model itself has none
+        here.module_calls.append((module, here.push("module", label, name or "", kind), given))
+
+    def leave(self, here: OpenScopes, module: nn.Module, output: Any) -> None:
+        """Close the scope of a call, and of those inside it that were left without a word."""
+        while here.module_calls:
+            entered, scope, given = here.module_calls.pop()
+            if entered is module:
+                results = tensors_in(output)
+                if not all(map(self._provenance.is_known, results)) and not self._left_in(scope):
+                    operations = self._recording.operations
+                    self.guesses += bool(operations) and (operations[-1].scope or 0) >= scope
+                    self._take_as_one(module, self._provenance.values_of(given), results)
+                self._recording.scopes[scope].outputs = tuple(map(self._provenance.value_of, results))
+                here.pop(scope)
+                return
+
+    def _left_in(self, scope: int) -> bool:
+        """Tell whether numbers left for Python in the scope or inside it: an unknown result came from there, then."""
+        last = self._recording.escapes[-1].scope if self._recording.escapes else None
+        return last is not None and last >= scope
+
+    def _take_as_one(self, module: nn.Module, given: tuple[int, ...], results: list[torch.Tensor]) -> None:
+        """Record a module whose inside no torch function shows (scripted, compiled, a kernel) as one operation."""
+        own = tuple(self._provenance.value_of(parameter) for parameter in module.parameters())
+        name = f"{type(module).__name__}.forward"
+        place = user_place(sys._getframe(4))
+        if place is None or not is_user_file(place.code.co_filename):  # called by torch: where it is written
+            written = inspect.getattr_static(module, "forward")
+            place = (function_place(written) if inspect.isfunction(written) else None) or place
+        self._record(name, (*given, *own), place, results)
+        self._recording.unseen.append(f"What happens inside {name} is taken as one operation.")

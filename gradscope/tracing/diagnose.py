@@ -58,6 +58,7 @@ def diagnose(recording: Recording) -> Diagnosis:
     cuts = _cuts(recording, losses, bits)
     _add_left(cuts, recording, walks, wanted["blocked"], bits)
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
+    _add_beside_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
     _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
     surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
     _add_spoiled(cuts, recording, walks, bits)
@@ -144,6 +145,27 @@ def _add_flat(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted:
                 cut.words, cut.error = operation.refusal.message, operation.refusal.error
                 cut.raises = operation.refusal.raises
             cut.sources |= _named(lost, bits)
+
+
+def _add_beside_flat(
+    cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]
+) -> None:
+    """Blame what unlinks the sources of a flat operation as well: a surrogate in its place does not help there."""
+    flat = [cut for cut in cuts.values() if cut.flat]
+    for operation in recording.operations if flat else ():
+        outputs = [value for value in walks.live.intersection(operation.outputs)
+                   if recording.values[value].differentiable]  # fmt: skip
+        arriving = union(walks.linked, operation.inputs) & wanted
+        lost = arriving & union(walks.data, outputs) & ~union(walks.linked, operation.outputs)
+        if not lost or is_flat(operation):
+            continue
+        # What comes before it in the forward pass lies behind it on the way back.
+        is_before = bool(lost & union(walks.smooth, outputs))
+        for cut in blamed(cuts, recording, operation):
+            if not cut.flat:
+                cut.sources |= _named(lost, bits)
+                if cut.outer is None and is_before:
+                    cut.outer = next((each.site for each in flat if each.sources & cut.sources), None)
 
 
 def _add_left(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]) -> None:

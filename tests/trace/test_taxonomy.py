@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -387,3 +388,60 @@ def test_a_look_alike_is_no_cut(between: Between, mode: str) -> None:
     assert [finding for finding in session.findings if finding.severity != "note"] == []
     assert session.verdict == "flows"
     assert all(source.status == "flows" for source in session.sources.values())
+
+
+# --- what stops the gradient beside an operation that has no derivative --------------------------------------
+
+
+def off_before_a_step(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x * 3
+    return y.round()
+
+
+def off_after_a_step(x: torch.Tensor) -> torch.Tensor:
+    y = x.round()
+    with torch.no_grad():
+        return y * 3
+
+
+def detached_before_an_index(x: torch.Tensor) -> torch.Tensor:
+    scores = x.detach().sigmoid()
+    return nn.functional.one_hot(scores.argmax(-1), 4).float()
+
+
+def only_the_step_is_off(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        index = x.argmax(-1)
+    return nn.functional.one_hot(index, 4).float()
+
+
+def with_surrogates(between: Between, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Return which tensors autograd reaches once every step has a differentiable surrogate in its place."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "round", lambda x: x * 1.0)
+        patch.setattr(torch.Tensor, "argmax", lambda x, dim: x.softmax(dim))
+        patch.setattr(nn.functional, "one_hot", lambda x, classes: x)
+        return reached(between)
+
+
+@pytest.mark.parametrize(
+    ("between", "rules"),
+    [
+        (off_before_a_step, [("GS402", 3, None), ("GS104", 1, "F1")]),
+        (off_after_a_step, [("GS402", 1, None), ("GS104", 2, None)]),
+        (detached_before_an_index, [("GS401", 2, None), ("GS201", 1, "F1")]),
+        (only_the_step_is_off, [("GS401", 2, None)]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_what_a_surrogate_would_not_help_against_is_told(
+    between: Between, rules: list[Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = traced(between, mode)
+    first = between.__code__.co_firstlineno
+    assert [(each.rule, each.line - first, each.behind) for each in session.findings] == rules
+    if between is not only_the_step_is_off:  # there the switch holds nothing but the step, and goes with it
+        assert not with_surrogates(between, monkeypatch)["first.weight"]
+    assert session.sources["first.weight"].status == "nondifferentiable"

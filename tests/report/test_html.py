@@ -311,7 +311,7 @@ def test_the_table_filters_and_sorts(opened: Any) -> None:
     assert norm[names()[0]] == max(norm.values())
     # The rest comes as one scrolls.
     page.locator("#sources .scroller").evaluate("node => { node.scrollTop = node.scrollHeight }")
-    page.wait_for_function("document.querySelectorAll('#source-table tbody tr').length > 200")
+    page.locator("#source-table tbody tr").nth(200).wait_for(state="attached")
 
 
 def test_a_chip_of_a_finding_filters_the_table(deepseek: Session, opened: Any) -> None:

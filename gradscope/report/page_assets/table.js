@@ -72,7 +72,11 @@ function drawMore(most = ROWS_AT_ONCE) {
 
 function cell(column, row) {
   const value = column.of(row);
-  if (column.name === "Source") return el("th", { scope: "row" }, el("bdi", { class: "mono" }, value));
+  if (column.name === "Source") {
+    // A long name breaks after a dot.
+    const parts = value.split(/(?<=\.)/).flatMap((part) => [el("wbr"), part]);
+    return el("th", { scope: "row" }, el("bdi", { class: "mono" }, ...parts));
+  }
   if (column.name === "Status") {
     const sign = value === "flows" ? SIGNS.flows : value === "unused" ? SIGNS.none : value === "blocked" ? SIGNS.blocked : "!";
     return el("td", { class: `s-${value}` }, el("span", { class: "sign", "aria-hidden": "true" }, sign), ` ${value}`);

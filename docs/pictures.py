@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
@@ -24,6 +25,7 @@ from gradscope.tracing.tracer import trace_subject
 from gradscope.tracing.workshops import open_workshop
 
 TUTORIAL = Path(__file__).parent / "tutorial.md"
+TRACE = Path(__file__).parent / "trace.md"
 FILE = re.compile(r'^```python title="(.+?)"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 COLUMNS = 104
 # What a terminal shows as grey is all but black in this theme.
@@ -60,6 +62,11 @@ def _tutorial() -> tuple[Session, Session]:
         return _traced(train.build(), train.loss), _traced(opened.build(), train.loss)
 
 
+def _ways() -> Session:
+    with _files_of(TRACE):
+        return gradscope.trace(importlib.import_module("ways").build(), torch.randn(3, 8))
+
+
 def _traced(built: Any, loss: Any) -> Session:
     model, batch = built
     return gradscope.trace(model, **batch, loss=loss)
@@ -87,4 +94,5 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "pictures/deepseek-ocr-scan.svg": lambda: screen(
         "gradscope scan deepseek_ocr_encoder", gradscope.scan("deepseek_ocr_encoder")
     ),
+    "pictures/ways.svg": lambda: render(_ways(), "svg"),
 }

@@ -17,7 +17,7 @@ from gradscope.session import Session
 MOST_BOXES = 40
 FILL = {"flows": "#e3f4e6", "blocked": "#fde7e4", "none": "#f2f2f2"}
 # A cut by the severity of its finding.
-CUT = {"error": "#c62828", "warning": "#9a6700", "note": "#6e6e6e"}
+CUT = {"error": "#c62828", "warning": "#9a6700", "note": "#57606a"}
 LINE = {"flows": "#1a7f37", "blocked": "#c62828", "none": "#8c8c8c"}
 FONT = "Helvetica,Arial,sans-serif"
 SECONDS_TO_RENDER = 120

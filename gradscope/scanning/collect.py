@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from gradscope.scanning.cache import Cache, key_of
 from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Site
@@ -19,6 +21,10 @@ from gradscope.scanning.walk import FileReader
 # Below this many bytes to parse a second process costs more than it saves.
 WORTH_A_PROCESS = 1_500_000
 CHUNKS_PER_JOB = 8
+
+Needle: TypeAlias = bytes | re.Pattern[bytes]
+Part: TypeAlias = Sequence[tuple[SourceFile, bytes | None]]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,35 +113,73 @@ class Collector:
         size = sum(len(text.data) for text in texts)
         if self._pool is None and min(self._jobs, size // WORTH_A_PROCESS) > 1:
             self._pool = self._processes()
-        # Chunks of equal size rather than of equal count: one file of 400 kB outweighs fifty.
-        chunks = _chunks(texts, size // (self._jobs * CHUNKS_PER_JOB) + 1)
         made: list[FileFacts | None] = []
-        try:
-            for part in self._read_chunks(chunks, settings, look_first):
-                made += part
-                self._progress(len(made), len(texts))
-        except BrokenExecutor:  # a worker was killed (memory, a container's limit): do it here
-            self.close()
-            return read_chunk([(text.file, text.data) for text in texts], settings, look_first)
+        for part in self._in_chunks(self._chunks(texts), read_chunk, settings, look_first):
+            made += part
+            self._progress(len(made), len(texts))
         return made
+
+    def matching(self, texts: list[Text], needles: Sequence[Needle]) -> list[list[Text]]:
+        """Return for every needle the texts that hold it."""
+        found: list[list[Text]] = [[] for _ in needles]
+        chunks = self._chunks(texts)
+        for chunk, part in zip(chunks, self._in_chunks(chunks, search_chunk, needles), strict=True):
+            for places, numbers in zip(found, part, strict=True):
+                places += [chunk[number] for number in numbers]
+        return found
 
     def _processes(self) -> Executor:
         # Most scans need none of it, and importing it takes longer than scanning a file.
         from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_start_method
 
-        return ProcessPoolExecutor(self._jobs, initializer=gc.disable)
+        # A forked process has all of it in memory at no cost; another kind reads what it is asked for itself.
+        texts = self.collected.texts if get_start_method() == "fork" else {}
+        return ProcessPoolExecutor(self._jobs, initializer=_begin, initargs=(texts,))
 
-    def _read_chunks(
-        self, chunks: list[list[Text]], settings: Settings, look_first: bool
-    ) -> Iterator[list[FileFacts | None]]:
-        if self._pool is None:
-            for chunk in chunks:
-                yield read_chunk([(text.file, text.data) for text in chunk], settings, look_first)
-            return
-        # Workers read the files themselves: paths are cheaper to send than their content.
-        parts = [[(text.file, None) for text in chunk] for chunk in chunks]
-        for task in [self._pool.submit(read_chunk, part, settings, look_first) for part in parts]:
-            yield task.result()
+    def _chunks(self, texts: list[Text]) -> list[list[Text]]:
+        """Return chunks of equal size rather than of equal count: one file of 400 kB outweighs fifty."""
+        size = sum(len(text.data) for text in texts) // (self._jobs * CHUNKS_PER_JOB) + 1
+        chunks: list[list[Text]] = []
+        filled = size
+        for text in texts:
+            if filled >= size:
+                chunks.append([])
+                filled = 0
+            chunks[-1].append(text)
+            filled += len(text.data)
+        return chunks
+
+    def _in_chunks(self, chunks: list[list[Text]], work: Callable[..., Made], *given: object) -> Iterator[Made]:
+        """Yield what the work makes of every chunk, in order."""
+        done = 0
+        if self._pool is not None:
+            with suppress(BrokenExecutor):
+                parts = [[(text.file, None) for text in chunk] for chunk in chunks]
+                for task in [self._pool.submit(work, part, *given) for part in parts]:
+                    yield task.result()
+                    done += 1
+                return
+            self.close()  # a worker was killed (memory, a container's limit): the rest is done here
+        for chunk in chunks[done:]:
+            yield work([(text.file, text.data) for text in chunk], *given)
+
+
+# In a worker: the texts it was begun with.
+_held: dict[str, Text] = {}
+
+
+def _begin(texts: dict[str, Text]) -> None:
+    gc.disable()
+    _held.update(texts)
+
+
+def _bytes(file: SourceFile, data: bytes | None) -> bytes:
+    """Return a file's bytes, from memory where they are there; raise ``OSError`` where it cannot be read."""
+    if data is not None:
+        return data
+    held = _held.get(file.shown)
+    return held.data if held else file.read()
 
 
 def is_worth_reading(data: bytes, needles: Needles) -> bool:
@@ -143,9 +187,7 @@ def is_worth_reading(data: bytes, needles: Needles) -> bool:
     return needles.are_in(data) or hides_text(data)
 
 
-def read_chunk(
-    files: Sequence[tuple[SourceFile, bytes | None]], settings: Settings, look_first: bool
-) -> list[FileFacts | None]:
+def read_chunk(files: Part, settings: Settings, look_first: bool) -> list[FileFacts | None]:
     """Return the facts of some files; runs in this process or in a worker.
 
     With ``look_first`` there are none (None) of a file that holds nothing to look into.
@@ -154,12 +196,26 @@ def read_chunk(
     return [_read_one(file, data, wrappers, needles, look_first) for file, data in files]
 
 
+def search_chunk(files: Part, needles: Sequence[Needle]) -> list[list[int]]:
+    """Return for every needle the positions of the files that hold it; runs in this process or in a worker."""
+    found: list[list[int]] = [[] for _ in needles]
+    for number, (file, given) in enumerate(files):
+        try:
+            data = _bytes(file, given)
+        except OSError:
+            continue
+        for places, needle in zip(found, needles, strict=True):
+            if needle in data if isinstance(needle, bytes) else needle.search(data):
+                places.append(number)
+    return found
+
+
 def _read_one(
     file: SourceFile, data: bytes | None, wrappers: Mapping[str, str], needles: Needles, look_first: bool
 ) -> FileFacts | None:
     facts = FileFacts(file.shown, file.module)
     try:
-        data = file.read() if data is None else data
+        data = _bytes(file, data)
     except OSError as error:
         facts.skipped = error.strerror or str(error)
         return facts
@@ -174,18 +230,6 @@ def _read_one(
         return FileReader(facts, file.is_package, wrappers).read(text.source, needles)
     except RecursionError:
         return FileFacts(file.shown, file.module, skipped="nested too deeply to be read")
-
-
-def _chunks(texts: list[Text], size: int) -> list[list[Text]]:
-    chunks: list[list[Text]] = []
-    filled = size
-    for text in texts:
-        if filled >= size:
-            chunks.append([])
-            filled = 0
-        chunks[-1].append(text)
-        filled += len(text.data)
-    return chunks
 
 
 def default_jobs() -> int:

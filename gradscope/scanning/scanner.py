@@ -137,7 +137,7 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     settings = Settings(names=asked)
     collector.read(settings)
     texts = collector.collected.texts.values()
-    finder = Finder(texts)
+    finder = Finder(texts, collector.matching)
     for text in texts:
         if not text.facts.parsed and not text.facts.skipped:
             _note_headers(text)

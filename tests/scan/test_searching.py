@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import gradscope
-from gradscope.scanning.collect import Text
+from gradscope.scanning.cache import Cache
+from gradscope.scanning.collect import Collector, Text
 from gradscope.scanning.facts import FileFacts
 from gradscope.scanning.resolve import SourceFile
 from gradscope.scanning.searching import Finder
@@ -19,6 +20,10 @@ def texts() -> list[Text]:
     return [Text(SourceFile(str(path), path.stem), path.read_bytes(), FileFacts(str(path), path.stem)) for path in OWN]
 
 
+def finder_of(texts: list[Text]) -> Finder:
+    return Finder(texts, Collector(Cache(None), jobs=1).matching)
+
+
 def paths(found: list[Text]) -> set[str]:
     return {text.file.path for text in found}
 
@@ -27,7 +32,7 @@ def paths(found: list[Text]) -> set[str]:
     "names", [["Session"], ["SourceFile", "SourceFileNot", "Source"], ["e"], ["nowhere_at_all"], []]
 )
 def test_names_are_found_where_a_plain_search_finds_them(names: list[str]) -> None:
-    finder = Finder(texts())
+    finder = finder_of(texts())
     for _ in range(2):  # the second time from memory
         plain = {str(path) for path in OWN if any(name in path.read_text() for name in names)}
         assert paths(finder.holding(names)) == plain
@@ -42,4 +47,4 @@ def test_a_method_counts_beside_one_of_its_classes_only() -> None:
     sources = {str(path): path.read_text() for path in OWN}
     both = {path for path, text in sources.items() if ".partition(" in text and "Package" in text}
     plain = both | {path for path, text in sources.items() if "lru_cache" in text}
-    assert both and paths(Finder(texts()).calling(calls)) == plain
+    assert both and paths(finder_of(texts()).calling(calls)) == plain

@@ -76,6 +76,8 @@ class Gate:
         """Tell whether a finding is to be left out of the report."""
         if finding.rule not in self.select or finding.rule in self.ignore:
             return True
+        if not self.per_file:
+            return False
         paths = {finding.path, os.path.relpath(finding.path, self.root)}
         return any(
             code == finding.rule and (fnmatch(path, pattern) or fnmatch(path, f"*/{pattern}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from gradscope.errors import UsageError
@@ -14,9 +15,14 @@ def short_path(path: str) -> str:
     if not path or path.startswith("<"):
         return path
     path = os.path.abspath(path)
-    roots = [os.getcwd(), *(os.path.abspath(entry) for entry in sys.path if entry)]
-    inside = [root for root in roots if path.startswith(os.path.join(root, ""))]
-    return os.path.relpath(path, max(inside, key=len)) if inside else path
+    inside = [root for root in _roots(os.getcwd(), tuple(sys.path)) if path.startswith(root)]
+    return path.removeprefix(max(inside, key=len)) if inside else path
+
+
+@lru_cache(maxsize=4)  # a report names thousands of places
+def _roots(folder: str, entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the folders that paths are shown relative to, each with a separator at its end."""
+    return tuple(os.path.join(os.path.abspath(entry), "") for entry in (folder, *filter(None, entries)))
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -274,8 +274,8 @@ def _blank_methods(
 
 
 def _triple_quotes(source: str) -> list[list[int]]:
-    """Return the offsets of both kinds of triple quotes, ascending."""
-    return [[match.start() for match in kind.finditer(source)] for kind in _TRIPLE_QUOTES]
+    """Return the offsets of the triple quotes, ascending, by kind: those of which there are any."""
+    return [[match.start() for match in kind.finditer(source)] for kind in _TRIPLE_QUOTES if kind.pattern in source]
 
 
 def _is_open(quotes: list[list[int]], start: int, end: int) -> bool:

@@ -179,6 +179,8 @@ class FileReader:
     def _kept_switches(self, node: ast.ClassDef, methods: list[FunctionNode]) -> dict[str, Switch]:
         """Return the switches that a class keeps under names of its own: ``self.guard = torch.no_grad()``."""
         kept: dict[str, Switch] = {}
+        if not (self.names.wrappers or self.names.aliases):
+            methods = [method for method in methods if _within(self._deep, method)]
         for part in (*node.body, *(each for method in methods for each in statements(method.body))):
             if isinstance(part, ast.Assign) and isinstance(part.value, (ast.Name, ast.Attribute, ast.Call, ast.IfExp)):
                 switch = self.names.switch(part.value)

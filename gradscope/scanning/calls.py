@@ -222,9 +222,12 @@ def _is_reentrant(node: ast.Call) -> bool:
 
 def _through(node: ast.Call, target: str, given: list[Value]) -> Atoms:
     """Return the atoms of a call's arguments, each marked with its way into the function called."""
-    ways = [*map(str, range(len(node.args))), *(keyword.arg or "*" for keyword in node.keywords)]
-    return frozenset(
-        atom if "arg:" in atom or "cut:" in atom else f"arg:{target}:{way}:{atom}"
-        for way, value in zip(ways, given, strict=True)
-        for atom in value.atoms
-    )
+    found: set[str] = set()
+    for number, value in enumerate(given):
+        if value.atoms:
+            rest = number - len(node.args)
+            way = number if rest < 0 else node.keywords[rest].arg or "*"
+            found.update(
+                atom if "arg:" in atom or "cut:" in atom else f"arg:{target}:{way}:{atom}" for atom in value.atoms
+            )
+    return frozenset(found)

@@ -133,9 +133,12 @@ class Collector:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_start_method
 
-        # A forked process has all of it in memory at no cost; another kind reads what it is asked for itself.
-        texts = self.collected.texts if get_start_method() == "fork" else {}
-        return ProcessPoolExecutor(self._jobs, initializer=_begin, initargs=(texts,))
+        # A forked process has the bytes in memory at no cost; another kind reads them itself.
+        is_forked = get_start_method() == "fork"
+        held = {
+            text.file.shown: (text.file, text.data if is_forked else None) for text in self.collected.texts.values()
+        }
+        return ProcessPoolExecutor(self._jobs, initializer=_begin, initargs=(held,))
 
     def _chunks(self, texts: list[Text]) -> list[list[Text]]:
         """Return chunks of equal size rather than of equal count: one file of 400 kB outweighs fifty."""
@@ -155,8 +158,8 @@ class Collector:
         done = 0
         if self._pool is not None:
             with suppress(BrokenExecutor):
-                parts = [[(text.file, None) for text in chunk] for chunk in chunks]
-                for task in [self._pool.submit(work, part, *given) for part in parts]:
+                names = [[text.file.shown for text in chunk] for chunk in chunks]
+                for task in [self._pool.submit(_work_on, part, work, *given) for part in names]:
                     yield task.result()
                     done += 1
                 return
@@ -165,21 +168,17 @@ class Collector:
             yield work([(text.file, text.data) for text in chunk], *given)
 
 
-# In a worker: the texts it was begun with.
-_held: dict[str, Text] = {}
+# In a worker: all files by how they are shown, with their bytes where these came along.
+_held: dict[str, tuple[SourceFile, bytes | None]] = {}
 
 
-def _begin(texts: dict[str, Text]) -> None:
+def _begin(held: dict[str, tuple[SourceFile, bytes | None]]) -> None:
     gc.disable()
-    _held.update(texts)
+    _held.update(held)
 
 
-def _bytes(file: SourceFile, data: bytes | None) -> bytes:
-    """Return a file's bytes, from memory where they are there; raise ``OSError`` where it cannot be read."""
-    if data is not None:
-        return data
-    held = _held.get(file.shown)
-    return held.data if held else file.read()
+def _work_on(names: list[str], work: Callable[..., Made], *given: object) -> Made:
+    return work([_held[name] for name in names], *given)
 
 
 def is_worth_reading(data: bytes, needles: Needles) -> bool:
@@ -201,7 +200,7 @@ def search_chunk(files: Part, needles: Sequence[Needle]) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in needles]
     for number, (file, given) in enumerate(files):
         try:
-            data = _bytes(file, given)
+            data = file.read() if given is None else given
         except OSError:
             continue
         for places, needle in zip(found, needles, strict=True):
@@ -215,7 +214,7 @@ def _read_one(
 ) -> FileFacts | None:
     facts = FileFacts(file.shown, file.module)
     try:
-        data = _bytes(file, data)
+        data = file.read() if data is None else data
     except OSError as error:
         facts.skipped = error.strerror or str(error)
         return facts

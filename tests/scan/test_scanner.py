@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import pkgutil
 import sqlite3
@@ -169,11 +170,17 @@ def test_scans_at_the_same_time(net: Path) -> None:
     assert len({json.dumps(said(result)) for result in results}) == 1
 
 
-def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begun_by", multiprocessing.get_all_start_methods())
+def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun_by: str) -> None:
     monkeypatch.setattr("gradscope.scanning.collect.WORTH_A_PROCESS", 100)
     for number in range(12):
         (tmp_path / f"net{number}.py").write_text(NET.replace("Net", f"Net{number}"))
-    one, many = scan(str(tmp_path), jobs=1, cache=False), scan(str(tmp_path), jobs=3, cache=False)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(begun_by, force=True)
+    try:
+        one, many = scan(str(tmp_path), jobs=1, cache=False), scan(str(tmp_path), jobs=3, cache=False)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
     assert said(one) == said(many)
     assert len(one.findings) == 12
 

@@ -29,7 +29,15 @@ def paths(found: list[Text]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "names", [["Session"], ["SourceFile", "SourceFileNot", "Source"], ["e"], ["nowhere_at_all"], []]
+    "names",
+    [
+        ["Session"],
+        ["SourceFile", "SourceFileNot", "Source"],
+        ["e"],
+        ["nowhere_at_all"],
+        [],
+        [path.stem for path in OWN],
+    ],
 )
 def test_names_are_found_where_a_plain_search_finds_them(names: list[str]) -> None:
     finder = finder_of(texts())

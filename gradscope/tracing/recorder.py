@@ -156,7 +156,9 @@ class Recorder(TorchFunctionMode):
             name = "floor_divide"
         place = self._places.of(sys._getframe(1)) if self._neutralised or not self._over else None
         if self._neutralised and place is not None and source_site(place, name) in self._neutralised:
-            return instead_of(name, args)
+            # An operator comes from below autograd, out of a script function: there it is too late.
+            if not isinstance(func, torch._ops.OpOverload):
+                return instead_of(name, args)
         in_place = writes(name, args, kwargs)
         for tensor in in_place:
             self._before_write(tensor)

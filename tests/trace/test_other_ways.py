@@ -364,8 +364,11 @@ class EndsInAScript(nn.Module):
         return scripted_detach(self.layer(x))
 
 
-def test_a_script_at_the_end_of_a_module_hides_neither_what_came_before_nor_its_own_line() -> None:
-    session = gradscope.trace(EndsInAScript(), given(), mode="real")
+@pytest.mark.parametrize("mode", ["real", "structural"])
+def test_a_script_at_the_end_of_a_module_hides_neither_what_came_before_nor_its_own_line(
+    mode: gradscope.tracing.library.Mode,
+) -> None:
+    session = gradscope.trace(EndsInAScript(), given(), mode=mode)
     line = inspect.getsourcelines(EndsInAScript.forward)[1] + 1
     assert [(each.rule, each.line, each.path.endswith("test_other_ways.py")) for each in session.findings] == [
         ("GS201", line, True)

@@ -155,10 +155,14 @@ class Recorder(TorchFunctionMode):
         if kwargs and name in ROUNDING and kwargs.get("rounding_mode"):
             name = "floor_divide"
         place = self._places.of(sys._getframe(1)) if self._neutralised or not self._over else None
-        if self._neutralised and place is not None and source_site(place, name) in self._neutralised:
+        if (
+            self._neutralised
+            and place is not None
+            and source_site(place, name) in self._neutralised
             # An operator comes from below autograd, out of a script function: there it is too late.
-            if not isinstance(func, torch._ops.OpOverload):
-                return instead_of(name, args)
+            and not isinstance(func, torch._ops.OpOverload)
+        ):
+            return instead_of(name, args)
         in_place = writes(name, args, kwargs)
         for tensor in in_place:
             self._before_write(tensor)

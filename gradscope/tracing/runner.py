@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from gradscope.tracing.restoring import (
     OWN,
     attributes_of,
     hushed,
+    modules_of,
     put_back,
     tensors_of,
     unhurried_collector,
@@ -147,6 +149,11 @@ class Runner:
                     f"{self.subject.name} has lazy parameters, whose shapes its first call settles.",
                     hint="Call it once before it is traced; a trace leaves the model as it is.",
                 )
+            if any(map(_is_sharded, modules_of(self._prepared))):
+                raise UsageError(
+                    f"{self.subject.name} is sharded by FSDP, which keeps weights where a trace cannot put them back.",
+                    hint="Trace the model before it is sharded: that changes nothing about where gradients flow.",
+                )
         return self._prepared
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
@@ -216,6 +223,13 @@ class Runner:
         run.recording.losses = result.losses
         if result.error is not None:
             run.recording.backward_error = f"{type(result.error).__name__}: {result.error}"
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Tell a module that FSDP manages, of the first kind or the second (``fully_shard``)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, and without it there is none
+    kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
+    return isinstance(module, tuple(kind for kind in kinds if kind is not None))
 
 
 def _is_of_the_machine(error: Exception) -> bool:

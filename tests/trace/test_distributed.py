@@ -51,3 +51,34 @@ def test_one_rank_is_traced_while_the_others_are_not(tmp_path: Path) -> None:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
     assert said[0][0] == said[1][0] != "", "the gradients of the next step are those of all ranks"
+
+
+SHARDED = """
+import sys
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+import gradscope
+from gradscope.errors import UsageError
+
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+try:
+    gradscope.trace(model, torch.randn(2, 4))
+except UsageError as error:
+    print(error.message)
+model(torch.randn(2, 4)).sum().backward()
+assert all(parameter.grad is not None for parameter in model.parameters())
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_a_sharded_model_is_refused_and_trains_on(tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "store"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, "sharded by FSDP" in done.stdout) == (0, True), done.stderr

@@ -34,6 +34,7 @@ from gradscope.tracing.restoring import (
     untouched_state,
 )
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
+from gradscope.tracing.unanalysed import CannotTell
 
 # It logs a traceback for every call that it refuses; the refusal is reported.
 FAKE_TENSORS = "torch._subclasses.fake_tensor"
@@ -182,11 +183,21 @@ class Runner:
         recording.reached = frozenset(
             name for name, tensor in named.items() if name in recording.leaves and id(tensor) in leaves
         )
-        for operation, refusal in graph.refusals.items():
-            recording.operations[operation].refusal = refusal
+        self._note_refusals(recording, graph)
         if backward != "none":
             asked = {name: tensor for name, tensor in named.items() if name in run.asked}
             self._go_back(run, sinks, graph, asked, watched=backward == "watched")
+
+    def _note_refusals(self, recording: Recording, graph: AutogradGraph) -> None:
+        for number, refusal in graph.refusals.items():
+            operation = recording.operations[number]
+            operation.refusal = refusal
+            if self.workshop.mode == "structural" and refusal.rule == "GS502" and not refusal.raises:
+                # Autograd's stand-in lets a kernel that is made of torch functions record itself.
+                raise CannotTell(
+                    f"{operation.name} has no autograd formula: only its kernel shows whether it gives a gradient.",
+                    hint="Use --mode real.",
+                )
 
     def _go_back(
         self,

@@ -11,6 +11,7 @@ from torch import nn
 from two import Between, Two, ZeroBackward, arriving, given, named, traced
 
 import gradscope
+from gradscope.errors import NotAnalysedError
 
 # --- zero ------------------------------------------------------------------------------------------
 
@@ -190,6 +191,38 @@ def thrice(x: torch.Tensor) -> torch.Tensor:
 
 thrice.register_fake(torch.empty_like)
 thrice.register_autograd(lambda ctx, grad: grad * 3)
+
+
+# Without a formula for autograd: whether it gives a gradient depends on what its kernel is made of.
+LIBRARY = torch.library.Library("gradscope_tests", "FRAGMENT")
+LIBRARY.define("of_torch(Tensor x) -> Tensor")
+LIBRARY.define("of_numpy(Tensor x) -> Tensor")
+LIBRARY.impl("of_torch", lambda x: x * 2, "CPU")
+LIBRARY.impl("of_numpy", lambda x: torch.from_numpy(2 * x.detach().numpy()), "CPU")
+torch.library.register_fake("gradscope_tests::of_torch", torch.empty_like, lib=LIBRARY)
+torch.library.register_fake("gradscope_tests::of_numpy", torch.empty_like, lib=LIBRARY)
+
+
+def of_torch(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gradscope_tests.of_torch(x)
+
+
+def of_numpy(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.gradscope_tests.of_numpy(x)
+
+
+@pytest.mark.filterwarnings("ignore:gradscope_tests")
+@pytest.mark.parametrize("between", [of_torch, of_numpy])
+def test_an_operator_without_a_formula_is_judged_by_its_kernel(between: Between) -> None:
+    gradients = arriving(between)
+    arrives = gradients["first.weight"] is not None
+    assert arrives is (between is of_torch)
+    session = traced(between, "auto")
+    assert session.target["mode"] == "real" and "has no autograd formula" in session.remarks[0]
+    assert session.sources["first.weight"].status == ("flows" if arrives else "blocked")
+    assert [each.severity for each in session.findings] == ([] if arrives else ["error"])
+    with pytest.raises(NotAnalysedError, match="only its kernel shows"):
+        traced(between, "structural")
 
 
 def raising_backward(x: torch.Tensor) -> torch.Tensor:

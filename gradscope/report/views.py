@@ -58,7 +58,7 @@ def edges_between(views: list[ViewNode], graph: FlowGraph) -> list[tuple[ViewNod
         if source is None or target is None:
             continue
         # What is hidden in a module stands for no box of its own beside the break that is shown in it.
-        if source not in target.walk() and target not in source.walk():
+        if not (_holds(source, target) or _holds(target, source)):
             pairs.setdefault((source.ids[0], target.ids[0]), (source, target, edge.status))
     return list(pairs.values())
 
@@ -170,6 +170,10 @@ def _closed(view: ViewNode, depth: int) -> ViewNode:
     ):
         return ViewNode(view.node, view.label, _ids(view))
     return ViewNode(view.node, view.label, view.ids, children)
+
+
+def _holds(view: ViewNode, other: ViewNode) -> bool:
+    return any(each is other for each in view.walk())
 
 
 def _is_broken(view: ViewNode) -> bool:

@@ -139,10 +139,11 @@ class _TracePage(Page):
         node = view.node
         where = f"  {self.plain(node.path)}:{node.line}"
         label = self.plain(view.label)
-        if len(label) + len(finding.rule) + len(where) + 4 > room:
-            label = label.partition("  @")[0]
+        spare = room - len(finding.rule) - len(where) - 4
         if node.kind == "operation":
-            label = self.cropped(label, max(room - len(finding.rule) - len(where) - 4, SHORTEST_LABEL))
+            label = self.cropped(label, max(spare, SHORTEST_LABEL))
+        elif len(label) > spare:
+            label = label.partition("  ")[0]  # without the mechanism, which the rule names as well
         colour = SEVERITY_COLOURS[finding.severity]
         text = Text(f"{self.sign('cut')} {label}", style=f"bold {colour}")
         text.append(f"  {finding.rule}", style=colour)

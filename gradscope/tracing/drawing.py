@@ -132,11 +132,12 @@ class _Drawing:
         above = f"s{parent.id}" if parent else None
         if scope.kind == "region" and scope.region is not None:
             site = scope.region.site
-            label = (
-                f"{site.function.rpartition('.')[2]}  @{site.mechanism}" if site.how == "decorator" else site.function
-            )
             path, line = short_path(site.path), site.line
-            self._add(FlowNode(node_id, label, "region", "none", above, path=path, line=line, finding=self.ids[site]))
+            self._add(
+                FlowNode(
+                    node_id, _region_label(site), "region", "none", above, path=path, line=line, finding=self.ids[site]
+                )
+            )
             return
         label = scope.module.removeprefix(f"{parent.module}." if parent and parent.module else "") or scope.label
         owned = self.owned.get(scope.module, ())
@@ -282,3 +283,9 @@ class _Drawing:
         for node in top:
             if node.kind == "input" and steps and node.id not in {source for source, _ in self.edges}:
                 self.edges[(node.id, steps[0].id)] = "none"
+
+
+def _region_label(site: Site) -> str:
+    if site.how == "decorator":
+        return f"{site.function.rpartition('.')[2]}  @{site.mechanism}"
+    return f"{site.function}  {'with ' if site.how == 'block' else ''}{site.mechanism}"

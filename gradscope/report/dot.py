@@ -110,25 +110,17 @@ def _pure_executable() -> str | None:
 
 def _place(dot: graphviz.Digraph, view: ViewNode, session: Session) -> None:
     node = view.node
+    finding = session.finding(node.finding) if node.finding else None
+    lines = _cut_lines(view, finding) if finding else _text(view).split("\n")
+    colour = CUT[finding.severity] if finding else LINE[node.status]
+    marked = {"fontcolor": colour, "penwidth": "2.5"} if finding else {}
     if not view.children:
         style = "rounded,filled,dashed" if node.frozen else "rounded,filled"
-        if node.finding:
-            finding = session.finding(node.finding)
-            colour = CUT[finding.severity]
-            dot.node(view.ids[0], "\n".join(_cut_lines(view, finding)), fillcolor=FILL[node.status], color=colour,
-                     fontcolor=colour, penwidth="2.5", style=style)  # fmt: skip
-        else:
-            dot.node(view.ids[0], _text(view), fillcolor=FILL[node.status], color=LINE[node.status], style=style)
+        dot.node(view.ids[0], "\n".join(lines), fillcolor=FILL[node.status], color=colour, style=style, **marked)
         return
     with dot.subgraph(name=f"cluster_{node.id}") as cluster:
-        if node.finding:
-            finding = session.finding(node.finding)
-            colour = CUT[finding.severity]
-            cluster.attr(label=_heading(_cut_lines(view, finding)), color=colour, fontcolor=colour, penwidth="2.5",
-                         style="rounded", fontsize="13", labeljust="l", margin="16")  # fmt: skip
-        else:
-            cluster.attr(label=_heading(_text(view).split("\n")), color=LINE[node.status], style="rounded",
-                         fontsize="11", labeljust="l", penwidth="1", margin="14")  # fmt: skip
+        size = {"fontsize": "13", "margin": "16"} if finding else {"fontsize": "11", "margin": "14", "penwidth": "1"}
+        cluster.attr(label=_heading(lines), color=colour, style="rounded", labeljust="l", **size, **marked)
         for child in view.children:
             _place(cluster, child, session)
 

@@ -26,7 +26,6 @@ CLASSES = {
 }
 # A cut by the severity of its finding.
 CUT = {"error": "#d93636", "warning": "#bf8700", "note": "#8c8c8c"}
-GREY = "#8c8c8c"
 EDGES: dict[FlowStatus, str] = {
     "flows": "stroke:#1a7f37,stroke-width:2px",
     "blocked": "stroke:#c62828,stroke-width:2px,stroke-dasharray:6 4",
@@ -71,16 +70,16 @@ def draw(session: Session, most: int | None) -> tuple[str, int]:
 def _box(view: ViewNode, names: dict[str, str], session: Session, indent: str) -> list[str]:
     """Return the lines of a node: a box, or a frame around what lies inside it."""
     name, node = names[view.ids[0]], view.node
+    colour = CUT[session.finding(node.finding).severity] if node.finding else ""
     if not view.children:
         shape = ('(["', '"])') if node.kind in ("input", "output") else ('["', '"]')
-        frozen = f"\n{indent}class {name} frozen" if node.frozen else ""
-        if node.finding:
-            frozen += f"\n{indent}style {name} stroke:{CUT[session.finding(node.finding).severity]},stroke-width:3px"
-        return [f"{indent}{name}{shape[0]}{_label(view, session)}{shape[1]}:::{node.status}{frozen}"]
+        lines = [f"{indent}{name}{shape[0]}{_label(view, session)}{shape[1]}:::{node.status}"]
+        lines += [f"{indent}class {name} frozen"] if node.frozen else []
+        lines += [f"{indent}style {name} stroke:{colour},stroke-width:3px"] if colour else []
+        return lines
     lines = [f'{indent}subgraph {name}["{_label(view, session)}"]']
     for child in view.children:
         lines += _box(child, names, session, indent + "  ")
-    colour = CUT[session.finding(node.finding).severity] if node.finding else ""
     style = (
         f"fill:{colour}0d,stroke:{colour},stroke-width:3px,color:{colour}"
         if colour

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import memory_of, reached_leaves, tag
-from gradscope.tracing.recording import Operation, Place, Recording, Value, Write, in_words
+from gradscope.tracing.recording import Operation, Place, Recording, Value, Write, form_in_words
 
 # Results nest rarely deeper; a cycle of objects ends here too.
 DEEPEST = 6
@@ -349,7 +349,7 @@ def _held(value: Any, depth: int = 0) -> Iterator[Any]:
 
 def describe(tensor: torch.Tensor) -> str:
     """Return shape and dtype in words, such as ``1x256x1024 bfloat16``."""
-    return in_words(_shape(tensor), tensor.dtype)
+    return form_in_words(_shape(tensor), tensor.dtype)
 
 
 def _shape(tensor: torch.Tensor) -> torch.Size | None:

@@ -81,7 +81,7 @@ class Value:
     @property
     def detail(self) -> str:
         """Shape and dtype in words."""
-        return "number" if self.dtype is float else in_words(self.shape, self.dtype)
+        return "number" if self.dtype is float else form_in_words(self.shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class Recording:
 
 
 @functools.lru_cache(maxsize=1024)
-def in_words(shape: Any, dtype: Any) -> str:
+def form_in_words(shape: Any, dtype: Any) -> str:
     """Return shape and dtype in words, such as ``1x256x1024 bfloat16``; without a shape it is a nested tensor."""
     sizes = "nested" if shape is None else "x".join(str(int(size)) for size in shape) or "scalar"
     return f"{sizes} {str(dtype).removeprefix('torch.')}"

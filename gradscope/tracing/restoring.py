@@ -24,16 +24,6 @@ OWN = frozenset(vars(nn.Module()))
 CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, deque})
 PLAIN = frozenset({str, int, float, bool, type(None)})
 IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, ModuleType, FunctionType)
-
-
-class _Lasting(dict[type, bool]):
-    """Whether values of a class hold nothing that a run could change; looked up for everything that a model holds."""
-
-    def __missing__(self, cls: type) -> bool:
-        lasting = self[cls] = issubclass(cls, IMMUTABLE)
-        return lasting
-
-
 # So many objects more than were freed, before Python looks for cycles among them (700 by default).
 RARELY = 50_000
 # An argument may be an object that holds the caches of several objects (a video session).
@@ -192,6 +182,14 @@ def put_back(values: Iterable[Any], deepest: int = DEEPEST) -> Iterator[None]:
     finally:
         for part, kept_part in before:
             _restore(part, kept_part)
+
+
+class _Lasting(dict[type, bool]):
+    """Whether values of a class hold nothing that a run could change; looked up for everything that a model holds."""
+
+    def __missing__(self, cls: type) -> bool:
+        lasting = self[cls] = issubclass(cls, IMMUTABLE)
+        return lasting
 
 
 def _mutable_parts(values: Iterable[Any], deepest: int) -> Iterator[Any]:

@@ -189,6 +189,7 @@ class Runner:
             self._go_back(run, sinks, graph, asked, watched=backward == "watched")
 
     def _note_refusals(self, recording: Recording, graph: AutogradGraph) -> None:
+        """Write the graph's refusals on their operations; raise where only a kernel, which did not run, could tell."""
         for number, refusal in graph.refusals.items():
             operation = recording.operations[number]
             operation.refusal = refusal

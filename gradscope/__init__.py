@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gradscope._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from gradscope.assertion import GradientsDoNotFlow
     from gradscope.findings import Finding

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradscope._version import version
+from gradscope._version import __version__
 from gradscope.baseline import label_of
 from gradscope.errors import ExitCode, GradscopeError
 from gradscope.findings import SEVERITIES, Finding
@@ -42,7 +42,7 @@ def merged(parts: Sequence[Part], name: str, baseline: Comparison | None = None)
     return Session(
         kind="check",
         verdict=next((each for each in VERDICTS if any(one.verdict == each for one in sessions)), "flows"),
-        tool={"name": "gradscope", "version": version()},
+        tool={"name": "gradscope", "version": __version__},
         environment=_environment(sessions),
         target={"name": name, "entry": ""},
         findings=[_renumbered(finding, numbers, sessions) for finding in chosen.values()],

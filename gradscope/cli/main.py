@@ -10,7 +10,7 @@ import sys
 
 import click
 
-from gradscope._version import version
+from gradscope._version import __version__
 from gradscope.errors import ExitCode, GradscopeError
 
 COMMANDS = {
@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version(), "-V", "--version", package_name="torch-gradscope", prog_name="gradscope")
+@click.version_option(__version__, "-V", "--version", prog_name="gradscope")
 def group() -> None:
     """Does the gradient arrive? And if not: which line stops it, what else does, and what to do.
 

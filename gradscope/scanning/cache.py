@@ -1,7 +1,7 @@
 """Facts and whole results kept on disk, keyed by content: the same bytes and the same gradscope give the same.
 
-One SQLite file, which takes concurrent runs and tells corruption; a cache that cannot be used is put aside
-and the scan goes on without. Values are JSON: reading a cache never runs anything.
+One SQLite file, which takes concurrent runs; a cache that cannot be used is put aside and the scan goes on without.
+Values are JSON, each with its digest: reading a cache never runs anything, and what is read is what was written.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ def default_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def own_version() -> str:
-    """Return a digest of the scanner's own source and the Python that parses: either may change the facts."""
-    digest = hashlib.blake2b(repr(sys.version_info[:3]).encode(), digest_size=16)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    """Return a digest of the source that makes the values kept and the Python that parses: either may change them."""
+    digest = hashlib.sha256(repr(sys.version_info[:3]).encode())
+    own = Path(__file__).parent
+    for path in (*sorted(own.glob("*.py")), own.parent / "session.py", own.parent / "findings.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def key_of(*parts: str | bytes) -> str:
     """Return the key of some content under this version of the scanner."""
-    digest = hashlib.blake2b(own_version().encode(), digest_size=20)
+    digest = hashlib.sha256(own_version().encode())  # processors have instructions for it
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little"))
@@ -65,7 +66,9 @@ class Cache:
                     path.unlink()
                 database = sqlite3.connect(path, timeout=2)
                 database.execute("pragma journal_mode = wal")
-                database.execute("create table if not exists kept (key text primary key, value text) without rowid")
+                database.execute(
+                    "create table if not exists entries (key text primary key, digest text, value text) without rowid"
+                )
             except sqlite3.DatabaseError:
                 with suppress(OSError):
                     path.unlink()  # corrupt or not a database: begin anew
@@ -90,8 +93,10 @@ class Cache:
             for at in range(0, len(wanted), PER_QUERY):
                 part = wanted[at : at + PER_QUERY]
                 marks = ",".join("?" * len(part))
-                for key, value in self._database.execute(f"select key, value from kept where key in ({marks})", part):
-                    found[key] = json.loads(value)
+                query = f"select key, digest, value from entries where key in ({marks})"
+                for key, digest, value in self._database.execute(query, part):
+                    if digest == _digest(str(value)):
+                        found[key] = json.loads(value)
         except (sqlite3.Error, ValueError):
             return {}
         return found
@@ -100,12 +105,17 @@ class Cache:
         """Keep values under their keys."""
         if self._database is None or not values:
             return
-        rows = [(key, json.dumps(value, separators=(",", ":"))) for key, value in values.items()]
+        texts = {key: json.dumps(value, separators=(",", ":")) for key, value in values.items()}
+        rows = [(key, _digest(text), text) for key, text in texts.items()]
         with suppress(sqlite3.Error), self._database:
-            self._database.executemany("insert or replace into kept values (?, ?)", rows)
+            self._database.executemany("insert or replace into entries values (?, ?, ?)", rows)
 
     def close(self) -> None:
         """Close the file."""
         if self._database is not None:
             self._database.close()
             self._database = None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

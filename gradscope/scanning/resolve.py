@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
 from gradscope.errors import UsageError
@@ -264,6 +263,9 @@ def _add_archive(resolved: Resolved, archive: str, folder: PurePosixPath, module
 
 def _add_distribution(resolved: Resolved, name: str) -> bool:
     """Add the top-level modules of an installed distribution, whose name need not be theirs."""
+    # Most targets are none, and importing it takes longer than scanning a file.
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         found = distribution(name)
     except (PackageNotFoundError, ValueError):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from gradscope._version import version
+from gradscope._version import __version__
 from gradscope.errors import NotAnalysedError, UsageError
 from gradscope.findings import SEVERITIES, Excerpt, Finding
 from gradscope.gate import codes, scan_verdict
@@ -95,7 +95,7 @@ def _scan(
             session = _scanned(collector, resolved, targets, wanted)
             store.put({key: session.to_dict()})
         else:
-            session = Session.from_dict(kept)
+            session = Session.restored(kept)
             session.stats.update(parsed=0, cached=session.stats["files"])
     finally:
         collector.close()
@@ -104,7 +104,7 @@ def _scan(
 
 
 def _result_key(collected: Collected, wanted: tuple[str, ...], resolved: Resolved) -> str:
-    parts = [os.getcwd(), repr(wanted), repr(resolved.skipped), version()]
+    parts = [os.getcwd(), repr(wanted), repr(resolved.skipped), __version__]
     parts += [f"{text.file.shown}\0{text.file.module}\0{text.facts.skipped}" for text in collected.texts.values()]
     return key_of(*parts, *(text.data for text in collected.texts.values()))
 
@@ -221,7 +221,7 @@ def _session(
     return Session(
         kind="scan",
         verdict=scan_verdict(findings),
-        tool={"name": "gradscope", "version": version()},
+        tool={"name": "gradscope", "version": __version__},
         environment={"python": platform.python_version(), "platform": platform.system().lower()},
         target={"name": " ".join(targets), "entry": ", ".join(wanted)},
         findings=findings,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from gradscope._version import version
+from gradscope._version import __version__
 from gradscope.errors import first_line
 from gradscope.findings import SEVERITIES, Finding, Source, matches
 from gradscope.flow import FlowGraph
@@ -44,7 +44,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
     session = Session(
         kind="trace",
         verdict=_verdict(proof, findings),
-        tool={"name": "gradscope", "version": version()},
+        tool={"name": "gradscope", "version": __version__},
         environment={
             "python": platform.python_version(),
             "torch": torch.__version__,

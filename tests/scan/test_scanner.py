@@ -150,10 +150,11 @@ def test_a_damaged_cache_is_put_aside(net: Path, tmp_path: Path, damage: bytes) 
     assert said(scan("net.py")) == before
 
 
-def test_a_wrong_value_in_the_cache_is_a_miss(net: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["'{\"half'", "'{}'", "replace(value, 'error', 'note')", "x'00ff'", "null"])
+def test_a_wrong_value_in_the_cache_is_a_miss(net: Path, tmp_path: Path, damaged: str) -> None:
     before = said(scan("net.py"))
     with sqlite3.connect(tmp_path / "cache" / "scan.sqlite") as database:
-        database.execute("update kept set value = '{\"half'")
+        assert database.execute(f"update entries set value = {damaged}").rowcount > 0
     database.close()
     assert said(scan("net.py")) == before
 

@@ -83,8 +83,9 @@ class Calls(Expressions):
             self.report(node, "GS402", name, value)
         if name == "detach":
             return Value(self.report(node, "GS201", "torch.detach()", value), "tensor")
-        if name in ("tensor", "from_numpy") and value.atoms:
-            if value.kind == "tensor":
+        if name in ("tensor", "from_numpy") and given:
+            value = given[0]  # the others say which dtype and device
+            if value.kind == "tensor" and value.atoms:
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
             return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "tensor")
         if name == "checkpoint" and _is_reentrant(node):

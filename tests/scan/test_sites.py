@@ -253,6 +253,9 @@ def test_what_only_looks_like_a_tensor_is_not_reported(findings: Callable[[str],
             array = np.asarray(table.data)
             first = array.item(), array.tolist(), table["a"].round(2), batch.data
             return {key: value for key, value in dict(first=first).items()}, path.data, path.item()
+
+        def capped(x: torch.Tensor):
+            return x.clamp(max=torch.tensor(6, dtype=dtype_of(x), device=torch.get_device(x)))
         """)
     assert findings(source) == []
 

@@ -34,6 +34,7 @@ RULES: dict[str, str] = {
     "GS204": "activation-requires-grad-off",
     "GS205": "sample-without-reparameterisation",
     "GS206": "collective-without-gradient",
+    "GS207": "derivative-without-graph",
     "GS301": "numpy-escape",
     "GS302": "python-scalar-escape",
     "GS303": "image-or-file-escape",

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+# Calls that give a derivative of what they take in (``torch.autograd``, forward mode).
+DERIVATIVES = frozenset({"grad", "_unpack_dual"})
 # Calls that leave the tensor world with numbers in hand.
 ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
 # Calls that make a tensor of numbers that Python holds.
-ENTRANCES = frozenset({"tensor", "as_tensor", "asarray", "full", "linspace", "logspace", "scalar_tensor"})
+ENTRANCES = frozenset("tensor new_tensor as_tensor asarray full linspace logspace scalar_tensor".split())
 CROSSINGS = ESCAPES | ENTRANCES
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
@@ -32,9 +34,10 @@ MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad", "_
 AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_", "to"})
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
-# What a further run can do without: the call gives back its input instead.
+# What a further run can do without: the call gives back its input instead (a derivative: has a history of its own).
 REPLACEABLE = {
     "detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0, "__deepcopy__": 0,
+    "grad": 0,
 }  # fmt: skip
 IN_PLACE = frozenset(
     "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "

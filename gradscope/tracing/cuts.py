@@ -20,6 +20,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("load_state_dict", "as_tensor", "asarray", "Tensor", "as_subclass"), "GS203"),
     **dict.fromkeys(("sample",), "GS205"),
     **dict.fromkeys(COLLECTIVES, "GS206"),
+    **dict.fromkeys(("grad",), "GS207"),
     **dict.fromkeys(("numpy", "__array__"), "GS301"),
     **dict.fromkeys(_SCALARS.split(), "GS302"),
     **dict.fromkeys(_INDICES.split(), "GS401"),

@@ -25,17 +25,23 @@ WHOLE = frozenset({"numpy", "__array__", "tolist"})
 READIES = frozenset({"detach", "cpu", "data", "float", "contiguous"})
 # Values leave torch, or come back as a leaf: the numbers go on, what they were made by does not.
 REPLACES_DATA = frozenset({"__set__"})
+# All sources, as a set of bits.
+EVERY = -1
 
 
 @dataclass(slots=True)
 class Walks:
-    """Per value: the sources whose data, derivative and gradient link reach it; and what reaches an output."""
+    """Per value: the sources whose data, derivative and gradient link reach it; and what reaches an output.
+
+    ``parted`` are the sources that lost a link anywhere.
+    """
 
     data: list[int]
     smooth: list[int]
     linked: list[int]
     live: set[int]
     live_smooth: set[int]
+    parted: int = 0
 
 
 def walk(recording: Recording, start: dict[str, int], bits: dict[str, int]) -> Walks:
@@ -110,13 +116,23 @@ def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
     data = union(walks.data, operation.inputs)
     smooth = 0 if is_flat(operation) else union(walks.smooth, operation.inputs)
     linked = union(walks.linked, operation.inputs)
-    for output in operation.outputs:
+    for number, output in enumerate(operation.outputs):
         value = recording.values[output]
-        walks.data[output] |= data
+        without = ~_irrelevant(operation, number, linked, walks) if operation.leads_to else EVERY
+        walks.data[output] |= data & without
         if value.differentiable:
-            walks.smooth[output] |= smooth
+            walks.smooth[output] |= smooth & without
         kept = linked_to(recording, operation, output)
-        walks.linked[output] |= linked if kept is operation.inputs else union(walks.linked, kept)
+        walks.linked[output] |= (linked if kept is operation.inputs else union(walks.linked, kept)) & without
+        walks.parted |= walks.smooth[output] & ~walks.linked[output]
+
+
+def _irrelevant(operation: Operation, number: int, linked: int, walks: Walks) -> int:
+    """Return the sources that a derivative does not depend on: linked to what it is of, and by autograd not to it.
+
+    Of a source that lost a link before, autograd does not know all that it does.
+    """
+    return linked & ~union(walks.linked, operation.leads_to[number]) & ~walks.parted
 
 
 def _writes_unseen(operation: Operation) -> bool:

@@ -175,13 +175,18 @@ class Provenance:
         if mate is not None and not self._escapes:
             return self._link("Parameter" if isinstance(tensor, nn.Parameter) else "shared memory", (mate,), tensor)
         if tensor.grad_fn is not None:
-            leaves = tuple(self._leaves[id(leaf)] for leaf in reached_leaves([tensor]) if id(leaf) in self._leaves)
+            leaves = self.leaves_behind(tensor)
             return self._link("opaque call", leaves, tensor) if leaves else self.remember(tensor).id
         if tensor.is_floating_point():
             if self._escapes:
                 return self.entered(tensor)
             self.strangers += 1
         return self.remember(tensor).id
+
+    def leaves_behind(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Return the values of the leaves that autograd links a tensor to."""
+        reached = reached_leaves(_layers(tensor))
+        return tuple(self._leaves[id(leaf)] for leaf in reached if id(leaf) in self._leaves)
 
     def entered(self, tensor: torch.Tensor) -> int:
         """Link a tensor made of Python's numbers to the calls that took numbers out of tensors before."""

@@ -20,6 +20,7 @@ from gradscope.tracing.autograd import tag
 from gradscope.tracing.calls import (
     AS_ANOTHER,
     CROSSINGS,
+    DERIVATIVES,
     ENTRANCES,
     ESCAPES,
     FILLS,
@@ -162,7 +163,11 @@ class Recorder(TorchFunctionMode):
             # An operator comes from below autograd, out of a script function: there it is too late.
             and not isinstance(func, torch._ops.OpOverload)
         ):
-            return instead_of(name, args)
+            if name != "grad":
+                given = instead_of(name, args)
+                self.provenance.value_of(given)  # known from here on, lest the module be taken as one operation
+                return given
+            kwargs = {**kwargs, "create_graph": True}
         in_place = writes(name, args, kwargs)
         for tensor in in_place:
             self._before_write(tensor)
@@ -178,6 +183,8 @@ class Recorder(TorchFunctionMode):
         finally:
             here.calls -= 1
         self._finish(pending, args[0] if name in WRITES_FIRST else result)
+        if name in DERIVATIVES and kwargs.get("create_graph", name != "grad"):
+            pending.leads_to = tuple(map(self.provenance.leaves_behind, tensors_in(result)))
         if in_place or name in CROSSINGS:
             self._note_crossing(pending, name, result, in_place)
         return result
@@ -311,7 +318,7 @@ class Recorder(TorchFunctionMode):
         provenance.place = place
         if name in AS_ANOTHER or name == "__deepcopy__":  # the memo of a deepcopy holds all copies made so far
             args, kwargs = args[:1], {}
-        elif name == "new_tensor":  # of the dtype and device of the first, and the numbers of the second
+        elif name in ("new_tensor", "new"):  # of the dtype and device of the first, and the numbers of the second
             args = args[1:]
         given = (*args, *kwargs.values()) if kwargs else args
         inputs = provenance.values_of(given)

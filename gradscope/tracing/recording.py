@@ -135,7 +135,9 @@ class Operation:
     """One torch call: what it took in, what it gave out, where, and under which regions.
 
     ``custom`` marks what autograd cannot look into either: an ``autograd.Function``, a scripted module.
-    ``chain`` holds the callers of those that may stop a gradient, outermost first.
+    ``chain`` holds the callers of those that may stop a gradient, outermost first. ``leads_to``, of a call that takes
+    a derivative, holds for each output the leaves that autograd links it to: a derivative does not depend on all
+    that it is taken of.
     """
 
     index: int
@@ -148,6 +150,7 @@ class Operation:
     custom: bool = False
     refusal: Refusal | None = None
     chain: tuple[str, ...] = ()
+    leads_to: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)

@@ -28,8 +28,8 @@ Made = TypeVar("Made")
 
 SAME_DTYPE = frozenset("linear matmul __matmul__ __rmatmul__ mm bmm mv dot addmm addmv baddbmm addbmm".split())
 ROOM = frozenset({"zeros", "ones", "empty", "full"})
-# What hands out the memory itself; a kernel that is given the null pointer of a fake tensor ends the process.
-MEMORY = frozenset({"data_ptr", "__cuda_array_interface__", "__dlpack__"})
+# What hands out the memory itself, or loops over it; the null pointer of a fake tensor ends the process there.
+MEMORY = frozenset({"data_ptr", "__cuda_array_interface__", "__dlpack__", "apply_", "map_", "map2_"})
 # What initialisers do to a weight. On a tensor without values there is nothing to do, and torch takes
 # milliseconds to find that out for each of them.
 INITIALISERS = frozenset(

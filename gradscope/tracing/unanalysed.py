@@ -28,6 +28,11 @@ class MixedDevices(NotAnalysedError):
     """An operation is given tensors of two devices, as it would be on the real ones."""
 
 
+def needs_numbers(error: BaseException) -> bool:
+    """Tell whether a run in structural mode failed because nothing was computed."""
+    return type(error).__name__ in NEEDS_NUMBERS
+
+
 def refuse_unanalysed(subject: Subject, recording: Recording) -> None:
     """Raise where a run failed for a reason that is not autograd's, or gave nothing to ask a gradient of."""
     error = recording.error
@@ -65,7 +70,7 @@ def _refusal(subject: Subject, error: BaseException) -> NotAnalysedError:
             hint="A real device would refuse it as well. Make the tensor where the others are (device=x.device), or "
             "register it as a buffer; --device cpu traces it as it is.",
         )
-    if type(error).__name__ in NEEDS_NUMBERS:
+    if needs_numbers(error):
         return CannotTell(
             f"{subject.name} needs computed numbers{where}, and structural mode computes none.",
             hint="Use --mode real.",

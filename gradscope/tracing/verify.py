@@ -16,6 +16,7 @@ from gradscope.tracing.diagnose import Diagnosis, diagnose
 from gradscope.tracing.recording import Site
 from gradscope.tracing.refused import crash_cuts, is_autograds
 from gradscope.tracing.runner import Pass, Run, Runner
+from gradscope.tracing.unanalysed import needs_numbers
 
 MOST_ROUNDS = 12
 
@@ -65,15 +66,16 @@ def _first(runner: Runner) -> tuple[Run, Diagnosis, str, int]:
     """Return the run to judge by: with every source requiring a gradient, or as the user runs it where that differs.
 
     A reentrant checkpoint gives no gradient unless one of its inputs requires one, and an input that is written in
-    place crashes only where it requires one: there, what nobody asked about may not be made to.
+    place, weighs a loss or stands for a number is refused only where it requires one: there, what nobody asked about
+    may not be made to.
     """
     first, runs = _run_back(runner, as_given=False)
     recording, diagnosis = first.recording, diagnose(first.recording)
     everything = first.asked >= set(recording.leaves)
-    if recording.error is not None and is_autograds(recording.error) and not everything:
+    if recording.error is not None and not everything and not needs_numbers(recording.error):
         given, more = _run_back(runner, as_given=True)
         said = f"Only what is asked about was made to require a gradient: with all of it, {first_line(recording.error)}"
-        if given.recording.error is None or not is_autograds(given.recording.error):
+        if given.recording.error is None or (is_autograds(recording.error) and not is_autograds(given.recording.error)):
             return given, diagnose(given.recording), said, runs + more
         runs += more
     elif not everything and recording.reentrant:

@@ -15,6 +15,7 @@ ADVICE = {
     "GS2": "Keep the graph: leave out {mechanism} on the path that is trained.",
     "GS205": "Use rsample(): it draws the same and lets the gradient through, where the distribution has it.",
     "GS206": "Use torch.distributed.nn.functional, whose collectives have a backward.",
+    "GS207": "Pass create_graph=True (or create_graph=self.training): then the derivative has a history of its own.",
     "GS3": "Keep the value a tensor on this path.",
     "GS4": "Put a differentiable surrogate in the place of {mechanism} (straight-through, softmax, Gumbel).",
     "GS404": "Look at the values here: saturated, masked, multiplied by zero? A layer that starts at zero does this in "
@@ -141,6 +142,8 @@ def _of_gradient(cut: Cut, place: str) -> str:
 def _of_call(cut: Cut, place: str) -> str:
     if cut.rule == "GS205" or cut.rule.startswith("GS1"):
         return f"{place} switches recording off inside torch: nothing of what it computes is recorded.{_also(cut)}"
+    if cut.rule == "GS207":
+        return f"{place} gives a derivative without a history: to autograd it is a constant.{_also(cut)}"
     if cut.flat:
         return f"{place} has no useful derivative: nothing that is unblocked can help."
     if cut.escape or cut.rule.startswith("GS3"):
@@ -168,4 +171,6 @@ def _advice(cut: Cut) -> str:
 
 def _called(mechanism: str) -> str:
     """Return the name that a user knows a call by: ``deepcopy`` for ``__deepcopy__``."""
+    if mechanism == "grad":
+        return "autograd.grad"
     return mechanism[2:-2] if mechanism.startswith("__") and mechanism.endswith("__") else mechanism

@@ -63,7 +63,23 @@ def gradient_behind_a_cut(x: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(y.sum(), y)[0]
 
 
+def weights_of_a_loss(x: torch.Tensor) -> torch.Tensor:
+    losses = F.binary_cross_entropy(x.sigmoid(), torch.ones(3, 4), weight=x.exp(), reduction="none")
+    return losses
+
+
+def resized(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).resize_(3, 4)
+
+
+def function_of_each_number(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).apply_(float)
+
+
 REFUSED = [
+    (weights_of_a_loss, "GS502", 1),
+    (resized, "GS603", 1),
+    (function_of_each_number, "GS301", 1),
     (numpy_of_a_grad_tensor, "GS301", 1),
     (into_out, "GS603", 1),
     (deep_copy, "GS203", 1),
@@ -222,6 +238,37 @@ def test_an_input_that_nobody_wants_a_gradient_for_may_be_written_into(mode: str
     assert any("Only what is asked about" in words for words in session.remarks)
     wanted = gradscope.trace(InPlaceOnInput(), x, mode=mode, wrt="input.0")
     assert wanted.verdict == "crashes"
+
+
+class Weighted(nn.Module):
+    """A loss weighed by what nobody trains: torch refuses a gradient for it."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.classes = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+        self.use = use
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y, labels = self.layer(x), torch.tensor([0, 1, 2])
+        if self.use == "number":
+            return y * torch.full((4,), self.scale)
+        return F.cross_entropy(y, labels, weight=weight if self.use == "input" else self.classes)
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("use", ["input", "frozen", "number"])
+def test_what_may_not_require_a_gradient_and_is_not_asked_for_does_not(use: str, mode: str) -> None:
+    model, x, weight = Weighted(use), given().detach(), torch.ones(4)
+    model(x, weight).sum().backward()
+    assert model.layer.weight.grad is not None
+    session = gradscope.trace(model, x, weight, mode=mode)
+    assert (session.verdict, session.findings) == ("flows", [])
+    assert {name for name, source in session.sources.items() if source.status == "flows"} == {
+        "layer.weight", "layer.bias"
+    }  # fmt: skip
+    assert any("Only what is asked about" in words for words in session.remarks)
 
 
 class Adapted(nn.Module):

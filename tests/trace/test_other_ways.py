@@ -248,7 +248,7 @@ CUTS = [
     (leaking_generator, "GS107", 2), (decorated_generator, "GS102", 1), (coroutine_block, "GS104", 2),
     (bound_without_gradient, "GS501", 1), (kernel, "GS503", 2), (exported, "GS201", 1), (shallow_copy, "GS203", 1),
     (variable, "GS201", 1), (loaded, "GS203", 2), (sparse_values, "GS503", 1), (sampled, "GS205", 1),
-    (gradient_without_graph, "GS503", 1), (script_function, "GS503", 1),
+    (gradient_without_graph, "GS207", 1), (script_function, "GS503", 1),
 ]  # fmt: skip
 LOOK_ALIKES = [
     started_under_no_grad, row_by_row, careful_generator, decorated_consumed_outside, decorated_coroutine,

@@ -13,6 +13,9 @@ from gradscope.tracing.cuts import RULE_OF_OPERATION, Cut, blamed, cut_at, cut_o
 from gradscope.tracing.propagation import Walks, is_flat, union, walk
 from gradscope.tracing.recording import Operation, Recording, Site
 
+# Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
+# derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
+_BY_DESIGN = frozenset({"_SpectralNorm._power_method", "SpectralNorm.__call__"})
 _ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ rsub".split())
 
 
@@ -54,7 +57,7 @@ def diagnose(recording: Recording) -> Diagnosis:
     walks = walk(recording, start, bits)
     statuses = _statuses(recording, walks, bits)
     wanted = {status: _bits_of(statuses, status, bits) for status in ("blocked", "flows", "nondifferentiable")}
-    losses = list(_frontier(recording, walks, wanted["blocked"]))
+    losses = [each for each in _frontier(recording, walks, wanted["blocked"]) if not _is_by_design(each[0])]
     cuts = _cuts(recording, losses, bits)
     _add_left(cuts, recording, walks, wanted["blocked"], bits)
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
@@ -207,7 +210,7 @@ def _add_partial(
             for value in operation.outputs:
                 makers[value] = operation
     for operation, lost in losses:
-        if _is_straight_through(operation, consumers, makers):
+        if _is_by_design(operation) or _is_straight_through(operation, consumers, makers):
             surrogates |= _named(lost, bits)
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
@@ -252,6 +255,10 @@ def _add_left_open(cuts: dict[Site, Cut], statuses: dict[str, str], recording: R
             if status in ("flows", "partial", "zero"):
                 statuses[name] = "blocked"
                 cut.sources.add(name)
+
+
+def _is_by_design(operation: Operation) -> bool:
+    return any(_BY_DESIGN.intersection((each.site.function, each.site.mechanism)) for each in operation.regions)
 
 
 def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], makers: dict[int, Operation]) -> bool:

@@ -20,6 +20,8 @@ from gradscope.findings import Excerpt
 from gradscope.tracing.recording import Place, Site
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+# Where torch calls modules and their hooks.
+MODULE_CALL = os.path.join("nn", "modules", "module.py")
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 STDLIB_FOLDER = sysconfig.get_path("stdlib") + os.sep
 # The fixers are code under test when they are traced, not part of the tracer.
@@ -177,11 +179,16 @@ def region_site(frame: FrameType, mechanism: str) -> Site:
 
 
 def _called(frame: FrameType | None, user: FrameType) -> str:
-    """Return the name of torch's function that ``user`` called and ``frame`` runs in; empty where they are the same."""
+    """Return the name of torch's function that ``user`` called and ``frame`` runs in; empty where they are the same.
+
+    The call of a module only passes on: what counts is the hook that it runs (``SpectralNorm.__call__``).
+    """
     name = ""
     while frame is not None and frame is not user:
-        if frame.f_code.co_filename.startswith(TORCH_FOLDER) and "_contextlib" not in frame.f_code.co_filename:
+        path = frame.f_code.co_filename
+        if path.startswith(TORCH_FOLDER) and not path.endswith(("_contextlib.py", MODULE_CALL)):
             name = frame.f_code.co_name
+            name = function_name(frame) if name.startswith("__") else name
         frame = frame.f_back
     return name
 

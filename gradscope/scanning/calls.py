@@ -32,7 +32,7 @@ class Calls(Expressions):
         if root == "super()" or (dotted and not is_local):
             self._note_call(dotted, node)
         if root in ("torch", "torchvision") and not is_local:
-            return self._torch_call(node, dotted.rpartition(".")[2], given)
+            return self._torch_call(node, dotted, given)
         if isinstance(node.func, ast.Attribute) and root != "super()":
             if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
                 self._note_call(dotted, node)
@@ -72,7 +72,8 @@ class Calls(Expressions):
         is_module = known == "module" or (not known and self.klass is not None and name not in self.klass.methods)
         return Value(atoms, "tensor" if is_module else "unknown")
 
-    def _torch_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
+    def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
+        name = dotted.rpartition(".")[2]
         value = joined(given)
         if name in torch_ops.SHAPE_ONLY:
             return Value(NOTHING, "tensor")
@@ -88,6 +89,8 @@ class Calls(Expressions):
             if value.kind == "tensor" and value.atoms:
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
             return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "tensor")
+        if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
+            return Value(self.report(node, "GS207", f"{name} without create_graph", value), "tensor")
         if name == "checkpoint" and _is_reentrant(node):
             self.report(node, "GS604", "reentrant checkpoint", value)
         return Value(value.atoms, "tensor")
@@ -212,6 +215,13 @@ FROZEN = "frozen, and frozen is not blocked"
 def _switches_off(node: ast.Call) -> bool:
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
     return len(given) == 1 and getattr(given[0], "value", None) is False
+
+
+def _keeps_graph(node: ast.Call) -> bool:
+    """Tell whether a derivative is, or may be, taken with a graph of its own."""
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    said = given.get("create_graph")
+    return getattr(said, "value", None) is not False if said else None in given or len(node.args) > 4
 
 
 def _is_reentrant(node: ast.Call) -> bool:

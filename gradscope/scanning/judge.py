@@ -19,7 +19,7 @@ from gradscope.scanning.reach import FORWARDS, Chain, Entry, Reach
 
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
-FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS301"})
+FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
 
 GENERATORS = frozenset({"generate", "generate_stream", "sample"})
 

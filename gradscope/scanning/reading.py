@@ -29,11 +29,11 @@ RENAMED = re.compile(
 # Every alternative starts with a dot, so that the search may leap from dot to dot.
 TENSOR_OPS = re.compile(
     r"\.(?:detach_?\(|data\b|item\(|tolist\(|numpy\(|requires_grad(?:_\((?:requires_grad=)?| = )False|sample\(|"
-    r"(?:new_)?tensor\(|from_numpy\(|argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|"
+    r"(?:new_)?tensor\(|from_numpy\(|grad\(|jacobian\(|hessian\(|vjp\(|jvp\(|vhp\(|hvp\(|argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|"
     r"Function\b|(?:to|type)\((?:dtype=)?torch\.(?:u?int|long|bool|short)|(?<=\)\.)float\(\))"
 )
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
-BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (="}
+BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (=", "grad(": " (="}
 # These begin with a line break, not with ``^``: a literal lets the search leap from line to line.
 HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:")
 # A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.

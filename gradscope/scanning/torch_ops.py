@@ -24,6 +24,13 @@ SHAPE_ONLY = frozenset(
     "randn_like new_zeros new_ones new_empty new_full tril_indices triu_indices meshgrid is_tensor get_device "
     "manual_seed Generator device finfo iinfo".split()
 )
+# Derivatives, which are constants to autograd unless create_graph says otherwise.
+DERIVATIVES = frozenset(
+    [
+        "torch.autograd.grad",
+        *(f"torch.autograd.functional.{name}" for name in "jacobian hessian vjp jvp vhp hvp".split()),
+    ]
+)
 # Methods and attributes that answer with plain Python.
 PLAIN_METHODS = frozenset(
     "size dim numel stride ndimension element_size nelement is_contiguous is_floating_point is_complex data_ptr "

@@ -226,6 +226,14 @@ OPERATIONS = {
     "detach": ("return self.layer(x).detach()", "GS201", "warning"),
     "data": ("y = self.layer(x)\nreturn y.data", "GS202", "warning"),
     "rewrapped": ("y = self.layer(x)\nreturn torch.tensor(y)", "GS203", "warning"),
+    "force": ("e = self.layer(x).sum()\nreturn torch.autograd.grad(e, x)[0]", "GS207", "warning"),
+    "force, said so": (
+        "e = self.layer(x).sum()\nreturn torch.autograd.grad(e, x, create_graph=False)[0]",
+        "GS207",
+        "warning",
+    ),
+    "jacobian": ("return torch.autograd.functional.jacobian(self.layer, x)", "GS207", "warning"),
+    "saliency": ("y = self.layer(x)\nself.log('s', torch.autograd.grad(y.sum(), x)[0])\nreturn y", "GS207", "note"),
     "numpy": ("y = self.layer(x)\nreturn torch.from_numpy(y.numpy())", "GS301", "warning"),
     "detach for the log": ("y = self.layer(x)\nself.log('m', y.detach())\nreturn y", "GS201", "note"),
     "straight through": ("q = self.layer(x)\nreturn x + (q - x).detach()", "GS201", "note"),
@@ -241,6 +249,18 @@ def test_operations_on_tensors(case: str, findings: Callable[[str], list[Finding
     found = {each.rule: each.severity for each in findings(method(body))}
     assert found[rule] == severity
     assert [level for level in found.values() if level == "error"] == []
+
+
+@pytest.mark.parametrize("kept", ["create_graph=True", "create_graph=self.training", "**options"])
+def test_a_derivative_with_a_graph_is_not_reported(kept: str, findings: Callable[[str], list[Finding]]) -> None:
+    body = f"e = self.layer(x).sum()\nreturn torch.autograd.grad(e, x, {kept})[0]"
+    assert findings(method(body, head=HEAD + "options = dict(create_graph=True)\n\n")) == []
+
+
+def test_a_derivative_imported_by_its_name(findings: Callable[[str], list[Finding]]) -> None:
+    body = "e = self.layer(x).sum()\nforces = grad(e, x)\nreturn forces[0]"
+    (found,) = findings(method(body, head=HEAD + "from torch.autograd import grad\n\n"))
+    assert (found.rule, found.source) == ("GS207", "forces = grad(e, x)")
 
 
 def test_what_only_looks_like_a_tensor_is_not_reported(findings: Callable[[str], list[Finding]]) -> None:

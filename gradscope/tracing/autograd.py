@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gradscope.tracing.recording import Refusal, Write
+from gradscope.tracing.recording import Part, Refusal, Write
 
 TAG = "gradscope.operation"
 # The names of torch's own stand-ins for a derivative that nobody wrote (torch/csrc/autograd/functions/basic_ops.h,
@@ -149,10 +149,17 @@ def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
             continue
         for tensor in saved if isinstance(saved, tuple) else (saved,):
             for write in writes:
-                if write.unseen and isinstance(tensor, torch.Tensor) and memory_of(tensor) == write.memory:
+                if write.unseen and isinstance(tensor, torch.Tensor) and _reaches(write, tensor):
                     words = f"it changes a value that {node.name()} saved, where autograd does not look."
                     return Refusal("GS603", words, silent=True, write=write.operation)
     return None
+
+
+def _reaches(write: Write, tensor: torch.Tensor) -> bool:
+    """Tell whether a write changed elements that a tensor shows: torchdiffeq writes one slice after another."""
+    if memory_of(tensor) != write.memory:
+        return False
+    return write.part is None or _overlap(write.part, _part_of(tensor))
 
 
 @functools.cache
@@ -184,4 +191,47 @@ def memory_of(tensor: torch.Tensor) -> int:
         return 0
 
 
+def part_written(name: str, args: tuple[Any, ...]) -> Part | None:
+    """Return which elements a write reaches, of the memory that its first argument lies in."""
+    target = args[0]
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        if name == "__setitem__":
+            taken = target[args[1]]
+            target = taken if memory_of(taken) == memory_of(target) else target  # else a copy of scattered elements
+        return None if target.is_nested or target.layout != torch.strided else _part_of(target)
+
+
+def _part_of(tensor: torch.Tensor) -> Part:
+    return Part(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.element_size())
+
+
+def _overlap(first: Part, second: Part) -> bool:
+    """Tell whether two parts of one memory have elements in common, by marking those of the first."""
+    spans = _span(first), _span(second)
+    low, high = min(start for start, _ in spans), max(stop for _, stop in spans)
+    if max(start for start, _ in spans) >= min(stop for _, stop in spans):
+        return False
+    if first.width != second.width or high - low > MOST_MARKED:
+        return True
+    with torch._C.DisableTorchFunction():
+        marks = torch.zeros(high - low, dtype=torch.bool)
+        _shown(marks, first, low).fill_(True)
+        return bool(_shown(marks, second, low).any())
+
+
+def _span(part: Part) -> tuple[int, int]:
+    """Return the first element and the one after the last."""
+    if 0 in part.sizes:
+        return part.offset, part.offset
+    steps = zip(part.sizes, part.strides, strict=True)
+    return part.offset, part.offset + 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def _shown(marks: torch.Tensor, part: Part, low: int) -> torch.Tensor:
+    sizes = [size if stride else 1 for size, stride in zip(part.sizes, part.strides, strict=True)]
+    return marks.as_strided(sizes, part.strides, part.offset - low)
+
+
+# From so many elements on (a byte each), two parts whose spans meet are taken to overlap.
+MOST_MARKED = 1 << 26
 _USUAL = frozenset({torch.Tensor, torch.nn.Parameter})

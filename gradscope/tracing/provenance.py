@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import memory_of, reached_leaves, tag
-from gradscope.tracing.recording import Operation, Place, Recording, Value, Write, form_in_words
+from gradscope.tracing.recording import Operation, Part, Place, Recording, Value, Write, form_in_words
 
 # Results nest rarely deeper; a cycle of objects ends here too.
 DEEPEST = 6
@@ -129,14 +129,16 @@ class Provenance:
 
     # --- writing in place -----------------------------------------------------------------------
 
-    def wrote(self, tensor: torch.Tensor, operation: Operation, *, unseen: bool) -> None:
+    def wrote(
+        self, tensor: torch.Tensor, operation: Operation, part: Part | None = None, *, unseen: bool = False
+    ) -> None:
         """Note that a tensor was changed in place: what shares its memory holds something else now.
 
-        ``unseen``: through ``.data``, so that the version counter of the original did not move.
+        ``unseen``: through ``.data``, so that the version counter of the original did not move; ``part`` of it.
         """
         storage = memory_of(tensor)
         if storage:
-            self._recording.writes.append(Write(storage, operation.index, unseen))
+            self._recording.writes.append(Write(storage, operation.index, unseen, part))
             self._written[storage] = (self.value_of(tensor), operation)
             if unseen:
                 self._written_unseen.add(storage)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.tracing.autograd import tag
+from gradscope.tracing.autograd import part_written, tag
 from gradscope.tracing.calls import (
     AS_ANOTHER,
     CROSSINGS,
@@ -186,7 +186,7 @@ class Recorder(TorchFunctionMode):
         if name in DERIVATIVES and kwargs.get("create_graph", name != "grad"):
             pending.leads_to = tuple(map(self.provenance.leaves_behind, tensors_in(result)))
         if in_place or name in CROSSINGS:
-            self._note_crossing(pending, name, result, in_place)
+            self._note_crossing(pending, args, result, in_place)
         return result
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -249,8 +249,7 @@ class Recorder(TorchFunctionMode):
             result = call(*args)
         finally:
             self._here.functions -= 1
-        inside = self.recording.operations[pending.index :]
-        del self.recording.operations[pending.index :]
+        inside = self.recording.take_out(pending.index)
         taken = {value for operation in inside for value in operation.inputs if value < before}
         made = {value for operation in inside for value in operation.outputs}
         pending.inputs = tuple(dict.fromkeys((*pending.inputs, *sorted(taken - made))))
@@ -343,8 +342,9 @@ class Recorder(TorchFunctionMode):
             for tensor in made:
                 tag(tensor, pending.index, since)
 
-    def _note_crossing(self, pending: Operation, name: str, result: Any, written: list[torch.Tensor]) -> None:
+    def _note_crossing(self, pending: Operation, args: tuple[Any, ...], result: Any, written: list[Any]) -> None:
         """Note what the call means for other tensors: numbers that left for Python, came back, or were overwritten."""
+        name = pending.name
         if name in ESCAPES:
             self.provenance.escaped(pending, result)
         elif self.provenance.has_escapes and name in ENTRANCES and not pending.inputs:
@@ -355,7 +355,7 @@ class Recorder(TorchFunctionMode):
             by_data = self._maker_of(pending) == "data"
             if by_data:  # x.data.copy_(...): the numbers go into x, whose version counter does not move
                 pending.name = f"data.{name}"
-            self.provenance.wrote(tensor, pending, unseen=by_data)
+            self.provenance.wrote(tensor, pending, part_written(name, args) if by_data else None, unseen=by_data)
 
     def _maker_of(self, pending: Operation) -> str:
         """Return the call that gave out the first input, if it was the one before."""

@@ -7,7 +7,7 @@ a number, its shape and dtype, and whether autograd connected it to anything.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any, Literal, TypeAlias
 
@@ -94,12 +94,26 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Which elements of a memory a tensor shows: its sizes, strides and offset, and the bytes of an element."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class Write:
-    """One in-place change: by which operation, of which memory; ``unseen`` if no version counter moved."""
+    """One in-place change: by which operation, of which memory; ``unseen`` if no version counter moved.
+
+    ``part`` says which elements an unseen one reaches; None: perhaps all.
+    """
 
     memory: int
     operation: int
     unseen: bool
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +193,19 @@ class Recording:
     error: BaseException | None = None
     pending: Operation | None = None
     unseen: list[str] = field(default_factory=list)
+
+    def take_out(self, since: int) -> list[Operation]:
+        """Take out the operations from ``since`` on, which ran inside one that comes in their place, and return them.
+
+        What they wrote is then written by that one.
+        """
+        inside = self.operations[since:]
+        del self.operations[since:]
+        for number in range(len(self.writes) - 1, -1, -1):
+            if self.writes[number].operation < since:
+                break
+            self.writes[number] = replace(self.writes[number], operation=since)
+        return inside
 
     def later_writes(self) -> dict[int, list[Write]]:
         """Return, by operation, the writes that came after it into memory that it took in or gave out."""

@@ -293,6 +293,45 @@ def registered_op(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.gradscope_tests.thrice(x)
 
 
+class WrittenUnchecked(torch.autograd.Function):
+    """Write past the version counter into one slice, as torchdiffeq's Runge-Kutta solvers do."""
+
+    @staticmethod
+    def forward(ctx: Any, room: torch.Tensor, value: torch.Tensor, index: Any) -> torch.Tensor:
+        ctx.index = index
+        room.data[index] = value
+        return room
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return grad, grad[ctx.index], None
+
+
+def slice_by_slice(x: torch.Tensor) -> torch.Tensor:
+    room = WrittenUnchecked.apply(torch.zeros(3, 4, 2), x, (..., 0))
+    half = room[..., :1] * x[..., None]  # saved for backward: the first slice only
+    room = WrittenUnchecked.apply(room, half[..., 0], (..., 1))
+    return room.sum(-1)
+
+
+def slice_over_slice(x: torch.Tensor) -> torch.Tensor:
+    room = WrittenUnchecked.apply(torch.zeros(3, 4, 2), x, (..., 0))
+    half = room[..., :1] * x[..., None]
+    room = WrittenUnchecked.apply(room, half[..., 0], (..., 0))
+    return room.sum(-1) * 2
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+def test_a_write_behind_autograds_back_counts_where_it_reaches_what_was_saved(mode: str) -> None:
+    assert traced(slice_by_slice, mode).verdict == "flows"
+    assert named(traced(slice_over_slice, mode), slice_over_slice) == [("warning", "GS603", 3)]
+
+
+def test_finite_differences_agree_on_which_write_does_harm() -> None:
+    assert traced(slice_by_slice, "auto", numeric=True).verdict == "flows"
+    assert traced(slice_over_slice, "auto", numeric=True).sources["first.weight"].status == "wrong"
+
+
 def changed_before_use(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y.add_(1)

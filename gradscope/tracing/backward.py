@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +29,15 @@ class Backward:
     """What a backward pass gave: per source its gradient (None: none arrived), or the error that it raised.
 
     Without numbers (fake tensors) a gradient that arrives is one of norm 0 that says nothing: ``measured`` is False.
+    ``nested`` are the sources that no graph showed: a custom function goes backward through a graph of its own
+    (reversible blocks, checkpoints of other libraries).
     """
 
     gradients: dict[str, Gradient | None] = field(default_factory=dict)
     error: Exception | None = None
     losses: list[Loss] = field(default_factory=list)
     measured: bool = True
+    nested: frozenset[str] = frozenset()
 
     @property
     def troubled(self) -> bool:
@@ -45,31 +48,39 @@ class Backward:
 def run_backward(
     sinks: list[torch.Tensor],
     graph: AutogradGraph,
-    sources: Mapping[str, torch.Tensor],
+    named: Mapping[str, torch.Tensor],
+    asked: Container[str],
     *,
     watched: bool,
     measured: bool,
 ) -> Backward:
-    """Run backward from the sinks to the sources, and measure the gradient of each that the graph reaches.
+    """Run backward from the sinks to the sources asked about, and measure the gradient of each that it reaches.
 
     Each gradient is dropped as soon as it is measured. Where ``watched``, every node is looked at too, which tells
-    where a gradient was lost. Only what leads to a source is run.
+    where a gradient was lost. Only what leads to a source is run; all of it where a custom function may reach others.
     """
     result = Backward(measured=measured)
     leaves = {id(leaf) for leaf in graph.leaves}
-    reached = {name: tensor for name, tensor in sources.items() if id(tensor) in leaves}
+    reached = {name: tensor for name, tensor in named.items() if name in asked and id(tensor) in leaves}
+    hidden = {name: tensor for name, tensor in named.items() if name in asked and id(tensor) not in leaves
+              and graph.custom}  # fmt: skip
     starts = [sink for sink in sinks if sink.grad_fn is not None]
-    if not starts or not reached:
+    if not starts or not (reached or hidden):
         return result
     watch = _Watch(graph, measured) if watched else None
     wanted = list({id(tensor): tensor for tensor in reached.values()}.values())
-    with _put_aside(graph.leaves), _hooked(watch):
-        collected = _collect(graph.leaves, measured)
+    around = [tensor for tensor in named.values() if tensor.requires_grad] if graph.custom else []
+    touched = list({id(tensor): tensor for tensor in (*graph.leaves, *around)}.values())
+    with _put_aside(touched), _hooked(watch):
+        collected = _collect(touched, measured)
         try:
-            torch.autograd.backward(starts, [_weight(sink) for sink in starts], inputs=wanted)
+            torch.autograd.backward(starts, [_weight(sink) for sink in starts], inputs=None if hidden else wanted)
         except Exception as error:  # the target's own (a custom backward), or autograd's refusal
             result.error = error
         result.gradients = {name: collected.get(id(tensor)) for name, tensor in reached.items()}
+        found = {name: collected[id(tensor)] for name, tensor in hidden.items() if id(tensor) in collected}
+        result.gradients.update(found)
+        result.nested = frozenset(found)
     if watch is not None:
         result.losses = watch.losses(reached, result)
     return result

@@ -35,6 +35,10 @@ RULE_OF_REGION = {
     ("no_grad", "block"): "GS104",
 }
 
+# A custom function that autograd links to something else.
+NOT_GIVEN = "it uses tensors that apply() was not given one by one (of a module, in a list): they get no gradient."
+GIVE_IT = "Pass each of them to {mechanism}.apply as an argument of its own, and return a gradient for it."
+
 
 @dataclass(slots=True)
 class Cut:
@@ -45,7 +49,7 @@ class Cut:
     ``zero``, ``nonfinite`` and ``wrong`` are the sources whose gradient arrives and is that; ``words`` says more,
     ``error`` is what the exception says, and ``raises`` that the backward pass ends here with it. By finite
     differences: ``stepped`` sources matter in steps only, ``benign`` ones miss nothing by this cut, and ``certain``
-    says that ``wrong`` was shown.
+    says that ``wrong`` was shown. ``advice`` is better than what the rule advises in general.
     """
 
     site: Site
@@ -66,6 +70,7 @@ class Cut:
     stepped: set[str] = field(default_factory=set)
     benign: set[str] = field(default_factory=set)
     certain: bool = False
+    advice: str = ""
 
     @property
     def touched(self) -> set[str]:
@@ -79,7 +84,7 @@ def blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
         cut = _cut_of_refusal(cuts, recording, operation, operation.refusal)
         return [cut] if cut is not None else []
     if not operation.regions:
-        return [cut_at(cuts, recording, operation)] if operation.place is not None else []
+        return [_cut_of_call(cuts, recording, operation)] if operation.place is not None else []
     found: list[Cut] = []
     outer: Site | None = None
     for region in operation.regions:
@@ -87,6 +92,13 @@ def blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
         found.append(cuts.setdefault(region.site, Cut(region.site, rule, chain=region.chain, outer=outer)))
         outer = region.site
     return found
+
+
+def _cut_of_call(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
+    cut = cut_at(cuts, recording, operation)
+    if operation.given is not None and any(recording.values[value].connected for value in operation.outputs):
+        cut.words, cut.advice = NOT_GIVEN, GIVE_IT
+    return cut
 
 
 def _cut_of_refusal(cuts: dict[Site, Cut], recording: Recording, operation: Operation, refusal: Refusal) -> Cut | None:

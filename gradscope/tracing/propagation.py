@@ -104,7 +104,9 @@ def linked_to(recording: Recording, operation: Operation, output: int) -> tuple[
     if not value.connected or (operation.refusal and not operation.refusal.silent):
         return ()
     # Written in place where autograd does not look: only what was there before stays linked.
-    return operation.inputs[:1] if value.leaf or _writes_unseen(operation) else operation.inputs
+    if value.leaf or _writes_unseen(operation):
+        return operation.inputs[:1]
+    return operation.inputs if operation.given is None else operation.inputs[: operation.given]
 
 
 def is_flat(operation: Operation) -> bool:

@@ -230,8 +230,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Record one ``autograd.Function.apply`` as a single operation.
 
-        What ran inside is the function's own business: its gradient is its backward. What it took in
-        from outside without being given it (the parameters under a reentrant checkpoint) is an input.
+        What ran inside is the function's own business: its gradient is its backward. What it took in from outside
+        without being given it (the parameters of a reversible block), or in a list, is an input that is not linked.
         """
         place = user_place(sys._getframe(2))
         if name == "CheckpointFunction":
@@ -242,7 +242,8 @@ class Recorder(TorchFunctionMode):
             place = self._place_of_module_hook() or place
         with torch._C.DisableTorchFunction():
             pending = self._begin(name, args, {}, place)
-        pending.custom = True
+            given = dict.fromkeys(self.provenance.value_of(each) for each in args if isinstance(each, torch.Tensor))
+        pending.custom, pending.given = True, len(given)
         before = len(self.recording.values)
         self._here.functions += 1
         try:
@@ -252,7 +253,7 @@ class Recorder(TorchFunctionMode):
         inside = self.recording.take_out(pending.index)
         taken = {value for operation in inside for value in operation.inputs if value < before}
         made = {value for operation in inside for value in operation.outputs}
-        pending.inputs = tuple(dict.fromkeys((*pending.inputs, *sorted(taken - made))))
+        pending.inputs = tuple(dict.fromkeys((*given, *pending.inputs, *sorted(taken - made))))
         with torch._C.DisableTorchFunction():
             self._finish(pending, result)
         pending.chain = call_chain(sys._getframe(2))

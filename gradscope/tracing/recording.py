@@ -149,9 +149,10 @@ class Operation:
     """One torch call: what it took in, what it gave out, where, and under which regions.
 
     ``custom`` marks what autograd cannot look into either: an ``autograd.Function``, a scripted module.
-    ``chain`` holds the callers of those that may stop a gradient, outermost first. ``leads_to``, of a call that takes
-    a derivative, holds for each output the leaves that autograd links it to: a derivative does not depend on all
-    that it is taken of.
+    ``given`` counts the inputs that a custom function was given as arguments, which come first: to these alone
+    autograd links it. ``chain`` holds the callers of those that may stop a gradient, outermost first. ``leads_to``, of a
+    call that takes a derivative, holds for each output the leaves that autograd links it to: a derivative does not
+    depend on all that it is taken of.
     """
 
     index: int
@@ -165,6 +166,7 @@ class Operation:
     refusal: Refusal | None = None
     chain: tuple[str, ...] = ()
     leads_to: tuple[tuple[int, ...], ...] = ()
+    given: int | None = None
 
 
 @dataclass(slots=True)
@@ -206,6 +208,14 @@ class Recording:
                 break
             self.writes[number] = replace(self.writes[number], operation=since)
         return inside
+
+    def link_nested(self, sources: frozenset[str]) -> None:
+        """Take in the sources that a custom function gave a gradient to without having been given them."""
+        self.reached |= sources
+        numbers = {self.leaves[name] for name in sources}
+        for operation in self.operations if numbers else ():
+            if operation.given is not None and numbers.intersection(operation.inputs[operation.given :]):
+                operation.given = None
 
     def later_writes(self) -> dict[int, list[Write]]:
         """Return, by operation, the writes that came after it into memory that it took in or gave out."""

@@ -185,8 +185,7 @@ class Runner:
         )
         self._note_refusals(recording, graph)
         if backward != "none":
-            asked = {name: tensor for name, tensor in named.items() if name in run.asked}
-            self._go_back(run, sinks, graph, asked, watched=backward == "watched")
+            self._go_back(run, sinks, graph, named, watched=backward == "watched")
 
     def _note_refusals(self, recording: Recording, graph: AutogradGraph) -> None:
         """Write the graph's refusals on their operations; raise where only a kernel, which did not run, could tell."""
@@ -205,7 +204,7 @@ class Runner:
         run: Run,
         sinks: list[torch.Tensor],
         graph: AutogradGraph,
-        asked: dict[str, torch.Tensor],
+        named: dict[str, torch.Tensor],
         *,
         watched: bool,
     ) -> None:
@@ -216,6 +215,7 @@ class Runner:
         if not measured and not graph.custom:
             return
         if not measured and self.workshop.device.type != "cpu":
+            _refuse_hidden(run)
             run.recording.unseen.append("What custom backward functions give is seen only by computing (--mode real).")
             return
         if measured and not all(bool(sink.isfinite().all()) for sink in sinks):
@@ -223,8 +223,9 @@ class Runner:
                 "The outputs are not finite with these inputs: what gradients are worth is unknown."
             )
             return
-        result = run_backward(sinks, graph, asked, watched=watched, measured=measured)
+        result = run_backward(sinks, graph, named, run.asked, watched=watched, measured=measured)
         if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
+            _refuse_hidden(run)
             run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")
             return
         if result.error is not None and _is_of_the_machine(result.error):
@@ -233,8 +234,22 @@ class Runner:
             return
         run.gradients, run.measured, run.troubled = result.gradients, measured, result.troubled
         run.recording.losses = result.losses
+        run.recording.link_nested(result.nested)
         if result.error is not None:
             run.recording.backward_error = f"{type(result.error).__name__}: {result.error}"
+
+
+def _refuse_hidden(run: Run) -> None:
+    """Raise where only a backward pass that cannot be run tells: a custom function uses what it was not given."""
+    recording = run.recording
+    sources = {number for name, number in recording.leaves.items() if name in run.asked - recording.reached}
+    for operation in recording.operations:
+        if operation.given is not None and sources.intersection(operation.inputs[operation.given :]):
+            raise CannotTell(
+                f"{operation.name} uses parameters that it is not given: only its backward pass, run with numbers, "
+                "shows whether they get a gradient.",
+                hint="Use --mode real.",
+            )
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -165,7 +165,7 @@ def _advice(cut: Cut) -> str:
     site = cut.site
     if site.how == "decorator":
         return f"Call the undecorated function: {site.function}.__wrapped__(self, ...), or the modules inside it."
-    advice = ADVICE.get(cut.rule) or ADVICE.get("GS4" if cut.flat or cut.stepped else cut.rule[:3], "")
+    advice = cut.advice or ADVICE.get(cut.rule) or ADVICE.get("GS4" if cut.flat or cut.stepped else cut.rule[:3], "")
     return advice.format(mechanism=_called(site.mechanism))
 
 

@@ -19,7 +19,7 @@ from torch import distributed, nn
 from two import Between, Straight, Two, arriving, given, named, traced
 
 import gradscope
-from gradscope.errors import UsageError
+from gradscope.errors import NotAnalysedError, UsageError
 
 # --- threads -------------------------------------------------------------------------------------------
 
@@ -458,3 +458,81 @@ def test_the_callers_of_a_cut_are_told() -> None:
     (finding,) = traced(outer).findings
     names = [name.rpartition(".")[2] for name in finding.chain]
     assert names[-3:] == ["forward", "outer", "inner"]
+
+
+# --- custom functions that use what they are not given -------------------------------------------------
+
+
+class Reversible(torch.autograd.Function):
+    """Run blocks that it is not given the parameters of, and go backward through a graph of its own (RevNet)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+        ctx.block, ctx.x = block, x.detach()
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            torch.autograd.backward(ctx.block(x), grad)
+        return x.grad, None
+
+
+class Forgetful(Reversible):
+    """Give the input its gradient and the parameters none, as an adjoint solver that was not told of them."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            return torch.autograd.grad(ctx.block(x), x, grad)[0], None
+
+
+class OfAList(torch.autograd.Function):
+    """Take a list, in which autograd looks for no tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+        return x + others[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class Held(nn.Module):
+    """A layer, then a block whose parameters a custom function uses without being given them."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.first, self.block, self.function = nn.Linear(4, 4), nn.Linear(4, 4), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = [self.block.weight] if self.function is OfAList else self.block
+        return self.function.apply(self.first(x), given)
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+@pytest.mark.parametrize("function", [Reversible, Forgetful, OfAList])
+def test_what_a_custom_function_is_not_given_is_judged_by_its_backward(
+    function: type[torch.autograd.Function], mode: str
+) -> None:
+    model, x = Held(function), torch.ones(4, 4)
+    model(x).sum().backward()
+    truth = {name: parameter.grad is not None for name, parameter in model.named_parameters()}
+    assert truth["first.weight"] and truth["block.weight"] is (function is Reversible)
+    model.zero_grad()
+
+    session = gradscope.trace(model, x, mode=mode)
+    used = [name for name in truth if function is not OfAList or name != "block.bias"]
+    assert {name: session.sources[name].status == "flows" for name in used} == {name: truth[name] for name in used}
+    assert [each.rule for each in session.findings] == ([] if function is Reversible else ["GS501"])
+    assert session.verdict == ("flows" if function is Reversible else "blocked")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_backward_of_its_own_needs_numbers_on_a_device_that_is_not_there() -> None:
+    with pytest.raises(NotAnalysedError, match="not given"):
+        gradscope.trace(Held(Reversible), torch.ones(4, 4), mode="structural", device="cuda")

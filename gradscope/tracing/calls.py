@@ -81,9 +81,9 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     if not kwargs and not _may_write(name):
         return written
     if is_in_place(name) or kwargs.get("inplace") is True:
-        written = list(args[:1])
+        written = _flattened(args if name.startswith("_fused_") else args[:1])
     elif name in COLLECTIVES:
-        written = list(args[0]) if isinstance(args[0], list) else list(args[:1])
+        written = _flattened(args[:1])
     elif name in _STATISTICS and _takes_statistics(name, args, kwargs):  # running mean and variance
         written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
@@ -93,6 +93,21 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     if "out" in kwargs:
         written += kwargs["out"] if isinstance(kwargs["out"], (tuple, list)) else [kwargs["out"]]
     return [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
+
+
+def _flattened(args: tuple[Any, ...]) -> list[Any]:
+    """Return what is in the lists among arguments, and the others: an optimizer changes all parameters in one call."""
+    return [item for each in args for item in (each if isinstance(each, (list, tuple)) else [each])]
+
+
+def made_by(name: str, args: tuple[Any, ...], result: Any) -> Any:
+    """Return what a call gives out: the first argument where it returns nothing.
+
+    Of an optimizer's step over lists of tensors that is nothing: each of them depends on its own arguments only.
+    """
+    if name in WRITES_FIRST:
+        return args[0]
+    return None if name.startswith("_foreach_") and is_in_place(name) else result
 
 
 def operation_name(func: Any) -> str | None:

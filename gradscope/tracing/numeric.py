@@ -25,7 +25,7 @@ from gradscope.tracing.frames import source_site, user_place
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.provenance import results_in
 from gradscope.tracing.recording import Region, Site
-from gradscope.tracing.restoring import kept, untouched_state
+from gradscope.tracing.restoring import kept, loose_tensors, untouched_state
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.workshops import RealWorkshop
 
@@ -163,18 +163,22 @@ class _Function:
                 for output in outputs
             ]
             value = self._number(outputs)
+            self._forget_gradients()  # the forward pass may go backward itself
             try:
                 if value.requires_grad:
                     value.backward()
             except Exception as error:
                 raise CannotCheck(f"Backward raises: {type(error).__name__}: {error}") from error
-        found = {name: tensor.grad for name, tensor in self.sources.items() if tensor.grad is not None}
-        for tensor in self.sources.values():
-            tensor.grad = None
+            found = {name: tensor.grad for name, tensor in self.sources.items() if tensor.grad is not None}
+        self._forget_gradients()
         self.noise = 1e-14 * sum(
             float((weight * output.detach()).abs().sum()) for weight, output in zip(self._weights, outputs, strict=True)
         )
         return {name: grad.to_dense() if grad.is_sparse else grad for name, grad in found.items()}
+
+    def _forget_gradients(self) -> None:
+        for tensor in self.sources.values():
+            tensor.grad = None
 
     def derivatives(self) -> tuple[Derivative, ...]:
         """Return the custom functions of the model whose backward is not their derivative, each checked alone."""
@@ -208,8 +212,8 @@ class _Function:
     def _restored(self) -> Iterator[None]:
         """Give the sources back their values, and the model its buffers and caches."""
         with kept(self._built.model) as before_write:
-            for buffer in self._built.model.buffers():
-                before_write(buffer)
+            for tensor in (*self._built.model.buffers(), *loose_tensors(self._built.model)):
+                before_write(tensor)
             try:
                 yield
             finally:

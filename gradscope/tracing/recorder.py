@@ -29,8 +29,8 @@ from gradscope.tracing.calls import (
     REPLACEABLE,
     ROUNDING,
     SHAPE_ONLY,
-    WRITES_FIRST,
     instead_of,
+    made_by,
     operation_name,
     writes,
 )
@@ -182,7 +182,7 @@ class Recorder(TorchFunctionMode):
             result = self._run(func, args, kwargs)
         finally:
             here.calls -= 1
-        self._finish(pending, args[0] if name in WRITES_FIRST else result)
+        self._finish(pending, made_by(name, args, result))
         if name in DERIVATIVES and kwargs.get("create_graph", name != "grad"):
             pending.leads_to = tuple(map(self.provenance.leaves_behind, tensors_in(result)))
         if in_place or name in CROSSINGS:
@@ -250,10 +250,8 @@ class Recorder(TorchFunctionMode):
             result = call(*args)
         finally:
             self._here.functions -= 1
-        inside = self.recording.take_out(pending.index)
-        taken = {value for operation in inside for value in operation.inputs if value < before}
-        made = {value for operation in inside for value in operation.outputs}
-        pending.inputs = tuple(dict.fromkeys((*given, *pending.inputs, *sorted(taken - made))))
+        taken = self.recording.take_out(pending.index, before)
+        pending.inputs = tuple(dict.fromkeys((*given, *pending.inputs, *taken)))
         with torch._C.DisableTorchFunction():
             self._finish(pending, result)
         pending.chain = call_chain(sys._getframe(2))

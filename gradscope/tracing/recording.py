@@ -196,10 +196,10 @@ class Recording:
     pending: Operation | None = None
     unseen: list[str] = field(default_factory=list)
 
-    def take_out(self, since: int) -> list[Operation]:
-        """Take out the operations from ``since`` on, which ran inside one that comes in their place, and return them.
+    def take_out(self, since: int, before: int) -> list[int]:
+        """Take out the operations from ``since`` on, which ran inside one that comes in their place and wrote for it.
 
-        What they wrote is then written by that one.
+        Returns the values that they took in and did not make, of those that were there ``before``.
         """
         inside = self.operations[since:]
         del self.operations[since:]
@@ -207,7 +207,8 @@ class Recording:
             if self.writes[number].operation < since:
                 break
             self.writes[number] = replace(self.writes[number], operation=since)
-        return inside
+        taken = {value for operation in inside for value in operation.inputs if value < before}
+        return sorted(taken.difference(value for operation in inside for value in operation.outputs))
 
     def link_nested(self, sources: frozenset[str]) -> None:
         """Take in the sources that a custom function gave a gradient to without having been given them."""

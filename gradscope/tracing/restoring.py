@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import operator
 import random
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.holding import Holder
+from gradscope.tracing.provenance import tensors_in
 
 TABLES = ("_parameters", "_buffers", "_modules")
 # What every module has of itself; the rest are attributes of its class.
@@ -86,25 +88,69 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
     tables = [attributes[name] for attributes in own for name in TABLES if name in attributes]
     parts = [part for attributes in own for name, part in attributes.items()
              if name not in OWN and type(part) not in PLAIN]  # fmt: skip
-    owners = {_memory(tensor): tensor for tensor in tensors_of(model)}
-    copies: dict[int, torch.Tensor] = {}
+    owners = _owners([*tensors_of(model), *loose_tensors(model)])
+    copies: dict[int, list[_Before]] = {}
 
     def before_write(tensor: torch.Tensor) -> None:
         key = _memory(tensor)
         if key in owners and key not in copies:
-            copies[key] = owners[key].detach().clone()
+            copies[key] = [_Before(owner) for owner in owners[key]]
 
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             for buffer in module.buffers():
                 before_write(buffer)
     try:
-        with put_back(own, deepest=1), put_back(tables, deepest=1), put_back(parts, deepest=2), put_back(held):
+        with (put_back(own, deepest=1), put_back(tables, deepest=1), put_back(parts, deepest=2), put_back(held),
+              _without_gradients(list(tensors_of(model, ("_parameters",))))):  # fmt: skip
             _wait_for_no_rank(modules)
             yield before_write
     finally:
-        for key, numbers in copies.items():
-            owners[key].data.copy_(numbers)  # .data: the version counter stays as it was
+        for before in itertools.chain.from_iterable(copies.values()):
+            before.put_back()
+
+
+def _owners(tensors: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    """Return the tensors of a model, each once, by the memory that they lie in."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for tensor in {id(each): each for each in tensors}.values():
+        found.setdefault(_memory(tensor), []).append(tensor)
+    return found
+
+
+class _Before:
+    """A tensor as it was before it was changed in place: its numbers, its memory, and that it had no history."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._data = tensor.detach()
+        self._numbers = self._data.clone()
+        self._had_history = tensor.grad_fn is not None
+
+    def put_back(self) -> None:
+        tensor = self._tensor
+        if tensor.grad_fn is not None and not self._had_history and not tensor._is_view():
+            tensor.detach_()  # a buffer that something with a gradient was added to
+        if _memory(tensor) != _memory(self._data) or tensor.dtype != self._data.dtype:
+            tensor.data = self._data
+        tensor.data.copy_(self._numbers)  # .data: the version counter stays as it was
+
+
+@contextmanager
+def _without_gradients(parameters: list[torch.Tensor]) -> Iterator[None]:
+    """Put ``.grad`` aside: a forward pass may go backward itself, and adds to what is there."""
+    before = [parameter.grad for parameter in parameters]
+    _set_gradients(parameters, [None] * len(parameters))
+    try:
+        yield
+    finally:
+        _set_gradients(parameters, before)
+
+
+def _set_gradients(parameters: list[torch.Tensor], gradients: Iterable[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is not gradient:
+            parameter.grad = gradient
 
 
 def _wait_for_no_rank(modules: list[nn.Module]) -> None:
@@ -162,6 +208,13 @@ def attributes_of(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield module.__dict__
         if isinstance(module, Holder):
             yield from (vars(each) for each in module.objects)
+
+
+def loose_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Return the tensors that a model keeps in plain attributes: the state of a metric, a memory."""
+    parts = [part for attributes in attributes_of(model) for name, part in attributes.items()
+             if name not in OWN and type(part) not in PLAIN]  # fmt: skip
+    return tensors_in(parts)
 
 
 def _tables(module: nn.Module) -> list[dict[str, Any]]:

@@ -240,3 +240,26 @@ def test_many_sources_cost_few_passes_where_they_agree() -> None:
     session = gradscope.trace(model, torch.randn(3, 4), numeric=True)
     said = next(words for words in session.remarks if words.startswith("Finite differences"))
     assert "40 sources" in said and int(said.split(", ")[1].split()[0]) < 12
+
+
+class Counting(nn.Module):
+    """Add up what it has seen in a plain attribute, as a metric does, and go backward in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.seen = torch.zeros(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layer(x).square().sum().backward()
+        with torch.no_grad():
+            self.seen += x.mean(0)
+        return self.layer(x) * self.seen
+
+
+def test_a_state_in_a_plain_attribute_is_the_same_in_every_evaluation() -> None:
+    model = Counting()
+    session = gradscope.trace(model, torch.ones(3, 4), numeric=True)
+    assert session.sources["layer.weight"].status == session.sources["layer.bias"].status == "flows"
+    assert model.seen.tolist() == [0, 0, 0, 0] and model.layer.weight.grad is None

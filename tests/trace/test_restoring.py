@@ -166,3 +166,39 @@ def test_the_threshold_of_the_garbage_collector_is_put_back(usual_threshold: tup
     gradscope.trace(Asks(2, 2), torch.randn(1, 2), mode="real", verify=False)
     assert seen[0] > usual_threshold[0]
     assert gc.get_threshold() == usual_threshold
+
+
+class Training(nn.Module):
+    """What a step of training may leave behind: gradients, weights, running sums with a history, another dtype."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("sum", torch.zeros(()))
+        self.seen = {"in": [torch.zeros(4)]}
+        self.options = options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        optimizer = torch.optim.Adam(self.first.parameters(), **self.options)
+        loss = self.first(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        self.sum += self.first(x).mean()
+        self.seen["in"][0] += self.first(x).sum(0)
+        self.weight.data = self.weight.data.double() * 2
+        return self.first(x) * self.weight.float() + self.sum
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_a_step_of_training_in_the_forward_pass_is_undone(options: dict[str, Any], mode: str) -> None:
+    model, x = Training(**options), torch.randn(3, 4)
+    model.first.weight.grad = torch.ones(4, 4)
+    held = [*model.parameters(), model.sum, model.seen["in"][0]]
+    before = [(each.tolist(), each.dtype, each.data_ptr(), each.grad_fn, each.grad) for each in held]
+    gradscope.trace(model, x, mode=mode)
+    after = [(each.tolist(), each.dtype, each.data_ptr(), each.grad_fn, each.grad) for each in held]
+    assert after == before and after[0][4] is before[0][4]
+    assert model.first.weight.grad.tolist() == torch.ones(4, 4).tolist()

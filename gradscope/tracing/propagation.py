@@ -33,28 +33,31 @@ EVERY = -1
 class Walks:
     """Per value: the sources whose data, derivative and gradient link reach it; and what reaches an output.
 
-    ``parted`` are the sources that lost a link anywhere.
+    ``counts`` has the sources that miss something where their link ends at a value: none where no derivative of it
+    reaches an output, and not the parameter that is overwritten with a function of itself on every way there
+    (clipped, normalised, cast), which is an update of it and no part of the graph. ``parted`` are the sources that
+    lost a link anywhere.
     """
 
     data: list[int]
     smooth: list[int]
     linked: list[int]
     live: set[int]
-    live_smooth: set[int]
+    counts: list[int]
     parted: int = 0
 
 
 def walk(recording: Recording, start: dict[str, int], bits: dict[str, int]) -> Walks:
     """Return the three walks forward from the sources, and the two backward from the outputs."""
     size = len(recording.values)
-    walks = Walks([0] * size, [0] * size, [0] * size, set(), set())
+    walks = Walks([0] * size, [0] * size, [0] * size, set(), [0] * size)
     for name, value in start.items():
         for sets in (walks.data, walks.smooth, walks.linked):
             sets[value] |= bits[name]
     for operation in recording.operations:
         _step(recording, operation, walks)
-    walks.live = _live(recording, smooth=False)
-    walks.live_smooth = _live(recording, smooth=True)
+    walks.live = _live(recording)
+    _count(recording, walks, everything=sum(bits.values()))
     return walks
 
 
@@ -141,9 +144,26 @@ def _writes_unseen(operation: Operation) -> bool:
     return operation.name in REPLACES_DATA or (bool(operation.regions) and is_in_place(operation.name))
 
 
-def _live(recording: Recording, *, smooth: bool) -> set[int]:
-    live = {value for value in recording.sinks if not smooth or recording.values[value].differentiable}
+def _live(recording: Recording) -> set[int]:
+    live = set(recording.sinks)
     for operation in reversed(recording.operations):
-        if live.intersection(operation.outputs) and not (smooth and is_flat(operation)):
-            live.update(value for value in operation.inputs if not smooth or recording.values[value].differentiable)
+        if live.intersection(operation.outputs):
+            live.update(operation.inputs)
     return live
+
+
+def _count(recording: Recording, walks: Walks, everything: int) -> None:
+    """Walk back from the outputs, along what has a derivative."""
+    values, counts = recording.values, walks.counts
+    for sink in recording.sinks:
+        if values[sink].differentiable:
+            counts[sink] = everything
+    for operation in reversed(recording.operations):
+        found = union(counts, operation.outputs)
+        if not found or is_flat(operation):
+            continue
+        overwrites = any(values[output].leaf for output in operation.outputs)
+        own = union(walks.linked, operation.inputs[:1]) if overwrites else 0
+        for number, value in enumerate(operation.inputs):
+            if values[value].differentiable:
+                counts[value] |= found & ~own if number else found

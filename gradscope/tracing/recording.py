@@ -149,10 +149,9 @@ class Operation:
     """One torch call: what it took in, what it gave out, where, and under which regions.
 
     ``custom`` marks what autograd cannot look into either: an ``autograd.Function``, a scripted module.
-    ``given`` counts the inputs that a custom function was given as arguments, which come first: to these alone
-    autograd links it. ``chain`` holds the callers of those that may stop a gradient, outermost first. ``leads_to``, of a
-    call that takes a derivative, holds for each output the leaves that autograd links it to: a derivative does not
-    depend on all that it is taken of.
+    ``chain`` holds the callers of those that may stop a gradient, outermost first. ``given`` counts the inputs that a
+    custom function was given as arguments, which come first: to these alone autograd links it. ``leads_to``, of a call
+    that takes a derivative, holds for each output the leaves that autograd links it to.
     """
 
     index: int

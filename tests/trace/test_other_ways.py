@@ -7,7 +7,7 @@ import copy
 import ctypes
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -536,3 +536,51 @@ def test_what_a_custom_function_is_not_given_is_judged_by_its_backward(
 def test_a_backward_of_its_own_needs_numbers_on_a_device_that_is_not_there() -> None:
     with pytest.raises(NotAnalysedError, match="not given"):
         gradscope.trace(Held(Reversible), torch.ones(4, 4), mode="structural", device="cuda")
+
+
+# --- parameters overwritten in the forward pass --------------------------------------------------------
+
+
+class Overwriting(nn.Module):
+    """A layer, then another whose weight is overwritten first."""
+
+    def __init__(self, overwrite: Callable[[nn.Parameter, torch.Tensor], None]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.overwrite = nn.Linear(4, 4), nn.Linear(4, 4), overwrite
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        self.overwrite(self.second.weight, y)
+        return self.second(y)
+
+
+def cast(weight: nn.Parameter, y: torch.Tensor) -> None:
+    weight.data = weight.data.to(y.device, y.dtype) * 1
+
+
+def normalised(weight: nn.Parameter, y: torch.Tensor) -> None:
+    weight.data.copy_(torch.nn.functional.normalize(weight.data))
+
+
+def clipped(weight: nn.Parameter, y: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(weight.clamp(-1, 1))
+
+
+def generated(weight: nn.Parameter, y: torch.Tensor) -> None:
+    weight.data = y.mean(0).expand(4, 4) * weight.data
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+@pytest.mark.parametrize("overwrite", [cast, normalised, clipped])
+def test_an_update_of_a_parameter_from_itself_is_no_cut(overwrite: Any, mode: str) -> None:
+    session = gradscope.trace(Overwriting(overwrite), torch.ones(4, 4), mode=mode)
+    assert session.verdict == "flows" and session.findings == []
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+def test_a_parameter_overwritten_with_what_others_gave_is_one(mode: str) -> None:
+    session = gradscope.trace(Overwriting(generated), torch.ones(4, 4), mode=mode)
+    assert session.sources["first.weight"].status == "partial" and session.sources["second.weight"].status == "flows"
+    assert [each.rule for each in session.findings] == ["GS202"]

@@ -63,6 +63,7 @@ def diagnose(recording: Recording) -> Diagnosis:
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
     _add_beside_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
     _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
+    _add_inside(cuts, statuses, recording, walks, bits)
     surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
     _add_spoiled(cuts, recording, walks, bits)
     _add_losses(cuts, statuses, recording)
@@ -86,18 +87,46 @@ def _statuses(recording: Recording, walks: Walks, bits: dict[str, int]) -> dict[
     smooth = union(walks.smooth, recording.sinks)
     reached = frozenset() if recording.left else recording.reached
     escaped = union(walks.smooth, [value for operation in recording.escapes for value in operation.inputs])
+    denied = _denied(recording, walks)
     statuses = {}
     for name in recording.leaves:
         bit = bits[name]
         if name in reached:
             statuses[name] = "flows" if smooth & bit or not data & bit else "nondifferentiable"
-        elif smooth & bit:
+        elif smooth & bit & ~denied:
             statuses[name] = "blocked"
-        elif data & bit:
+        elif data & bit & ~denied:
             statuses[name] = "nondifferentiable"
         else:
             statuses[name] = "blocked" if escaped & bit else "unused"
     return statuses
+
+
+def _denied(recording: Recording, walks: Walks) -> int:
+    """Return the sources that every call links to the result, where autograd knows that the result has nothing of them.
+
+    An output of a call need not depend on all of its inputs: attention weights have nothing of the output projection,
+    a derivative nothing of the last bias. What is taken as one call may lose them inside.
+    """
+    if not recording.walked:
+        return 0
+    opaque = 0
+    for operation in recording.operations:
+        if operation.custom:
+            opaque |= union(walks.linked, operation.inputs)
+    return union(walks.linked, recording.sinks) & ~opaque
+
+
+def _add_inside(
+    cuts: dict[Site, Cut], statuses: dict[str, str], recording: Recording, walks: Walks, bits: dict[str, int]
+) -> None:
+    """Blame what is taken as one call for the sources that no other call loses: a switch inside a script."""
+    explained = {name for cut in cuts.values() for name in cut.sources}
+    left = sum(bits[name] for name, status in statuses.items() if status == "blocked" and name not in explained)
+    for operation in recording.operations if left and recording.walked else ():
+        lost = left & union(walks.linked, operation.inputs) & union(walks.linked, operation.outputs)
+        if lost and operation.custom and operation.place is not None and walks.live.intersection(operation.outputs):
+            cut_at(cuts, recording, operation).sources |= _named(lost, bits)
 
 
 def _bits_of(statuses: dict[str, str], status: str, bits: dict[str, int]) -> int:

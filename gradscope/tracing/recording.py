@@ -173,6 +173,7 @@ class Recording:
     """Everything that one run showed. ``leaves`` maps source names to their first value.
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
+    ``walked`` says that ``reached`` was read off autograd's own graph.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -191,6 +192,7 @@ class Recording:
     sinks: tuple[int, ...] = ()
     left: list[Operation] = field(default_factory=list)
     reached: frozenset[str] = frozenset()
+    walked: bool = False
     error: BaseException | None = None
     pending: Operation | None = None
     unseen: list[str] = field(default_factory=list)

@@ -183,6 +183,7 @@ class Runner:
         recording.reached = frozenset(
             name for name, tensor in named.items() if name in recording.leaves and id(tensor) in leaves
         )
+        recording.walked = True
         self._note_refusals(recording, graph)
         if backward != "none":
             self._go_back(run, sinks, graph, named, watched=backward == "watched")

@@ -584,3 +584,71 @@ def test_a_parameter_overwritten_with_what_others_gave_is_one(mode: str) -> None
     session = gradscope.trace(Overwriting(generated), torch.ones(4, 4), mode=mode)
     assert session.sources["first.weight"].status == "partial" and session.sources["second.weight"].status == "flows"
     assert [each.rule for each in session.findings] == ["GS202"]
+
+
+# --- outputs that do not depend on all inputs ----------------------------------------------------------
+
+
+class Weights(nn.Module):
+    """Train on attention weights, of which the output projection is no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[1]
+
+
+class Forces(nn.Module):
+    """Train on the derivative of an energy, of which the last bias is no part; ``graph``: in a way that trains."""
+
+    def __init__(self, graph: bool = True, energy: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.graph, self.both = graph, energy
+
+    def forward(self, x: torch.Tensor) -> Any:
+        energy = self.energy(x)
+        (forces,) = torch.autograd.grad(energy.sum(), x, create_graph=self.graph)
+        return (energy, forces) if self.both else forces
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+@pytest.mark.parametrize(("model", "apart"), [(Weights(), "out_proj"), (Forces(), "energy.2.bias")], ids=["w", "f"])
+def test_what_the_result_has_nothing_of_is_unused(model: nn.Module, apart: str, mode: str) -> None:
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    model(x).pow(2).sum().backward()
+    truth = {name: parameter.grad is not None for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    session = gradscope.trace(model, x, mode=mode)
+    assert {name: session.sources[name].status for name in truth} == {
+        name: "flows" if truth[name] else "unused" for name in truth
+    }
+    assert [name for name in truth if not truth[name]] == [name for name in truth if apart in name]
+    assert session.verdict == "flows" and session.findings == []
+
+
+class Scripted(nn.Module):
+    """Two layers, one of which runs under no_grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.stopped = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = self.stopped(x)
+        return self.trained(x) + y
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_part_that_a_script_loses_is_blamed_on_the_script() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(Scripted()))
+    session = gradscope.trace(model, torch.randn(3, 4), mode="real")
+    assert session.verdict == "blocked"
+    assert [(each.severity, each.rule, each.cuts) for each in session.findings] == [
+        ("error", "GS503", ("1.stopped.bias", "1.stopped.weight"))
+    ]
+    assert session.sources["1.trained.weight"].status == "flows"

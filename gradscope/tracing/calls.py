@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
-# Calls that give a derivative of what they take in (``torch.autograd``, forward mode).
-DERIVATIVES = frozenset({"grad", "_unpack_dual"})
+# ``torch.autograd.grad``; and the calls that give a derivative of what they take in (the other one in forward mode).
+DERIVES = "grad"
+DERIVATIVES = frozenset({DERIVES, "_unpack_dual"})
 # Calls that leave the tensor world with numbers in hand.
 ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
+# Of these, the ones after which others can write into the tensor.
+SHARES_MEMORY = frozenset({"numpy", "__array__"})
 # Calls that make a tensor of numbers that Python holds.
 ENTRANCES = frozenset("tensor new_tensor as_tensor asarray full linspace logspace scalar_tensor".split())
 CROSSINGS = ESCAPES | ENTRANCES
@@ -34,11 +37,12 @@ MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad", "_
 AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_", "to"})
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.
 DATA_PROPERTIES = frozenset({"data", "real", "imag", "T", "mT", "H", "mH"})
-# What a further run can do without: the call gives back its input instead (a derivative: has a history of its own).
+# What a further run can do without: the call gives back its input instead.
 REPLACEABLE = {
     "detach": 0, "detach_": 0, "data": 0, "tensor": 0, "new_tensor": 1, "CheckpointFunction": 0, "__deepcopy__": 0,
-    "grad": 0,
 }  # fmt: skip
+# And what it can call in another way: a derivative that is trained on needs a graph.
+MENDABLE = frozenset({*REPLACEABLE, DERIVES})
 IN_PLACE = frozenset(
     "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
     "__ior__ __ixor__ __ilshift__ __irshift__".split()
@@ -98,6 +102,11 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
 def _flattened(args: tuple[Any, ...]) -> list[Any]:
     """Return what is in the lists among arguments, and the others: an optimizer changes all parameters in one call."""
     return [item for each in args for item in (each if isinstance(each, (list, tuple)) else [each])]
+
+
+def with_graph(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of ``torch.autograd.grad`` that ask for a graph of the derivative, and keep the one behind."""
+    return {**kwargs, "create_graph": True, "retain_graph": None}
 
 
 def made_by(name: str, args: tuple[Any, ...], result: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gradscope.tracing.calls import COLLECTIVES
+from gradscope.tracing.calls import COLLECTIVES, DERIVES
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.recording import Loss, Operation, Recording, Refusal, Site
 
@@ -20,7 +20,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("load_state_dict", "as_tensor", "asarray", "Tensor", "as_subclass"), "GS203"),
     **dict.fromkeys(("sample",), "GS205"),
     **dict.fromkeys(COLLECTIVES, "GS206"),
-    **dict.fromkeys(("grad",), "GS207"),
+    DERIVES: "GS207",
     **dict.fromkeys(("numpy", "__array__"), "GS301"),
     **dict.fromkeys(_SCALARS.split(), "GS302"),
     **dict.fromkeys(_INDICES.split(), "GS401"),
@@ -38,6 +38,15 @@ RULE_OF_REGION = {
 # A custom function that autograd links to something else.
 NOT_GIVEN = "it uses tensors that apply() was not given one by one (of a module, in a list): they get no gradient."
 GIVE_IT = "Pass each of them to {mechanism}.apply as an argument of its own, and return a gradient for it."
+
+# A backward pass through a graph that another one has freed, in torch's words, and in ours.
+FREED = "backward through the graph a second time"
+FREES = "it frees the graph that the backward pass goes through again."
+KEEP_IT = "Pass retain_graph=True to {mechanism}, or create_graph=True where its result is trained on."
+USES_FREED = (
+    "the graph behind what it takes in was freed before: by a backward pass in this call, or after an earlier one."
+)
+LET_GO = "detach() what is kept from call to call (a state, a running sum), or set it back before each call."
 
 
 @dataclass(slots=True)
@@ -158,8 +167,22 @@ def cut_of_loss(cuts: dict[Site, Cut], recording: Recording, loss: Loss) -> Cut 
             return cuts.setdefault(site, Cut(site, "GS606", chain=(code_name(place.code),)))
     if operation is None or operation.place is None:
         return None
+    if loss.what == "raises" and FREED in recording.backward_error:
+        return _cut_of_freed(cuts, recording, operation)
     cut = cut_at(cuts, recording, operation)
     rules = {"zero": "GS404", "nonfinite": "GS607", "hook zero": "GS606", "hook nonfinite": "GS606"}
     hooked = operation.name == "BackwardHookFunction"
     cut.rule = "GS606" if hooked else rules.get(loss.what, "GS501" if operation.custom else "GS502")
+    return cut
+
+
+def _cut_of_freed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
+    """Blame the derivative that was taken of a graph after the operation; else the operation that uses it again."""
+    after = recording.operations[operation.index :]
+    derived = next((each for each in after if each.name == DERIVES and each.place is not None), None)
+    cut = cut_at(cuts, recording, derived or operation)
+    if derived is not None:
+        cut.words, cut.advice = FREES, KEEP_IT
+    else:
+        cut.rule, cut.words, cut.advice = "GS603", USES_FREED, LET_GO
     return cut

@@ -106,7 +106,8 @@ def _denied(recording: Recording, walks: Walks) -> int:
     """Return the sources that every call links to the result, where autograd knows that the result has nothing of them.
 
     An output of a call need not depend on all of its inputs: attention weights have nothing of the output projection,
-    a derivative nothing of the last bias. What is taken as one call may lose them inside.
+    a derivative nothing of the last bias. What is taken as one call may lose them inside; and of a source that lost a
+    link anywhere autograd does not know all that it does.
     """
     if not recording.walked:
         return 0
@@ -114,7 +115,7 @@ def _denied(recording: Recording, walks: Walks) -> int:
     for operation in recording.operations:
         if operation.custom:
             opaque |= union(walks.linked, operation.inputs)
-    return union(walks.linked, recording.sinks) & ~opaque
+    return union(walks.linked, recording.sinks) & ~opaque & ~walks.parted
 
 
 def _add_inside(

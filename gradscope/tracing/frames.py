@@ -20,8 +20,8 @@ from gradscope.findings import Excerpt
 from gradscope.tracing.recording import Place, Site
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
-# Where torch calls modules and their hooks.
-MODULE_CALL = os.path.join("nn", "modules", "module.py")
+# The functions by which torch calls modules and their hooks.
+MODULE_CALL = frozenset({"_wrapped_call_impl", "_call_impl", "inner"})
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 STDLIB_FOLDER = sysconfig.get_path("stdlib") + os.sep
 # The fixers are code under test when they are traced, not part of the tracer.
@@ -185,10 +185,10 @@ def _called(frame: FrameType | None, user: FrameType) -> str:
     """
     name = ""
     while frame is not None and frame is not user:
-        path = frame.f_code.co_filename
-        if path.startswith(TORCH_FOLDER) and not path.endswith(("_contextlib.py", MODULE_CALL)):
-            name = frame.f_code.co_name
-            name = function_name(frame) if name.startswith("__") else name
+        code = frame.f_code
+        is_torchs = code.co_filename.startswith(TORCH_FOLDER) and "_contextlib" not in code.co_filename
+        if is_torchs and code.co_name not in MODULE_CALL:
+            name = function_name(frame) if code.co_name.startswith("__") else code.co_name
         frame = frame.f_back
     return name
 

@@ -21,17 +21,20 @@ from gradscope.tracing.calls import (
     AS_ANOTHER,
     CROSSINGS,
     DERIVATIVES,
+    DERIVES,
     ENTRANCES,
     ESCAPES,
     FILLS,
     MAKES_ROOM,
     MAY_BE_REFUSED,
-    REPLACEABLE,
+    MENDABLE,
     ROUNDING,
     SHAPE_ONLY,
+    SHARES_MEMORY,
     instead_of,
     made_by,
     operation_name,
+    with_graph,
     writes,
 )
 from gradscope.tracing.cuts import RULE_OF_OPERATION
@@ -66,7 +69,7 @@ class Recorder(TorchFunctionMode):
 
     ``run`` is called for each torch function (structural mode runs it on a pretended device),
     ``before_write`` for every tensor that is about to change in place. Single calls at the ``neutralised``
-    sites give back their input.
+    sites give back their input, or are made in the way that keeps the gradient.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Recorder(TorchFunctionMode):
         self._run = run
         self._before_write = before_write
         self._cuts_removed = bool(neutralised)
-        self._neutralised = frozenset(site for site in neutralised if site.mechanism in REPLACEABLE)
+        self._neutralised = frozenset(site for site in neutralised if site.mechanism in MENDABLE)
         self._threads = Threads(self.recording)
         self._places = Places()
         self._over = False
@@ -163,13 +166,13 @@ class Recorder(TorchFunctionMode):
             # An operator comes from below autograd, out of a script function: there it is too late.
             and not isinstance(func, torch._ops.OpOverload)
         ):
-            if name != "grad":
+            if name != DERIVES:
                 given = instead_of(name, args)
                 self.provenance.value_of(given)  # known from here on, lest the module be taken as one operation
                 return given
-            kwargs = {**kwargs, "create_graph": True}
+            kwargs = with_graph(kwargs)
         in_place = writes(name, args, kwargs)
-        for tensor in in_place:
+        for tensor in in_place or (args[:1] if name in SHARES_MEMORY else ()):
             self._before_write(tensor)
         if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
             return self._run(func, args, kwargs)
@@ -183,7 +186,7 @@ class Recorder(TorchFunctionMode):
         finally:
             here.calls -= 1
         self._finish(pending, made_by(name, args, result))
-        if name in DERIVATIVES and kwargs.get("create_graph", name != "grad"):
+        if name in DERIVATIVES and kwargs.get("create_graph", name != DERIVES):
             pending.leads_to = tuple(map(self.provenance.leaves_behind, tensors_in(result)))
         if in_place or name in CROSSINGS:
             self._note_crossing(pending, args, result, in_place)
@@ -195,6 +198,7 @@ class Recorder(TorchFunctionMode):
         if name in MAKES_ROOM:
             return self._make_room(name, self._run(func, args, kwargs))
         if name == "data_ptr":
+            self._before_write(args[0])
             if not self._over:
                 self.provenance.exposed(args[0], user_place(sys._getframe(2)))
             return self._run(func, args, kwargs)

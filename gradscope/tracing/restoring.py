@@ -25,6 +25,8 @@ TABLES = ("_parameters", "_buffers", "_modules")
 OWN = frozenset(vars(nn.Module()))
 CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, deque})
 PLAIN = frozenset({str, int, float, bool, type(None)})
+# The containers among them: parameters, buffers, children, and hooks of every kind.
+OWN_TABLES = tuple(name for name, value in vars(nn.Module()).items() if type(value) in CONTAINERS)
 IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, ModuleType, FunctionType)
 # So many objects more than were freed, before Python looks for cycles among them (700 by default).
 RARELY = 50_000
@@ -76,19 +78,20 @@ def hushed(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Keep a model as it is; yield what to call before one of its tensors is changed in place.
+def kept(model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Keep a model and what it is given as they are; yield what to call before a tensor of theirs changes in place.
 
-    A tensor is copied only when it is about to change, so that a run costs no second copy of the weights.
+    It is copied only then, so that a run costs no second copy of the weights.
     Scripted modules change theirs unseen: their buffers are copied beforehand.
     """
     modules = modules_of(model)
     held = [each for module in modules if isinstance(module, Holder) for each in module.objects]
     own = [module.__dict__ for module in modules]
-    tables = [attributes[name] for attributes in own for name in TABLES if name in attributes]
+    tables = [table for attributes in own for name in OWN_TABLES
+              if type(table := attributes.get(name)) in CONTAINERS]  # fmt: skip
     parts = [part for attributes in own for name, part in attributes.items()
              if name not in OWN and type(part) not in PLAIN]  # fmt: skip
-    owners = _owners([*tensors_of(model), *loose_tensors(model)])
+    owners = _owners([*tensors_of(model), *loose_tensors(model), *tensors_in(given)])
     copies: dict[int, list[_Before]] = {}
 
     def before_write(tensor: torch.Tensor) -> None:
@@ -101,7 +104,7 @@ def kept(model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
             for buffer in module.buffers():
                 before_write(buffer)
     try:
-        with (put_back(own, deepest=1), put_back(tables, deepest=1), put_back(parts, deepest=2), put_back(held),
+        with (put_back(own, deepest=1), _with_contents(tables), put_back(parts, deepest=2), put_back(held),
               _without_gradients(list(tensors_of(model, ("_parameters",))))):  # fmt: skip
             _wait_for_no_rank(modules)
             yield before_write
@@ -162,14 +165,14 @@ def _wait_for_no_rank(modules: list[nn.Module]) -> None:
 
 @contextmanager
 def swapped(
-    model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]
+    model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor], given: tuple[Any, ...] = ()
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     """Put other tensors in the place of a model's parameters and buffers for a while; ties are kept.
 
     What ``replace`` gives back as it is stays the model's own; see :func:`kept` for what is yielded.
     """
     made: dict[int, torch.Tensor] = {}
-    with kept(model) as before_write:
+    with kept(model, given) as before_write:
         for module in model.modules():
             for table in _tables(module)[:2]:
                 for name, tensor in table.items():
@@ -211,10 +214,11 @@ def attributes_of(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def loose_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Return the tensors that a model keeps in plain attributes: the state of a metric, a memory."""
+    """Return the tensors that a model keeps in plain attributes and the objects there: a metric's state, a memory."""
     parts = [part for attributes in attributes_of(model) for name, part in attributes.items()
              if name not in OWN and type(part) not in PLAIN]  # fmt: skip
-    return tensors_in(parts)
+    objects = [vars(part) for part in parts if hasattr(part, "__dict__") and not isinstance(part, IMMUTABLE)]
+    return tensors_in([*parts, *objects])
 
 
 def _tables(module: nn.Module) -> list[dict[str, Any]]:
@@ -229,12 +233,20 @@ def put_back(values: Iterable[Any], deepest: int = DEEPEST) -> Iterator[None]:
 
     What they hold is looked through ``deepest`` levels down: a caller's cache must not keep what a run put in.
     """
-    before = [(part, part.copy() if part else ()) for part in _mutable_parts(values, deepest)]
+    with _with_contents(_mutable_parts(values, deepest)):
+        yield
+
+
+@contextmanager
+def _with_contents(parts: Iterable[Any]) -> Iterator[None]:
+    """Give these containers their contents back when the block ends."""
+    before = [(part, part.copy() if part else ()) for part in parts]
     try:
         yield
     finally:
         for part, kept_part in before:
-            _restore(part, kept_part)
+            if part or kept_part:
+                _restore(part, kept_part)
 
 
 class _Lasting(dict[type, bool]):

@@ -98,7 +98,11 @@ class Runner:
             torch.compiler.set_stance("force_eager"),
         ):
             origin = self._prepare()
-            lent = self.workshop.lent(origin) if self.subject.borrowed else nullcontext(nothing_written)
+            lent = (
+                self.workshop.lent(origin, self.subject.given)
+                if self.subject.borrowed
+                else nullcontext(nothing_written)
+            )
             with lent as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)

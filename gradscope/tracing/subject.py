@@ -45,7 +45,9 @@ class Workshop(Protocol):
         """Bring an input tensor to the run as it is, with its own dtype."""
         ...
 
-    def lent(self, model: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
+    def lent(
+        self, model: nn.Module, given: tuple[Any, ...] = ()
+    ) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
         """Use a caller's model for a while and give it back as it was; yields what to call before a write."""
         ...
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gradscope.errors import first_line
-from gradscope.tracing.calls import REPLACEABLE
+from gradscope.tracing.calls import MENDABLE
 from gradscope.tracing.cuts import SWITCHES, Cut
 from gradscope.tracing.diagnose import Diagnosis, diagnose
 from gradscope.tracing.recording import Site
@@ -195,6 +195,6 @@ def _removable(cuts: dict[Site, Cut]) -> list[Site]:
         if (cut.sources or not cut.partial)
         and (
             (cut.rule.startswith("GS1") and site.mechanism in SWITCHES)
-            or (site.mechanism in REPLACEABLE and not cut.flat and not cut.escape)
+            or (site.mechanism in MENDABLE and not cut.flat and not cut.escape)
         )
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gradscope.findings import Confidence, Finding, Severity
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
+from gradscope.tracing.calls import DERIVES
 from gradscope.tracing.cuts import SWITCHES, Cut
 from gradscope.tracing.frames import excerpt, source_line
 from gradscope.tracing.recording import Site
@@ -171,6 +172,6 @@ def _advice(cut: Cut) -> str:
 
 def _called(mechanism: str) -> str:
     """Return the name that a user knows a call by: ``deepcopy`` for ``__deepcopy__``."""
-    if mechanism == "grad":
+    if mechanism == DERIVES:
         return "autograd.grad"
     return mechanism[2:-2] if mechanism.startswith("__") and mechanism.endswith("__") else mechanism

@@ -57,11 +57,16 @@ class RealWorkshop:
         dtype = self.dtype if self._casts and real.is_floating_point() else real.dtype
         return real.detach().to(self.device, dtype)
 
-    def lent(self, model: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
-        """Keep the model as it is: what is written in place is copied before; elsewhere, lend it copies."""
+    def lent(
+        self, model: nn.Module, given: tuple[Any, ...] = ()
+    ) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
+        """Keep the model as it is, and what it is given: what is written in place is copied before.
+
+        Elsewhere the model is lent copies.
+        """
         home = self.device.type
         at_home = all(tensor.device.type == home for tensor in tensors_of(model))
-        return kept(model) if at_home and not self._casts else swapped(model, self._moved)
+        return kept(model, given) if at_home and not self._casts else swapped(model, self._moved, given)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         moved = self.like(tensor)
@@ -101,13 +106,13 @@ class StructuralWorkshop:
         return self._pretended.pretend(real, self.dtype if self._casts else real.dtype)
 
     @contextmanager
-    def lent(self, model: nn.Module) -> Iterator[Callable[[torch.Tensor], None]]:
+    def lent(self, model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[torch.Tensor], None]]:
         """Put fake tensors in the place of the model's own."""
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
             raise CannotTell(
                 "The model holds a scripted module, which keeps its own weights and computes.", hint="Use --mode real."
             )
-        with swapped(model, self._fake) as before_write:
+        with swapped(model, self._fake, given) as before_write:
             yield before_write
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,3 +203,32 @@ def test_a_step_of_training_in_the_forward_pass_is_undone(options: dict[str, Any
     after = [(each.tolist(), each.dtype, each.data_ptr(), each.grad_fn, each.grad) for each in held]
     assert after == before and after[0][4] is before[0][4]
     assert model.first.weight.grad.tolist() == torch.ones(4, 4).tolist()
+
+
+class Meddling(nn.Module):
+    """Changes what is not its own: an input, an object's tensor, memory by way of numpy, the hooks of a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(1))
+        self.meter = SimpleNamespace(total=torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, more: dict[str, torch.Tensor]) -> torch.Tensor:
+        x.sub_(0.5)
+        more["seen"].add_(1)
+        self.meter.total.add_(1)
+        self.count.numpy()[0] += 1
+        self.layer.register_forward_hook(lambda *_: None)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_what_a_forward_pass_meddles_with_is_put_back(mode: str) -> None:
+    model, x, more = Meddling(), torch.ones(2, 4), {"seen": torch.zeros(1)}
+    gradscope.trace(model, x, more, mode=mode)
+    assert torch.equal(x, torch.ones(2, 4)) and more["seen"] == 0
+    assert model.meter.total == 0 and model.count == 0
+    assert not model.layer._forward_hooks
+    model(x, more)
+    assert x[0, 0] == 0.5 and more["seen"] == model.meter.total == model.count == len(model.layer._forward_hooks) == 1

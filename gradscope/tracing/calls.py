@@ -17,7 +17,8 @@ ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array
 SHARES_MEMORY = frozenset({"numpy", "__array__"})
 # Calls that make a tensor of numbers that Python holds.
 ENTRANCES = frozenset("tensor new_tensor as_tensor asarray full linspace logspace scalar_tensor".split())
-CROSSINGS = ESCAPES | ENTRANCES
+# What is to be noted of beyond its result.
+NOTED = ESCAPES | ENTRANCES | DERIVATIVES
 # Calls that take a tensor and use none of its numbers: no data flows (timm's drop-path masks,
 # ``x.new_empty(shape).bernoulli_(p)``, would be false alarms otherwise).
 MAKES_ROOM = frozenset(

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from gradscope.tracing.autograd import part_written, tag
 from gradscope.tracing.calls import (
     AS_ANOTHER,
-    CROSSINGS,
     DERIVATIVES,
     DERIVES,
     ENTRANCES,
@@ -28,6 +27,7 @@ from gradscope.tracing.calls import (
     MAKES_ROOM,
     MAY_BE_REFUSED,
     MENDABLE,
+    NOTED,
     ROUNDING,
     SHAPE_ONLY,
     SHARES_MEMORY,
@@ -64,6 +64,11 @@ def nothing_written(tensor: torch.Tensor) -> None:
     """Take no notice of a tensor that is about to change in place."""
 
 
+def nothing_behind(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Take no notice of a backward pass that the target makes, and of what it arrives at."""
+    return []
+
+
 class Recorder(TorchFunctionMode):
     """See every torch call while active; the result is :attr:`recording`.
 
@@ -84,6 +89,7 @@ class Recorder(TorchFunctionMode):
         self.modules = ModuleCalls(self.recording, self.provenance, self._record_module)
         self._run = run
         self._before_write = before_write
+        self.goes_back = nothing_behind
         self._cuts_removed = bool(neutralised)
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in MENDABLE)
         self._threads = Threads(self.recording)
@@ -156,26 +162,22 @@ class Recorder(TorchFunctionMode):
         if name is None:  # shape, dtype, device: nine calls of ten
             return func(*args) if func.__name__ == "__get__" else self._pass(func, args, kwargs or {})
         kwargs = kwargs or {}
-        if kwargs and name in ROUNDING and kwargs.get("rounding_mode"):
+        if kwargs and kwargs.get("rounding_mode") and name in ROUNDING:
             name = "floor_divide"
         place = self._places.of(sys._getframe(1)) if self._neutralised or not self._over else None
-        if (
-            self._neutralised
-            and place is not None
-            and source_site(place, name) in self._neutralised
-            # An operator comes from below autograd, out of a script function: there it is too late.
-            and not isinstance(func, torch._ops.OpOverload)
-        ):
+        if self._neutralised and self._is_taken_away(func, name, place):
             if name != DERIVES:
                 given = instead_of(name, args)
                 self.provenance.value_of(given)  # known from here on, lest the module be taken as one operation
                 return given
             kwargs = with_graph(kwargs)
         in_place = writes(name, args, kwargs)
-        for tensor in in_place or (args[:1] if name in SHARES_MEMORY else ()):
-            self._before_write(tensor)
+        if in_place or name in SHARES_MEMORY:
+            self._keep(in_place or args[:1])
         if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
             return self._run(func, args, kwargs)
+        if name == "backward":
+            return self._go_back(func, args, kwargs, place)
         pending = self._begin(name, args, kwargs, place)
         if self._cuts_removed and name in ("numpy", "__array__") and args[0].requires_grad:
             args = (args[0].detach(), *args[1:])  # with a gradient it would raise; the way out is known by now
@@ -186,11 +188,21 @@ class Recorder(TorchFunctionMode):
         finally:
             here.calls -= 1
         self._finish(pending, made_by(name, args, result))
-        if name in DERIVATIVES and kwargs.get("create_graph", name != DERIVES):
-            pending.leads_to = tuple(map(self.provenance.leaves_behind, tensors_in(result)))
-        if in_place or name in CROSSINGS:
-            self._note_crossing(pending, args, result, in_place)
+        if in_place or name in NOTED:
+            self._note(pending, args, kwargs, result, in_place)
         return result
+
+    def _keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._before_write(tensor)
+
+    def _is_taken_away(self, func: Any, name: str, place: Place | None) -> bool:
+        """Tell whether a call is at a neutralised site.
+
+        An operator comes from below autograd, out of a script function: there it is too late.
+        """
+        is_there = place is not None and source_site(place, name) in self._neutralised
+        return is_there and not isinstance(func, torch._ops.OpOverload)
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that moves no numbers; a tensor that it makes is new and known."""
@@ -209,6 +221,17 @@ class Recorder(TorchFunctionMode):
         self._begin(name, args[:1], {}, user_place(sys._getframe(2)))
         result = func(*args, **kwargs)
         self.recording.pending = None
+        return result
+
+    def _go_back(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Any:
+        """Let the target go backward itself; from what is told before, and the gradients are known after."""
+        leaves = self.goes_back(tensors_in(args[:1]))
+        self._begin("backward", args[:1], {}, place)
+        result = self._run(func, args, kwargs)
+        self.recording.pending = None
+        for leaf in leaves:
+            if leaf.grad is not None:
+                self.add_constant(leaf.grad)
         return result
 
     def _make_room(self, name: str, result: Any) -> Any:
@@ -345,9 +368,16 @@ class Recorder(TorchFunctionMode):
             for tensor in made:
                 tag(tensor, pending.index, since)
 
-    def _note_crossing(self, pending: Operation, args: tuple[Any, ...], result: Any, written: list[Any]) -> None:
-        """Note what the call means for other tensors: numbers that left for Python, came back, or were overwritten."""
+    def _note(
+        self, pending: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, written: list[Any]
+    ) -> None:
+        """Note what the call means beyond its result: numbers that left for Python, came back, or were overwritten.
+
+        Of a derivative that has a graph of its own autograd knows what it depends on.
+        """
         name = pending.name
+        if name in DERIVATIVES and kwargs.get("create_graph", name != DERIVES):
+            pending.leads_to = tuple(map(self.provenance.leaves_behind, tensors_in(result)))
         if name in ESCAPES:
             self.provenance.escaped(pending, result)
         elif self.provenance.has_escapes and name in ENTRANCES and not pending.inputs:

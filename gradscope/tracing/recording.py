@@ -173,7 +173,8 @@ class Recording:
     """Everything that one run showed. ``leaves`` maps source names to their first value.
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
-    ``walked`` says that ``reached`` was read off autograd's own graph.
+    ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
+    itself and is judged by what it goes backward from.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -193,6 +194,7 @@ class Recording:
     left: list[Operation] = field(default_factory=list)
     reached: frozenset[str] = frozenset()
     walked: bool = False
+    went_back: bool = False
     error: BaseException | None = None
     pending: Operation | None = None
     unseen: list[str] = field(default_factory=list)

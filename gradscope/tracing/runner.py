@@ -1,28 +1,25 @@
-"""Run a subject once under observation: build, call, and read off what autograd reached."""
+"""Run a subject once under observation: build it, call it, and have read off what came of it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gradscope.errors import UsageError, in_words
-from gradscope.findings import Gradient
+from gradscope.errors import UsageError
 from gradscope.stages import tell
-from gradscope.tracing.autograd import AutogradGraph, walk_graph
-from gradscope.tracing.backward import run_backward
 from gradscope.tracing.dispatched import DispatchedCalls
+from gradscope.tracing.holding import Holder
 from gradscope.tracing.instrument import observe
-from gradscope.tracing.propagation import linked_sources, where_it_left
-from gradscope.tracing.provenance import KINDS, left_torch, results_in, tensors_in
+from gradscope.tracing.outcome import Outcome, Pass, Run
+from gradscope.tracing.provenance import KINDS, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
-from gradscope.tracing.recording import Recording, Site
+from gradscope.tracing.recording import Site
 from gradscope.tracing.restoring import (
     OWN,
     attributes_of,
@@ -34,33 +31,9 @@ from gradscope.tracing.restoring import (
     untouched_state,
 )
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
-from gradscope.tracing.unanalysed import CannotTell
 
 # It logs a traceback for every call that it refuses; the refusal is reported.
 FAKE_TENSORS = "torch._subclasses.fake_tensor"
-
-Pass: TypeAlias = Literal["none", "plain", "watched"]
-
-
-@dataclass(slots=True)
-class Run:
-    """One recorded run and what stayed of its model: names of sources, which are frozen, which are asked about.
-
-    ``gradients`` has the sources that a backward pass was made for and their graph reaches (None: nothing arrived);
-    ``troubled`` says that a watched pass has more to tell. ``strangers`` and ``guesses`` count tensors of no known
-    origin and modules taken as one; ``dispatched`` runs looked closer.
-    """
-
-    recording: Recording
-    frozen: set[str]
-    parameters: set[str]
-    asked: frozenset[str] = frozenset()
-    gradients: dict[str, Gradient | None] = field(default_factory=dict)
-    measured: bool = False
-    troubled: bool = False
-    strangers: int = 0
-    guesses: int = 0
-    dispatched: bool = False
 
 
 class Runner:
@@ -98,12 +71,7 @@ class Runner:
             torch.compiler.set_stance("force_eager"),
         ):
             origin = self._prepare()
-            lent = (
-                self.workshop.lent(origin, self.subject.given)
-                if self.subject.borrowed
-                else nullcontext(nothing_written)
-            )
-            with lent as before_write:
+            with self._lent(origin) as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
                 with ExitStack() as stack:
@@ -146,6 +114,11 @@ class Runner:
             )
         return run
 
+    def _lent(self, origin: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
+        if self.subject.borrowed:
+            return self.workshop.lent(origin, self.subject.given)
+        return nullcontext(nothing_written)
+
     def _prepare(self) -> nn.Module:
         if self._prepared is None:
             self._prepared = self.subject.prepare(self.workshop)
@@ -163,6 +136,9 @@ class Runner:
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
         recording = recorder.recording
+        outcome = Outcome(recorder, self.workshop, built)
+        if self.subject.loss is None and (self.subject.entry != "forward" or isinstance(built.model, Holder)):
+            recorder.goes_back = outcome.note_own
         try:
             result = built.call()
             recording.left_open = recorder.open_regions
@@ -175,86 +151,7 @@ class Runner:
             return
         finally:
             recorder.forward_is_over()
-        sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
-        if not sinks and left_torch(result):
-            recording.left, recording.sinks = where_it_left(recording)
-            recording.reached = linked_sources(recording)
-            return
-        recording.sinks = recorder.value_ids(sinks)
-        graph = walk_graph(sinks, recording.later_writes())
-        leaves = {id(tensor) for tensor in graph.leaves}
-        named = {**dict(built.model.named_parameters(remove_duplicate=False)), **built.inputs}
-        recording.reached = frozenset(
-            name for name, tensor in named.items() if name in recording.leaves and id(tensor) in leaves
-        )
-        recording.walked = True
-        self._note_refusals(recording, graph)
-        if backward != "none":
-            self._go_back(run, sinks, graph, named, watched=backward == "watched")
-
-    def _note_refusals(self, recording: Recording, graph: AutogradGraph) -> None:
-        """Write the graph's refusals on their operations; raise where only a kernel, which did not run, could tell."""
-        for number, refusal in graph.refusals.items():
-            operation = recording.operations[number]
-            operation.refusal = refusal
-            if self.workshop.mode == "structural" and refusal.rule == "GS502" and not refusal.raises:
-                # Autograd's stand-in lets a kernel that is made of torch functions record itself.
-                raise CannotTell(
-                    f"{operation.name} has no autograd formula: only its kernel shows whether it gives a gradient.",
-                    hint="Use --mode real.",
-                )
-
-    def _go_back(
-        self,
-        run: Run,
-        sinks: list[torch.Tensor],
-        graph: AutogradGraph,
-        named: dict[str, torch.Tensor],
-        *,
-        watched: bool,
-    ) -> None:
-        """Run the backward pass where it can be run: with numbers, or on a pretended CPU for custom functions."""
-        measured = self.workshop.mode == "real"
-        if run.recording.hooks and not measured:
-            run.recording.unseen.append("What hooks make of a gradient is seen only by computing (--mode real).")
-        if not measured and not graph.custom:
-            return
-        if not measured and self.workshop.device.type != "cpu":
-            _refuse_hidden(run)
-            run.recording.unseen.append("What custom backward functions give is seen only by computing (--mode real).")
-            return
-        if measured and not all(bool(sink.isfinite().all()) for sink in sinks):
-            run.recording.unseen.append(
-                "The outputs are not finite with these inputs: what gradients are worth is unknown."
-            )
-            return
-        result = run_backward(sinks, graph, named, run.asked, watched=watched, measured=measured)
-        if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
-            _refuse_hidden(run)
-            run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")
-            return
-        if result.error is not None and _is_of_the_machine(result.error):
-            said = in_words(result.error)
-            run.recording.unseen.append(f"Gradients were not measured, since the backward pass ended with {said}")
-            return
-        run.gradients, run.measured, run.troubled = result.gradients, measured, result.troubled
-        run.recording.losses = result.losses
-        run.recording.link_nested(result.nested)
-        if result.error is not None:
-            run.recording.backward_error = f"{type(result.error).__name__}: {result.error}"
-
-
-def _refuse_hidden(run: Run) -> None:
-    """Raise where only a backward pass that cannot be run tells: a custom function uses what it was not given."""
-    recording = run.recording
-    sources = {number for name, number in recording.leaves.items() if name in run.asked - recording.reached}
-    for operation in recording.operations:
-        if operation.given is not None and sources.intersection(operation.inputs[operation.given :]):
-            raise CannotTell(
-                f"{operation.name} uses parameters that it is not given: only its backward pass, run with numbers, "
-                "shows whether they get a gradient.",
-                hint="Use --mode real.",
-            )
+        outcome.read(result, run, backward)
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -262,12 +159,6 @@ def _is_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, and without it there is none
     kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
     return isinstance(module, tuple(kind for kind in kinds if kind is not None))
-
-
-def _is_of_the_machine(error: Exception) -> bool:
-    """Tell an exception that says nothing of the model: no memory left, no time left."""
-    short = (MemoryError, TimeoutError, torch.OutOfMemoryError)
-    return isinstance(error, short) or "can't allocate memory" in str(error)
 
 
 def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:

@@ -64,8 +64,9 @@ class PretendedDevice:
             if args and _is_real(args[0]) and is_in_place(getattr(func, "__name__", "")):
                 raise CannotFollow("numbers that do not exist are written into a tensor that does")
             with self._mode:
-                if args and _is_real(args[0]):
-                    # Moving a real tensor would start the driver: constants are folded for real.
+                if args and _is_real(args[0]) and not args[0].requires_grad:
+                    # Moving a real tensor would start the driver: constants are folded for real. (A tensor that
+                    # requires a gradient is left as it is, or the graph would begin at the copy.)
                     args = (self._mode.from_tensor(args[0]), *args[1:])
                 return func(*args, **kwargs)
         return func(*args, **kwargs)

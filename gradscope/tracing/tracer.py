@@ -180,6 +180,8 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Iterab
     remarks = list(subject.remarks)
     if proof.as_given:
         remarks.append(proof.as_given)
+    if proof.first.recording.went_back:
+        remarks.append("The target goes backward itself: its sources are judged by what it goes backward from.")
     if workshop.mode == "structural":
         if workshop.device.type != "cpu":
             remarks.append(

@@ -13,9 +13,10 @@ from gradscope.errors import first_line
 from gradscope.tracing.calls import MENDABLE
 from gradscope.tracing.cuts import SWITCHES, Cut
 from gradscope.tracing.diagnose import Diagnosis, diagnose
+from gradscope.tracing.outcome import Pass, Run
 from gradscope.tracing.recording import Site
 from gradscope.tracing.refused import crash_cuts, is_autograds
-from gradscope.tracing.runner import Pass, Run, Runner
+from gradscope.tracing.runner import Runner
 from gradscope.tracing.unanalysed import needs_numbers
 
 MOST_ROUNDS = 12

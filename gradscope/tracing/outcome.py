@@ -1,0 +1,172 @@
+"""What a run came to: what autograd's graph reaches from the result, and what a backward pass gives.
+
+A step of training gives out a number, or nothing, and goes backward itself: then what counts is what it goes backward
+from, read off at that moment, since the graph is freed by it and the weights are stepped after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from gradscope.errors import in_words
+from gradscope.findings import Gradient
+from gradscope.tracing.autograd import AutogradGraph, walk_graph
+from gradscope.tracing.backward import run_backward
+from gradscope.tracing.cuts import FREED
+from gradscope.tracing.propagation import linked_sources, where_it_left
+from gradscope.tracing.provenance import left_torch, results_in
+from gradscope.tracing.recorder import Recorder
+from gradscope.tracing.recording import Recording
+from gradscope.tracing.subject import Built, Workshop
+from gradscope.tracing.unanalysed import CannotTell
+
+Pass: TypeAlias = Literal["none", "plain", "watched"]
+
+
+@dataclass(slots=True)
+class Run:
+    """One recorded run and what stayed of its model: names of sources, which are frozen, which are asked about.
+
+    ``gradients`` has the sources that a backward pass was made for and their graph reaches (None: nothing arrived);
+    ``troubled`` says that a watched pass has more to tell. ``strangers`` and ``guesses`` count tensors of no known
+    origin and modules taken as one; ``dispatched`` runs looked closer.
+    """
+
+    recording: Recording
+    frozen: set[str]
+    parameters: set[str]
+    asked: frozenset[str] = frozenset()
+    gradients: dict[str, Gradient | None] = field(default_factory=dict)
+    measured: bool = False
+    troubled: bool = False
+    strangers: int = 0
+    guesses: int = 0
+    dispatched: bool = False
+
+
+class Outcome:
+    """Reads off one run, at its end and where the target goes backward itself."""
+
+    def __init__(self, recorder: Recorder, workshop: Workshop, built: Built) -> None:
+        self._recorder = recorder
+        self._recording = recorder.recording
+        self._workshop = workshop
+        self._built = built
+        self._own: list[int] = []
+        self._own_reached: frozenset[str] = frozenset()
+
+    def note_own(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Take note of what the target is about to go backward from; return the leaves that it arrives at."""
+        self._own += self._recorder.value_ids(tensors)
+        graph = self._walked(tensors)
+        self._own_reached |= self._reached(graph)
+        return graph.leaves
+
+    def read(self, result: Any, run: Run, backward: Pass) -> None:
+        """Write down what the result came to, and what a backward pass from it gives."""
+        recording = self._recording
+        sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
+        if self._own and not any(sink.requires_grad for sink in sinks):
+            recording.sinks, recording.reached = tuple(dict.fromkeys(self._own)), self._own_reached
+            recording.walked = recording.went_back = True
+            return
+        if not sinks and left_torch(result):
+            recording.left, recording.sinks = where_it_left(recording)
+            recording.reached = linked_sources(recording)
+            return
+        recording.sinks = self._recorder.value_ids(sinks)
+        graph = self._walked(sinks)
+        recording.reached = self._reached(graph)
+        recording.walked = True
+        if backward != "none":
+            self._go_back(run, sinks, graph, watched=backward == "watched")
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {**dict(self._built.model.named_parameters(remove_duplicate=False)), **self._built.inputs}
+
+    def _walked(self, sinks: list[torch.Tensor]) -> AutogradGraph:
+        graph = walk_graph(sinks, self._recording.later_writes())
+        self._note_refusals(graph)
+        return graph
+
+    def _reached(self, graph: AutogradGraph) -> frozenset[str]:
+        leaves = {id(tensor) for tensor in graph.leaves}
+        known = self._recording.leaves
+        return frozenset(name for name, tensor in self._named().items() if name in known and id(tensor) in leaves)
+
+    def _note_refusals(self, graph: AutogradGraph) -> None:
+        """Write the graph's refusals on their operations; raise where only a kernel, which did not run, could tell."""
+        for number, refusal in graph.refusals.items():
+            operation = self._recording.operations[number]
+            operation.refusal = refusal
+            if self._workshop.mode == "structural" and refusal.rule == "GS502" and not refusal.raises:
+                # Autograd's stand-in lets a kernel that is made of torch functions record itself.
+                raise CannotTell(
+                    f"{operation.name} has no autograd formula: only its kernel shows whether it gives a gradient.",
+                    hint="Use --mode real.",
+                )
+
+    def _go_back(
+        self,
+        run: Run,
+        sinks: list[torch.Tensor],
+        graph: AutogradGraph,
+        *,
+        watched: bool,
+    ) -> None:
+        """Run the backward pass where it can be run: with numbers, or on a pretended CPU for custom functions."""
+        measured = self._workshop.mode == "real"
+        if run.recording.hooks and not measured:
+            run.recording.unseen.append("What hooks make of a gradient is seen only by computing (--mode real).")
+        if not measured and not graph.custom:
+            return
+        if not measured and self._workshop.device.type != "cpu":
+            _refuse_hidden(run)
+            run.recording.unseen.append("What custom backward functions give is seen only by computing (--mode real).")
+            return
+        if measured and not all(bool(sink.isfinite().all()) for sink in sinks):
+            run.recording.unseen.append(
+                "The outputs are not finite with these inputs: what gradients are worth is unknown."
+            )
+            return
+        result = run_backward(sinks, graph, self._named(), run.asked, watched=watched, measured=measured)
+        if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
+            _refuse_hidden(run)
+            run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")
+            return
+        if result.error is not None and _is_of_the_machine(result.error):
+            said = in_words(result.error)
+            run.recording.unseen.append(f"Gradients were not measured, since the backward pass ended with {said}")
+            return
+        if self._own and result.error is not None and FREED in str(result.error):
+            run.recording.unseen.append(
+                "The target goes backward itself, which frees the graph: what gradients are worth was not measured."
+            )
+            return
+        run.gradients, run.measured, run.troubled = result.gradients, measured, result.troubled
+        run.recording.losses = result.losses
+        run.recording.link_nested(result.nested)
+        if result.error is not None:
+            run.recording.backward_error = f"{type(result.error).__name__}: {result.error}"
+
+
+def _refuse_hidden(run: Run) -> None:
+    """Raise where only a backward pass that cannot be run tells: a custom function uses what it was not given."""
+    recording = run.recording
+    sources = {number for name, number in recording.leaves.items() if name in run.asked - recording.reached}
+    for operation in recording.operations:
+        if operation.given is not None and sources.intersection(operation.inputs[operation.given :]):
+            raise CannotTell(
+                f"{operation.name} uses parameters that it is not given: only its backward pass, run with numbers, "
+                "shows whether they get a gradient.",
+                hint="Use --mode real.",
+            )
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Tell an exception that says nothing of the model: no memory left, no time left."""
+    short = (MemoryError, TimeoutError, torch.OutOfMemoryError)
+    return isinstance(error, short) or "can't allocate memory" in str(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-from gradscope.scanning.switches import Names
+from gradscope.scanning.switches import Names, Switch
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -28,13 +28,25 @@ def wrapper_of_class(node: ast.ClassDef, names: Names) -> str:
         switch = names.switch(base)
         if switch is not None and switch.disables is not False:
             return switch.mechanism
-    for method in node.body:
-        if isinstance(method, ast.FunctionDef) and method.name == "__enter__":
-            for part in ast.walk(node):
-                switch = names.switch(part) if isinstance(part, ast.Call) else None
-                if switch is not None and switch.disables is not False and switch.mechanism != "enable_grad":
-                    return switch.mechanism
+    methods = {method.name: method for method in node.body if isinstance(method, ast.FunctionDef)}
+    if "__enter__" not in methods:
+        return ""
+    for name in ("__init__", "__enter__"):
+        for part in statements(methods[name].body) if name in methods else ():
+            value = part.value if isinstance(part, (ast.Expr, ast.Assign)) else None
+            switch = _kept_or_entered(value, names) if value is not None else None
+            if switch is not None and switch.disables is not False and switch.mechanism != "enable_grad":
+                return switch.mechanism
     return ""
+
+
+def _kept_or_entered(value: ast.expr, names: Names) -> Switch | None:
+    """Return the switch that a statement keeps or enters: ``torch.no_grad().__enter__()``, also through a stack."""
+    switch = names.switch(value)
+    if switch is None and isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        inner = value.func.value if value.func.attr == "__enter__" else value.args[0] if value.args else None
+        switch = names.switch(inner) if inner is not None else None
+    return switch
 
 
 _SIMPLE = (ast.Expr, ast.Assign, ast.Return, ast.AnnAssign, ast.AugAssign, ast.Raise)
@@ -106,12 +118,17 @@ def _around_argument(node: FunctionNode, names: Names) -> str:
         for part in ast.walk(inner):
             if isinstance(part, (ast.With, ast.AsyncWith)):
                 found = [mechanism for item in part.items if (mechanism := _disabling(item.context_expr, names))]
-                called = {n.func.id for n in ast.walk(part) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-                if found and called & given:
+                if found and _called(part) & given:
                     return found[0]
-        if any(given and _disabling(item, names) for item in inner.decorator_list) and returned:
-            return next(mechanism for item in inner.decorator_list if (mechanism := _disabling(item, names)))
+        found = [mechanism for item in inner.decorator_list if (mechanism := _disabling(item, names))]
+        if found and _called(inner) & given:
+            return found[0]
     return ""
+
+
+def _called(node: ast.AST) -> set[str]:
+    """Return the names that are called anywhere in a statement."""
+    return {part.func.id for part in ast.walk(node) if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)}
 
 
 def _parameters(node: FunctionNode) -> set[str]:

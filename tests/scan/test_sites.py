@@ -213,6 +213,27 @@ def test_a_wrapper_counts_where_it_is_used(case: str, findings: Callable[[str], 
     assert found[0].source == decorator
 
 
+NO_WRAPPERS = {
+    "a hook that is made": "def quiet(layer):\n    @torch.no_grad()\n    def hook(module, inputs, output):\n        return layer.weight * output\n    return hook\n",
+    "a server one can enter": "class quiet:\n    def __enter__(self):\n        return self\n\n    @torch.no_grad()\n    def run(self, x):\n        return self.policy(x)\n",
+}
+
+
+@pytest.mark.parametrize("case", NO_WRAPPERS)
+def test_what_only_holds_a_switch_is_no_wrapper(case: str, findings: Callable[[str], list[Finding]]) -> None:
+    source = method("quiet(self.layer)\nreturn self.layer(x)", head=HEAD + NO_WRAPPERS[case])
+    assert [each.rule for each in findings(source)] == ["GS102"]
+
+
+def test_a_manager_that_enters_a_switch_by_hand(findings: Callable[[str], list[Finding]]) -> None:
+    head = HEAD + (
+        "class quiet:\n    def __enter__(self):\n        self.mode = torch.no_grad()\n        self.mode.__enter__()\n\n"
+        "    def __exit__(self, *error):\n        self.mode.__exit__(*error)\n"
+    )
+    found = findings(method(UNDER.format("quiet()"), head=head))
+    assert [(each.rule, each.severity) for each in found] == [("GS106", "error")]
+
+
 def test_a_context_manager_of_the_package(findings: Callable[[str], list[Finding]]) -> None:
     head = (
         HEAD

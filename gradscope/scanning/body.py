@@ -17,6 +17,7 @@ from gradscope.scanning.values import INDEX, PLAIN, Value, gives_indices, joined
 
 _INTEGER_NAME = re.compile(INTEGER_NAMES)
 _INTEGER_ANNOTATION = re.compile(INTEGER_ANNOTATIONS)
+_INTEGER_OF_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor|\b(?:Int\d*|UInt\d*|Integer|Bool)\b")
 _INTEGER_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor")
 _FLOAT_TENSOR = re.compile(r"(?<!Long)(?<!Int)(?<!Bool)(?<!Byte)Tensor")
 
@@ -64,12 +65,13 @@ class Body(Regions):
         is_called = self.node.name == "__call__" and self.klass is not None and bool(self.klass.bases)
         is_forward = self.node.name == "forward" or is_called
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        plain = _with_plain_defaults(arguments)
         for argument in [*every, *filter(None, (arguments.vararg, arguments.kwarg))]:
             name = argument.arg
             note = _words(argument.annotation)
             if name in ("self", "cls"):
                 continue
-            if _holds_no_floats(name, note):
+            if _holds_no_floats(name, note) or (name in plain and "Tensor" not in note):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN
                 continue
             self.parameters.add(name)
@@ -286,7 +288,21 @@ def add_imports(imports: dict[str, str], node: ast.Import | ast.ImportFrom, modu
 
 @lru_cache(maxsize=4096)  # the same few names in every file
 def _holds_no_floats(name: str, note: str) -> bool:
-    return "Float" not in note and bool(_INTEGER_ANNOTATION.search(note) or _INTEGER_NAME.search(name))
+    if "Float" in note:
+        return False
+    # dict[str, Tensor] and Tensor | int may hold floats; LongTensor and Int[Tensor, ...] do not
+    annotated = (_INTEGER_OF_TENSOR if "Tensor" in note else _INTEGER_ANNOTATION).search(note)
+    return bool(annotated or _INTEGER_NAME.search(name))
+
+
+def _with_plain_defaults(arguments: ast.arguments) -> set[str]:
+    """Return the parameters whose default is a number, a string or a truth value: settings, not tensors."""
+    positional = [*arguments.posonlyargs, *arguments.args]
+    given = [*zip(reversed(positional), reversed(arguments.defaults), strict=False)]
+    given += [(each, value) for each, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value]
+    return {
+        argument.arg for argument, value in given if isinstance(value, ast.Constant) and value.value is not None
+    }  # fmt: skip
 
 
 def _signature(node: FunctionNode) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -179,8 +180,8 @@ class Calls(Expressions):
         return Value(value.atoms, "tensor" if base.kind in ("tensor", "module") else "unknown")
 
     def _forward_of(self, func: ast.Attribute) -> list[Value]:
-        """``self.part.forward(x)`` runs a module, like ``self.part(x)``."""
-        part = self.names.dotted(func.value) if func.attr == "forward" else ""
+        """``self.part.forward(x)``, ``self.part.decode(x)`` run a module, like ``self.part(x)``."""
+        part = self.names.dotted(func.value) if _RUNS.search(func.attr) else ""
         return [Value(frozenset({f"call:self.{part.split('.')[1]}"}), "tensor")] if part.startswith("self.") else []
 
     def _escape(self, node: ast.Call, name: str, base: Value) -> Value:
@@ -203,6 +204,7 @@ class Calls(Expressions):
 
 
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
+_RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward|decode|encode)(?:_|$)")
 _INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
 _ESCAPES = {
     "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",

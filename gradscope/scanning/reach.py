@@ -17,7 +17,7 @@ NOT_COMPUTE = ("__init__", "__repr__", "__len__", "__getattr__", "__setattr__", 
 
 # Callables kept on self that prepare inputs or settings and run no module.
 _PREPARES = re.compile(
-    r"^_?(?:pre_?proc|transform|tokeni[sz]|processor|get_)|(?:fn|func|function|config|init|processor)$"
+    r"^_?(?:pre_?proc|transform|tokeni[sz]|processor|get_)|(?:fn|func|function|config|init|processor|tokenizer)$"
 )
 # nn.Module's own methods: they compute nothing of the forward pass.
 MODULE_API = frozenset(

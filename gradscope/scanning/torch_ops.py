@@ -55,5 +55,5 @@ INTEGER_NAMES = (
     r"height|width|h|w|seq_len|length|cls|self|logger|optimizer|filename|image_sizes|spatial_shapes|start|end)$"
 )
 INTEGER_ANNOTATIONS = (
-    r"Long|Int(?!er)|Bool|\bint\b|\bbool\b|\bstr\b|\bdtype\b|\bdevice\b|PretrainedConfig|Config\b|Path|dict"
+    r"Long|Int(?!er)|Bool|\bint\b|\bfloat\b|\bbool\b|\bstr\b|\bdtype\b|\bdevice\b|PretrainedConfig|Config\b|Path|dict"
 )

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
-from gradscope.scanning.facts import Class, Function
+from gradscope.scanning.facts import APART, Class, Function
 from gradscope.scanning.regions import FunctionNode, Regions
 from gradscope.scanning.switches import HOMES, MECHANISMS, Names, Switch
 from gradscope.scanning.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
@@ -102,12 +102,21 @@ class Body(Regions):
         self._assign([node.target], node.value, also=self.value(node.target))
 
     def _return(self, node: ast.Return) -> None:
-        self._give(self._handed_out(node.value), bool(node.value))
+        value = self._handed_out(node.value)
+        if isinstance(node.value, ast.Tuple) and any("off:" in atom for atom in value.atoms):
+            self.hand_out(self._silently(node.value.elts))
+        self._give(value, bool(node.value))
+
+    def hand_out(self, parts: Sequence[Value]) -> None:
+        """Take note of a part of the result that nothing but stopped values are in."""
+        for value in parts:
+            if value.atoms and all("off:" in atom for atom in value.atoms):
+                self.returned.add(APART)
 
     def _for(self, node: ast.For | ast.AsyncFor) -> None:
         if isinstance(node, ast.AsyncFor):
             self.suspended(node.iter, "await")
-        self.bind(node.target, self.value(node.iter))
+        self.bind(node.target, self.as_computed(self.value(node.iter)))
         self._loop([*node.body, *node.orelse])
 
     def _while(self, node: ast.While) -> None:
@@ -158,7 +167,9 @@ class Body(Regions):
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
         for target in targets:
-            self.bind(target, self._as_computed(value))
+            self.bind(target, self.as_computed(value))
+            if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+                self.hand_out([self.as_computed(value)])
             self.note_output(target, value.atoms, value.kind)
             if isinstance(target, ast.Name) and self.function:
                 continue  # by far the most
@@ -184,7 +195,7 @@ class Body(Regions):
         self.gives_value = self.gives_value or something
         if self._gives_integers:
             value = INDEX
-        self.returned |= self._as_computed(value).atoms
+        self.returned |= self.as_computed(value).atoms
         if value.kind in ("function", "lambda"):
             return  # it runs later, when the region is long closed
         for region in self._effective_regions():
@@ -199,11 +210,14 @@ class Body(Regions):
         # x.copy_(y), self.cache.append(y): what is changed in place comes out of the region too
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _changes(node.func.attr):
             base = node.func.value
-            atoms = joined(self._silently(node.args)).atoms
+            given = self._silently(node.args)
+            atoms = joined(given).atoms
+            if node.func.attr == "set":  # tensordict.set(key, value)
+                self.hand_out(given)
             if isinstance(base, (ast.Name, ast.Attribute, ast.Subscript)) and atoms and not _is_own_method(node.func):
                 self.note_output(base, atoms)
                 if isinstance(base, ast.Name) and base.id in self.env:
-                    self.env[base.id] = _merged(self.env[base.id], Value(atoms, "unknown"))
+                    self.env[base.id] = _merged(self.env[base.id], self.as_computed(Value(atoms)))
 
     def _handed_out(self, node: ast.expr | None) -> Value:
         """Return the value of what is given back; a function given back by its name is not called here."""
@@ -316,7 +330,7 @@ def _merged(first: Value, second: Value) -> Value:
 
 
 def _changes(method: str) -> bool:
-    return method.endswith("_") or method in ("append", "extend", "add", "update", "insert", "appendleft", "put")
+    return method.endswith("_") or method in ("append", "extend", "add", "update", "insert", "appendleft", "put", "set")
 
 
 def _is_own_method(func: ast.Attribute) -> bool:

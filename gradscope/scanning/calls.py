@@ -124,6 +124,8 @@ class Calls(Expressions):
             return Value(NOTHING, value.kind)  # a copy is a leaf of its own
         if last in _INDEX_FUNCTIONS:
             return INDEX
+        if last[:1].isupper():
+            self.hand_out(given)
         if last == "Parameter" and given and value.kind == "tensor" and value.atoms:
             self.report(node, "GS203", "nn.Parameter", value)
         if isinstance(node.func, ast.Name) and node.func.id in self.env:

@@ -9,6 +9,7 @@ package are joined.
 - ``arg:self.x:0:param:y``: the first argument of such a call was ``y``
 - ``cut:12``: what a detach or the like on line 12 gave out
 - ``off:...``: any of these, computed where gradients are switched off
+- ``apart``: a part of the result is computed with gradients off and nothing else
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ How: TypeAlias = Literal["decorator", "block", "call", "applied", "class"]
 Atoms: TypeAlias = frozenset[str]
 
 NOTHING: Atoms = frozenset()
+APART = "apart"
 
 
 @dataclass(frozen=True, slots=True)

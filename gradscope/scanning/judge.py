@@ -21,6 +21,8 @@ NOTHING_LIVE = "what comes out of it depends on no parameter, module or float in
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
 FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
 
+_LOSS_CLASS = re.compile(r"Loss|Criterion")
+_LOSS_FUNCTION = re.compile(r"(?:^|_)loss(?:es)?(?:_|$)")
 GENERATORS = frozenset({"generate", "generate_stream", "sample"})
 
 
@@ -216,9 +218,16 @@ class Judge:
     def _meant(self, site: Site, place: Place, live: Atoms) -> str:
         if is_table(place) and not any(self._is_weight(atom, place) for atom in live):
             return "a positional table, computed from sizes and positions"
-        if site.how == "block" and re.search(r"Loss|Criterion", place.name.partition(".")[0]):
+        if site.how == "block" and self._prepares_loss(site, place):
             return "it prepares targets or weights of a loss"
         return meant_by_result(site.gives)
+
+    def _prepares_loss(self, site: Site, place: Place) -> bool:
+        """Tell whether a block is part of a loss that itself lets a gradient through."""
+        owner, _, name = place.name.rpartition(".")
+        is_helper = name not in FORWARDS and bool(_LOSS_CLASS.search(owner))
+        is_loss = bool(_LOSS_CLASS.search(owner) or _LOSS_FUNCTION.search(name))
+        return is_helper or (is_loss and (site.conditional or self.reach.flows(place, self.reach.owner(place))))
 
     def _is_weight(self, atom: str, place: Place) -> bool:
         """Tell whether an atom is a module or parameter of the class itself, not an input or a method of its own."""
@@ -247,6 +256,9 @@ class Judge:
         outside = _outside_atoms(self.reach.live(site.depends, place))
         if len(way) > 1 and not outside and meant_by_name(place):
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
+        if site.how == "block" and self.reach.gets_past(site.depends, place):
+            message = f"{_where(site)}; a gradient gets past it on another way, without the part that is lost here."
+            return Judgement(facts, site, "warning", "possible", message, way)
         message = f"{_where(site)}: training through {entry} loses the gradient here."
         return Judgement(facts, site, "error", "likely", message, way)
 

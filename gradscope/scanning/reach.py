@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from gradscope.scanning.facts import Atoms, Call, Class, Site
+from gradscope.scanning.facts import APART, Atoms, Call, Class, Site
 from gradscope.scanning.package import FRAMEWORKS, Package, Place
 
 FORWARDS = ("forward", "__call__")
@@ -120,6 +120,17 @@ class Reach:
         if target is None or self.package.function(target) is None:
             return True
         return self.flows(target, self.owner_for(target, owner))
+
+    def gets_past(self, atoms: Atoms, place: Place) -> bool:
+        """Tell whether all that these depend on also reaches the result of the function with gradients on.
+
+        A result that is made of the stopped values alone (``apart``) is lost whatever the others do.
+        """
+        function, owner = self.package.function(place), self.owner(place)
+        if function is None or APART in function.returns:
+            return False
+        flowing = {_source(atom) for atom in function.returns if self._flows_out(atom, place, owner)}
+        return {_source(atom) for atom in self.live(atoms, place)} <= flowing
 
     def _is_passed_on(self, way: str, place: Place, owner: Place | None) -> bool:
         """Tell whether an argument is live and comes out again of the function it was given to."""
@@ -381,3 +392,8 @@ class Reach:
             return True
         inner = self.package.method(klass, "forward")
         return inner is None or self.chain(inner, klass) is None
+
+
+def _source(atom: str) -> str:
+    """Return what an atom is about in the end: ``param:x`` of ``off:arg:self.scale:0:param:x``."""
+    return ":".join(atom.rsplit(":", 2)[-2:])

@@ -88,7 +88,7 @@ class Regions(Calls):
                     if part.id == "self":
                         region.effects |= atoms
 
-    def _as_computed(self, value: Value) -> Value:
+    def as_computed(self, value: Value) -> Value:
         """Return a value with its atoms marked where gradients are off."""
         if not self.regions or not self._effective_regions():
             return value

@@ -114,6 +114,13 @@ class Expressions:
     def suspend(self, node: ast.Yield | ast.YieldFrom | ast.Await, value: Value) -> None:
         """Take note of a value given out, or awaited, in the middle of the function."""
 
+    def as_computed(self, value: Value) -> Value:
+        """Return a value as the open regions leave it."""
+        return value
+
+    def hand_out(self, parts: Sequence[Value]) -> None:
+        """Take note of values that are given out side by side: in a tuple, a dict, an output object."""
+
     # --- names and attributes -------------------------------------------------------------------
 
     def _name(self, node: ast.Name) -> Value:
@@ -197,7 +204,7 @@ class Expressions:
 
     def _walrus(self, node: ast.NamedExpr) -> Value:
         value = self.value(node.value)
-        self.bind(node.target, value)
+        self.bind(node.target, self.as_computed(value))
         self.note_output(node.target, value.atoms)
         return value
 
@@ -210,7 +217,9 @@ class Expressions:
         return value if isinstance(node, ast.Await) else UNKNOWN
 
     def _dict(self, node: ast.Dict) -> Value:
-        return joined([self.value(item) for item in node.values]) if node.values else UNKNOWN
+        values = [self.value(item) for item in node.values]
+        self.hand_out(values)
+        return joined(values) if values else UNKNOWN
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> Value:
         for generator in node.generators:

@@ -95,6 +95,37 @@ def test_a_flowing_forward_is_neither_error_nor_warning(case: str, findings: Cal
     assert [each for each in findings(FLOWING[case]) if each.severity != "note"] == []
 
 
+GETS_PAST = {
+    "a scale": "with torch.no_grad():\n    scale = self.layer(x)\nreturn self.layer(x) * scale",
+    "values matched anew": "with torch.no_grad():\n    best = x.topk(2).values\nif x.requires_grad:\n    best = x.gather(0, best.sort().values)\nreturn best * 2",
+}
+LOST = {
+    "a layer of its own": "with torch.no_grad():\n    y = self.layer(x)\nreturn x + y",
+    "an item of a dictionary": "logits = self.layer(x)\nwith torch.no_grad():\n    score = logits.softmax(-1)\nreturn {'logits': logits, 'score': score}",
+    "an item set": "out = {}\nout['logits'] = self.layer(x)\nwith torch.no_grad():\n    score = out['logits'].softmax(-1)\nout['score'] = score\nreturn out",
+    "one of two": "logits = self.layer(x)\nwith torch.no_grad():\n    score = logits.softmax(-1)\nreturn logits, score",
+    "a field": "logits = self.layer(x)\nwith torch.no_grad():\n    score = logits.softmax(-1)\nreturn Output(logits=logits, score=score)",
+}
+
+
+def test_what_gets_past_a_region_in_part_is_a_warning(findings: Callable[[str], list[Finding]]) -> None:
+    """As in a trace, where such a source is partial; a part of the result that is lost whole is an error."""
+    for cases, severity in ((GETS_PAST, "warning"), (LOST, "error")):
+        for case, body in cases.items():
+            found = findings(net("def forward(self, x):\n" + indent(body, "    ")))
+            assert (case, [each.severity for each in found]) == (case, [severity])
+
+
+def test_a_loss_may_prepare_without_gradients_but_not_consist_of_it(findings: Callable[[str], list[Finding]]) -> None:
+    matched = "def compute_loss(self, x, y):\n    with torch.no_grad():\n        weight = self.layer(x)\n    return (self.layer(x) - y) * weight\n"
+    stopped = "def forward(self, x, y):\n    with torch.no_grad():\n        a, b = self.layer(x), self.layer(y)\n    return (a - b).abs()\n"
+    assert {
+        each.severity
+        for each in findings(net(matched + "def forward(self, x, y):\n    return self.compute_loss(x, y)"))
+    } == {"note"}
+    assert {each.severity for each in findings(net(stopped).replace("Net", "PerceptualLoss"))} == {"error"}
+
+
 def test_the_other_way_round_training_is_stopped(findings: Callable[[str], list[Finding]]) -> None:
     body = "def forward(self, x):\n    with torch.no_grad() if self.training else nullcontext():\n        return self.layer(x)"
     assert [each.severity for each in findings(net(body))] == ["warning"]

@@ -67,6 +67,8 @@ class Calls(Expressions):
         if name == "requires_grad_" and _switches_off(node):
             self.report(node, "GS901", "requires_grad_(False)", harmless=FROZEN)
         self.reads.add(name)
+        if _GIVES_INDICES.search(name):
+            return INDEX
         known = self.klass.attributes.get(name, "") if self.klass else ""
         atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
         # What is called on self and is no method of the class is a module, as far as the class shows.
@@ -122,7 +124,7 @@ class Calls(Expressions):
         last = dotted.rpartition(".")[2]
         if last == "deepcopy":
             return Value(NOTHING, value.kind)  # a copy is a leaf of its own
-        if last in _INDEX_FUNCTIONS:
+        if last in _INDEX_FUNCTIONS or _GIVES_INDICES.search(last) or _UNPACKS.search(last):
             return INDEX
         if last[:1].isupper():
             self.hand_out(given)
@@ -160,6 +162,8 @@ class Calls(Expressions):
             return Value(joined(given).atoms, "plain")
         if name in _ESCAPES and base.kind != "module":
             return self._escape(node, name, base)
+        if _GIVES_INDICES.search(name) or _UNPACKS.search(name):
+            return INDEX
         if name in torch_ops.INDEX_VALUED and base.kind != "module":
             self._index_valued(node, name, base)
             return INDEX
@@ -206,6 +210,11 @@ class Calls(Expressions):
 
 
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
+_GIVES_INDICES = re.compile(
+    r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
+    r"^index_quantize$|^tokenize$"
+)
+_UNPACKS = re.compile(r"^dequantize_(?:\d+bit|blockwise|int\d|nf4|fp[48])")  # packed integers in, a table's numbers out
 _RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward|decode|encode)(?:_|$)")
 _INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
 _ESCAPES = {

@@ -6,6 +6,7 @@ Weights are initialised, optimizers step, metrics count, checkpoints load: a reg
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from gradscope.scanning.package import Package, Place
 
@@ -27,7 +28,7 @@ _TRAINING_TOOL = re.compile(
 _CLASSES = re.compile(
     r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
-    r"Quant\w*|Evaluator|Evaluation|DataLoader|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
+    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
 )
 _FILES = re.compile(
     r"(?:^|/)(?:tests?|testing|test_utils|examples?|scripts?|benchmarks?|tools|conversion|convert\w*|quantizers?|"
@@ -53,7 +54,12 @@ def meant_by_class(place: Place, package: Package) -> str:
 
 
 _NOT_TRAINED = re.compile(
-    r"label|target|teacher|(?:^|_)gt(?:_|$)|mask|ind(?:ex|ices)|(?:^|_)idx|(?:^|_)ids?$|reference|(?:^|_)ref_|matched|assign"
+    r"label|target|teacher|(?:^|_)gt(?:_|$)|mask|ind(?:ex|ices)|(?:^|_)idx|(?:^|_)ids?$|reference|(?:^|_)ref_|matched|assign|"
+    r"(?:^|_)(?:row|col|column|batch)_(?:offsets?|ptr)$"
+)
+_TEACHERS = re.compile(
+    r"teacher|(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
+    r"policy)|_(?:ema|target)$"
 )
 _TABLES = re.compile(r"Rotary|Rope|RoPE|Sinusoid|Position\w*(?:Embedding|Encoding)|RandomFourier")
 
@@ -63,6 +69,12 @@ def meant_by_result(names: tuple[str, ...]) -> str:
     if names and all(_NOT_TRAINED.search(name) for name in names):
         return f"it computes {', '.join(names)}, which nothing is trained through"
     return ""
+
+
+def meant_by_module(names: Iterable[str]) -> str:
+    """Return why a block is not to be trained through if it runs a teacher, judged by the names of its modules."""
+    teacher = next((name for name in sorted(names) if _TEACHERS.search(name)), "")
+    return f"it runs {teacher}, which is updated and not trained" if teacher else ""
 
 
 def is_table(place: Place) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
-from gradscope.scanning.facts import Atoms, FileFacts, Site
-from gradscope.scanning.intent import is_table, meant_by_class, meant_by_name, meant_by_result
+from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
+from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Entry, Reach
 
@@ -119,6 +119,10 @@ class Judge:
         called = [target for method in own for _, target in self.package.callees(method, owner)]
         return [*own, *called]
 
+    def _calls(self, place: Place) -> tuple[Call, ...]:
+        function = self.package.function(place)
+        return function.calls if function else ()
+
     def _reached_from_forwards(self, *, always: bool = False) -> dict[Place, list[Place]]:
         reached: dict[Place, list[Place]] = {}
         for facts in self.package.files.values():
@@ -159,7 +163,14 @@ class Judge:
         return {entry.place.name.rpartition(".")[2] for entry in report.entries} <= GENERATORS
 
     def _is_known(self, owner: Place) -> bool:
-        """Tell whether every public method of a class and its bases was read: one that was not may be a way in."""
+        """Tell whether every public method of a class and its bases was read: one that was not may be a way in.
+
+        A class that calls ``self.forward`` and has none is half a class: its subclasses have the way in.
+        """
+        if self.package.method(owner, "forward") is None and any(
+            call.target == "self.forward" for place in self._methods(owner) for call in self._calls(place)
+        ):
+            return False
         for place in self.package.mro(owner):
             facts = self.package.files[place.module]
             klass = facts.classes.get(place.name)
@@ -220,6 +231,10 @@ class Judge:
             return "a positional table, computed from sizes and positions"
         if site.how == "block" and self._prepares_loss(site, place):
             return "it prepares targets or weights of a loss"
+        if site.how == "block" and self.reach.flows(place, self.reach.owner(place)):
+            teacher = meant_by_module(atom.rpartition("self.")[2] for atom in live if "call:self." in atom)
+            if teacher:
+                return teacher
         return meant_by_result(site.gives)
 
     def _prepares_loss(self, site: Site, place: Place) -> bool:

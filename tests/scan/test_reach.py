@@ -140,6 +140,11 @@ NOTES = {
     "a returned index": "@torch.no_grad()\ndef forward(self, scores):\n    return torch.topk(self.layer(scores), 2)[1]",
     "declared integers": "@torch.no_grad()\ndef forward(self, scores: torch.Tensor) -> torch.LongTensor:\n    return self.choose(self.layer(scores))",
     "an update of averages": "@torch.no_grad()\ndef update_ema(self, other):\n    for p, q in zip(self.parameters(), other.parameters()):\n        p.lerp_(q, 0.1)\n    return p",
+    "packed integers": "@torch.no_grad()\ndef forward(self, packed):\n    return functional.dequantize_4bit(packed, self.state)",
+    "codes of another model": "def forward(self, x, codec):\n    with torch.no_grad():\n        codes = codec.index_quantize(x)\n    return self.layer(codes)",
+    "ids that a method gives": "def forward(self, x):\n    with torch.no_grad():\n        codes = self.get_codebook_indices(x)\n    return self.layer(codes)\ndef get_codebook_indices(self, x):\n    return self.layer(x)",
+    "rows and columns": "def forward(self, x):\n    with torch.no_grad():\n        row_offsets, column_indices = locate(self.layer(x))\n    return self.layer(x, row_offsets, column_indices)",
+    "a teacher": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.target_encoder(x)\n    return self.layer(x) - goal",
     "a shape through a method": "@torch.no_grad()\ndef forward(self, x):\n    return self.table(x)\n\ndef table(self, x):\n    return torch.arange(x.shape[0])",
 }
 
@@ -154,6 +159,47 @@ def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: s
     )
     package = write(tmp_path, {"__init__": "", "net": source})
     assert {each.severity for each in scan(str(package), cache=False).findings} == {"note"}
+
+
+@pytest.mark.parametrize("name", ["PostProcess", "BeamSearcher", "RandomAttack", "MaskExplainer"])
+def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str) -> None:
+    source = f"""
+        import torch
+        from torch import nn
+
+        class {name}(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            @torch.no_grad()
+            def forward(self, x):
+                return self.model(x)
+        """
+    package = write(tmp_path, {"__init__": "", "net": source})
+    assert [each.severity for each in scan(str(package), cache=False).findings] == ["note"]
+
+
+def test_half_a_class_has_its_way_in_in_a_subclass(tmp_path: Path) -> None:
+    source = """
+        import torch
+        from torch import nn
+
+        class Base(nn.Module):
+            @torch.inference_mode()
+            def inference(self, x):
+                return self.forward(x)
+
+        class Full(Base):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.layer(x)
+        """
+    package = write(tmp_path, {"__init__": "", "net": source})
+    assert [each.severity for each in scan(str(package), cache=False).findings] == ["warning"]
 
 
 def test_a_name_alone_excuses_nothing(tmp_path: Path) -> None:

@@ -125,18 +125,27 @@ class Judge:
 
     def _reached_from_forwards(self, *, always: bool = False) -> dict[Place, list[Place]]:
         reached: dict[Place, list[Place]] = {}
-        for facts in self.package.files.values():
-            for name in facts.classes:
-                owner = Place(facts.module, name)
-                if meant_by_class(Place(facts.module, f"{name}.forward"), self.package):
-                    continue
-                for forward in FORWARDS:
-                    entry = Place(facts.module, f"{name}.{forward}")
-                    if entry.name in facts.functions and self.package.is_module(owner):
-                        for place, way in self.reach.reachable(entry, owner, always=always).items():
-                            if place not in reached or len(way) < len(reached[place]):
-                                reached[place] = way
+        for owner in (Place(facts.module, name) for facts in self.package.files.values() for name in facts.classes):
+            if meant_by_class(Place(owner.module, f"{owner.name}.forward"), self.package):
+                continue
+            for entry in self._forwards(owner):
+                for place, way in self.reach.reachable(entry, owner, always=always).items():
+                    if place not in reached or len(way) < len(reached[place]):
+                        reached[place] = way
         return reached
+
+    def _forwards(self, owner: Place) -> list[Place]:
+        """Return the forward passes of a module class: its own, and inherited ones if it has a region they may call."""
+        own = [Place(owner.module, f"{owner.name}.{name}") for name in FORWARDS]
+        if owner in self._with_regions:
+            own += [each for name in FORWARDS if (each := self.package.method(owner, name)) and each not in own]
+        known = [each for each in own if self.package.function(each) is not None]
+        return known if known and self.package.is_module(owner) else []
+
+    @cached_property
+    def _with_regions(self) -> frozenset[Place]:
+        """The classes with a region in a method of their own."""
+        return frozenset(owner for place in self.reach.regions if (owner := self.reach.owner(place)) is not None)
 
     def _only_ways(self) -> dict[tuple[Place, Site], Chain]:
         """Return the sites of module classes in which every public compute method is stopped."""
@@ -261,7 +270,7 @@ class Judge:
         return Judgement(facts, site, "error", "certain", message)
 
     def _in_forward(self, facts: FileFacts, site: Site, place: Place, way: list[Place]) -> Judgement:
-        entry = way[0].name
+        entry = self._entry_name(way[0], place)
         if site.conditional or place not in self._always_reached:
             message = f"{_where(site)} when a condition known only at run time says so; {entry} computes with it."
             return Judgement(facts, site, "warning", "possible", message, way)
@@ -276,6 +285,13 @@ class Judge:
             return Judgement(facts, site, "warning", "possible", message, way)
         message = f"{_where(site)}: training through {entry} loses the gradient here."
         return Judgement(facts, site, "error", "likely", message, way)
+
+    def _entry_name(self, entry: Place, place: Place) -> str:
+        """Return the name of a forward pass as the class has it that the region is in: ``Child.forward``, inherited."""
+        owner, home = self.reach.owner(place), self.reach.owner(entry)
+        if owner is None or home is None or home not in self.package.mro(owner):
+            return entry.name
+        return f"{owner.name}.{entry.name.rpartition('.')[2]}"
 
     def _beside(self, facts: FileFacts, site: Site, place: Place, live: Atoms) -> Judgement:
         """A region in a function that no forward pass was seen to call."""

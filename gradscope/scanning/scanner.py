@@ -192,8 +192,9 @@ def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
             if name in FORWARDS:
                 for each in owners:  # also as an annotation: def __init__(self, tower: Tower)
                     calls[each] = set()
-            else:
-                calls.setdefault(f".{name}(", set()).update(owners)
+            else:  # a base class may call it on self
+                bases = (base.name for base in package.mro(Place(place.module, owner)))
+                calls.setdefault(f".{name}(", set()).update(owners, bases)
         elif name and not owner:
             calls[name] = set()  # also without a call: self.run = helper
     return calls

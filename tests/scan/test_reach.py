@@ -202,6 +202,42 @@ def test_half_a_class_has_its_way_in_in_a_subclass(tmp_path: Path) -> None:
     assert [each.severity for each in scan(str(package), cache=False).findings] == ["warning"]
 
 
+def test_an_inherited_forward_calls_what_the_subclass_puts_in(tmp_path: Path) -> None:
+    files = {"__init__": "", "base": """
+        from torch import nn
+
+        class Conditioner(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(4, 4)
+
+            def embed(self, x):
+                raise NotImplementedError
+
+            def forward(self, x):
+                return self.head(self.embed(x))
+        """, "child": """
+        import torch
+        from torch import nn
+        from .base import Conditioner
+
+        class Chroma(Conditioner):
+            def __init__(self):
+                super().__init__()
+                self.tower = nn.Linear(4, 4)
+
+            @torch.no_grad()
+            def embed(self, x):
+                return self.tower(x)
+        """}  # fmt: skip
+    session = scan(str(write(tmp_path, files)), cache=False)
+    errors = [(each.function, each.chain, each.message) for each in session.findings if each.severity == "error"]
+    assert errors == [(
+        "Chroma.embed", ("Conditioner.forward", "Chroma.embed"),
+        "Chroma.embed runs under no_grad: training through Chroma.forward loses the gradient here.",
+    )]  # fmt: skip
+
+
 def test_a_name_alone_excuses_nothing(tmp_path: Path) -> None:
     """A rotary class that runs a layer over its float input, and an index that is not returned, are errors."""
     source = """

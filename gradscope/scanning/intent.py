@@ -25,10 +25,15 @@ _TRAINING_TOOL = re.compile(
     r"main|preprocess.*|_?post_?process.*|collate.*|get_(?:targets|targets_single|assigned.*)|_?assign.*|match.*|"
     r"_?get_(?:src|tgt)_permutation_idx|select_(?:topk|candidates|highest).*|_?sample_.*indices?)$"
 )
+# Public methods that touch modules and are no way to compute with them.
+_HANDLING = re.compile(
+    r"^(?:push_to_hub|get_optimizers?|get_params|get_(?:input|output)_embeddings|configure_.*|format_batch.*|parameters.*|"
+    r"named_.*|clone.*|copy.*|prepare_.*|compile.*|setup.*|collect_.*)$"
+)
 _CLASSES = re.compile(
     r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
-    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
+    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
 )
 _FILES = re.compile(
     r"(?:^|/)(?:tests?|testing|test_utils|examples?|scripts?|benchmarks?|tools|conversion|convert\w*|quantizers?|"
@@ -80,6 +85,11 @@ def meant_by_module(names: Iterable[str]) -> str:
 def is_table(place: Place) -> bool:
     """Tell whether a class is a positional table by its name."""
     return bool(_TABLES.search(place.name))
+
+
+def is_tool(name: str) -> bool:
+    """Tell whether a function by this name prepares a model or is a tool around training, not a way through it."""
+    return bool(_SETUP.match(name) or _TRAINING_TOOL.match(name) or _HANDLING.match(name))
 
 
 def meant_by_name(place: Place) -> str:

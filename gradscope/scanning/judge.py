@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
+from gradscope.scanning.entries import Entries, Entry
 from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
 from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
 from gradscope.scanning.package import Package, Place
-from gradscope.scanning.reach import FORWARDS, Chain, Entry, Reach
+from gradscope.scanning.reach import FORWARDS, Chain, Reach
 
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
@@ -63,6 +64,7 @@ class Judge:
                     harmless[place, site] = why
         self.harmless = harmless
         self.reach = Reach(package, harmless)
+        self.entries = Entries(self.reach)
         reach = self.reach
         self.regions = {place for place in reach.regions if reach.blockers(place) and not meant_by_name(place)}
 
@@ -106,10 +108,10 @@ class Judge:
                 owner = Place(facts.module, name)
                 if not any(Place(facts.module, f"{name}.{method}") in stopped for method in klass.methods):
                     continue
-                entries = self.reach.entries(owner)
+                entries = self.entries.of(owner)
                 if any(entry.chain for entry in entries):
                     is_module = self.package.is_module(owner)
-                    reports.append(ClassReport(owner, is_module, entries, self.reach.clean_components(owner)))
+                    reports.append(ClassReport(owner, is_module, entries, self.entries.clean_components(owner)))
         return reports
 
     def _methods(self, owner: Place) -> list[Place]:
@@ -160,7 +162,7 @@ class Judge:
                         if not _in_mixin(place) or chain.steps[0].name.endswith(FORWARDS):
                             found.setdefault((place, site), chain)
                 for place in self._methods(report.place):
-                    if self.reach.is_a_step(place.name.rpartition(".")[2], report.place):
+                    if self.entries.is_a_step(place.name.rpartition(".")[2], report.place):
                         continue
                     for site in self.reach.blockers(place):
                         if self.reach.owner(place) == report.place:
@@ -305,7 +307,7 @@ class Judge:
         entry = next((each for each in report.entries if each.place == place), None) if report else None
         advice = ""
         if entry and entry.alternatives:
-            advice = f"Use {', '.join(entry.alternatives)} where a gradient is wanted."
+            advice = f"Use {', '.join(entry.alternatives[:4])} where a gradient is wanted."
         elif report and report.clean:
             advice = f"Call the modules inside it: {', '.join(report.clean[:6])}."
         if not (entry or runs_model):

@@ -187,6 +187,14 @@ class Package:
                 return klass.attributes[name]
         return ""
 
+    def is_kept(self, owner: Place, name: str) -> bool:
+        """Tell whether a class was seen to keep something under a name, in its constructor or its body."""
+        return any(
+            name in klass.attributes or name in klass.aliases
+            for place in self.mro(owner)
+            if (facts := self.files.get(place.module)) and (klass := facts.classes.get(place.name))
+        )
+
     # --- names ----------------------------------------------------------------------------------
 
     def _find(self, dotted: str, module: str, depth: int = 0) -> Place | None:

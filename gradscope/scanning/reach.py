@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from gradscope.scanning.facts import APART, Atoms, Call, Class, Site
-from gradscope.scanning.package import FRAMEWORKS, Package, Place
+from gradscope.scanning.facts import APART, Atoms, Site
+from gradscope.scanning.package import Package, Place
 
 FORWARDS = ("forward", "__call__")
 # What a call may lead to without computing anything of the model's.
@@ -19,6 +19,8 @@ NOT_COMPUTE = ("__init__", "__repr__", "__len__", "__getattr__", "__setattr__", 
 _PREPARES = re.compile(
     r"^_?(?:pre_?proc|transform|tokeni[sz]|processor|get_)|(?:fn|func|function|config|init|processor|tokenizer)$"
 )
+# A class of another package that is a module, as far as its name says.
+_MODEL_NAME = re.compile(r"(?:Model|Module|Network|Net|Encoder|Decoder|Transformer|Backbone|LM|Generation|VAE)$")
 # nn.Module's own methods: they compute nothing of the forward pass.
 MODULE_API = frozenset(
     "add_module apply bfloat16 buffers children compile cpu cuda double eval extra_repr float get_buffer "
@@ -46,16 +48,6 @@ class Chain:
     def conditional(self) -> bool:
         """Whether only run time decides about every switch on the way."""
         return all(site.conditional for _, site in self.sites)
-
-
-@dataclass(slots=True)
-class Entry:
-    """What is said of one public compute method: ``blocked``, ``inference-only`` or ``clean``."""
-
-    place: Place
-    status: str
-    chain: Chain | None = None
-    alternatives: list[str] = field(default_factory=list)
 
 
 class Reach:
@@ -99,7 +91,7 @@ class Reach:
         if kind != "call":
             return False
         if name.startswith("self."):
-            return owner is not None and self._computes(owner, name[5:])
+            return owner is not None and self.computes(owner, name[5:])
         function = self.package.function(place)
         return function is not None and name in function.parameters
 
@@ -157,9 +149,9 @@ class Reach:
         if not kind or kind in ("buffer", "plain"):
             return False
         klass = self.package.find_class(kind, owner.module)
-        return klass is not None and self.package.is_module(klass)
+        return bool(_MODEL_NAME.search(kind)) if klass is None else self.package.is_module(klass)
 
-    def _computes(self, owner: Place, name: str) -> bool:
+    def computes(self, owner: Place, name: str) -> bool:
         """Tell whether ``self.name(...)`` runs a module: a method that does, or a callable kept on ``self``."""
         method = self.package.method(owner, name)
         if method is not None:
@@ -196,9 +188,7 @@ class Reach:
         if owner is None or not target.startswith("self.") or target.count(".") != 1:
             return False
         name = target[5:]
-        return (
-            self.package.method(owner, name) is None and self._computes(owner, name) and self.package.is_module(owner)
-        )
+        return self.package.method(owner, name) is None and self.computes(owner, name) and self.package.is_module(owner)
 
     def owner_for(self, target: Place, owner: Place | None) -> Place | None:
         """Return the class of ``self`` once ``target`` is called: the same object for its own methods."""
@@ -296,102 +286,6 @@ class Reach:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))
         return found
-
-    # --- entries --------------------------------------------------------------------------------
-
-    def compute_methods(self, owner: Place) -> list[Place]:
-        """Return the public methods of a class (its own and those of its bases) that run modules."""
-        found: dict[str, Place] = {}
-        for place in self._own_classes(owner):
-            facts = self.package.files.get(place.module)
-            klass = facts.classes.get(place.name) if facts else None
-            for name in klass.methods if klass else ():
-                method = Place(place.module, f"{place.name}.{name}")
-                if name not in found and self._is_compute(method, name, owner):
-                    found[name] = method
-        return list(found.values())
-
-    def _is_compute(self, method: Place, name: str, owner: Place) -> bool:
-        function = self.package.function(method)
-        if function is None or (name.startswith("_") and name not in FORWARDS):
-            return False
-        if function.kind in ("staticmethod", "classmethod", "property") or not function.gives_value:
-            return False
-        return (bool(self.blockers(method)) or self.touches(method, owner)) and not self.is_a_step(name, owner)
-
-    def is_a_step(self, name: str, owner: Place) -> bool:
-        """Tell whether the class calls a method itself and never for its value (it writes weights or state)."""
-        calls = [
-            call
-            for place in self._own_classes(owner)
-            for method in self._methods_of(place)
-            for call in self._calls(method)
-            if call.target == f"self.{name}"
-        ]
-        return bool(calls) and not any(call.used for call in calls)
-
-    def _methods_of(self, place: Place) -> list[Place]:
-        facts = self.package.files.get(place.module)
-        klass = facts.classes.get(place.name) if facts else None
-        return [Place(place.module, f"{place.name}.{name}") for name in klass.methods] if klass else []
-
-    def _calls(self, place: Place) -> tuple[Call, ...]:
-        function = self.package.function(place)
-        return function.calls if function else ()
-
-    def entries(self, owner: Place) -> list[Entry]:
-        """Return the verdict of every public compute method of a class, and what to call instead."""
-        methods = self.compute_methods(owner)
-        chains = {method: self.chain(method, owner) for method in methods}
-        clean = [method.name.rpartition(".")[2] for method in methods if chains[method] is None]
-        entries = []
-        for method in methods:
-            chain = chains[method]
-            status = "clean" if chain is None else "inference-only" if clean else "blocked"
-            name = method.name.rpartition(".")[2]
-            if chain is not None and name == "forward":
-                status = "blocked"
-            others = clean
-            if chain is not None and chain.partly and chain.conditional:
-                status, others = "inference-only", [f"{name} where the condition of the switch does not hold"]
-            elif chain is not None and chain.sometimes:
-                status, others = "inference-only", [f"{name} in the other mode (train or eval)"]
-            entries.append(Entry(method, status, chain, others if status == "inference-only" else []))
-        return entries
-
-    def clean_components(self, owner: Place) -> list[str]:
-        """Return the modules kept on ``self`` that are called and are not themselves stopped."""
-        names: dict[str, None] = {}
-        for place in self._own_classes(owner):
-            facts = self.package.files.get(place.module)
-            klass: Class | None = facts.classes.get(place.name) if facts else None
-            for name in klass.methods if klass else ():
-                function = self.package.function(Place(place.module, f"{place.name}.{name}"))
-                for call in function.calls if function else ():
-                    if self._is_clean_component(call.target, owner):
-                        names[call.target[5:]] = None
-        return list(names)
-
-    def _own_classes(self, owner: Place) -> list[Place]:
-        """Return a class and its bases without the frameworks' own, whose methods belong to no model."""
-        return [place for place in self.package.mro(owner) if place == owner or place.name not in FRAMEWORKS]
-
-    def _is_clean_component(self, target: str, owner: Place) -> bool:
-        if not target.startswith("self.") or target.count(".") != 1:
-            return False
-        name = target[5:]
-        if (
-            name.startswith("_")
-            or name in FORWARDS
-            or self.package.method(owner, name) is not None
-            or not self._computes(owner, name)
-        ):
-            return False
-        klass = self.package.find_class(self.package.attribute(owner, name), owner.module)
-        if klass is None:
-            return True
-        inner = self.package.method(klass, "forward")
-        return inner is None or self.chain(inner, klass) is None
 
 
 def _source(atom: str) -> str:

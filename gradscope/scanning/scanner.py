@@ -19,9 +19,10 @@ from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.scanning.cache import Cache, default_folder, key_of
 from gradscope.scanning.collect import Collected, Collector, Settings, Text, default_jobs
+from gradscope.scanning.entries import Entry
 from gradscope.scanning.judge import ClassReport, Judge, Judgement
 from gradscope.scanning.package import Package, Place
-from gradscope.scanning.reach import FORWARDS, Chain, Entry
+from gradscope.scanning.reach import FORWARDS, Chain
 from gradscope.scanning.reading import decode, headers
 from gradscope.scanning.resolve import Resolved, resolve
 from gradscope.scanning.searching import Finder
@@ -318,7 +319,7 @@ def _entries_asked(judge: Judge, wanted: tuple[str, ...]) -> list[tuple[ClassRep
             owner = judge.reach.owner(place)
             chain: Chain | None = judge.reach.chain(place, owner)
             report = ClassReport(owner or place, bool(owner and judge.package.is_module(owner)), [], [])
-            clean = judge.reach.clean_components(owner) if owner and chain else []
+            clean = judge.entries.clean_components(owner) if owner and chain else []
             found.append((report, clean, Entry(place, "blocked" if chain else "clean", chain)))
     return found
 

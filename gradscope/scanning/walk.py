@@ -231,9 +231,12 @@ class FileReader:
         """``self.run = self._run``, ``self.run = helper``: a callable kept under another name."""
         own = {argument.arg for argument in (*method.args.args, *method.args.kwonlyargs)}
         for part in statements(method.body):
-            if not isinstance(part, ast.Assign) or not isinstance(part.value, (ast.Name, ast.Attribute)):
+            value = part.value if isinstance(part, ast.Assign) else None
+            if isinstance(value, ast.Call) and value.args and self.names.dotted(value.func).endswith("partial"):
+                value = value.args[0]
+            if not isinstance(part, ast.Assign) or not isinstance(value, (ast.Name, ast.Attribute)):
                 continue
-            dotted = self.names.dotted(part.value)
+            dotted = self.names.dotted(value)
             root, _, rest = dotted.partition(".")
             meant = f"{klass.name}.{rest}" if root == "self" and rest in klass.methods else dotted
             for target in part.targets:
@@ -260,15 +263,20 @@ class FileReader:
                     and target.value.id == "self"
                 ):
                     kind = self._kind(node.value, typed)
-                    if kind and klass.attributes.get(target.attr) not in _CERTAIN:
-                        klass.attributes[target.attr] = kind
+                    if klass.attributes.get(target.attr) not in _CERTAIN:
+                        klass.attributes[target.attr] = kind or klass.attributes.get(target.attr, "")
 
     def _kind(self, value: ast.expr, typed: Mapping[str, ast.expr]) -> str:
+        value = _itself(value)
         if isinstance(value, ast.Constant):
             return "plain" if value.value is not None else ""
+        if isinstance(value, ast.IfExp):
+            return self._kind(value.body, typed) or self._kind(value.orelse, typed)
         if isinstance(value, ast.Call):
             dotted = self.names.dotted(value.func)
-            last = dotted.rpartition(".")[2]
+            home, _, last = dotted.rpartition(".")
+            if last.startswith("from_"):  # Tower.from_pretrained(...); another package's may give anything
+                return home if self._is_own(home) else ""
             if last in ("Parameter", "Buffer"):
                 return last.lower()
             if dotted.startswith("torch.nn."):
@@ -279,7 +287,16 @@ class FileReader:
             return self._class_named(typed[dotted])
         return "plain" if dotted.split(".")[0] in ("config", "cfg", "args") else ""
 
+    def _is_own(self, dotted: str) -> bool:
+        """Tell whether a class is the package's own and no factory of others (``AutoModel``), judged by its name."""
+        is_near = dotted in self.facts.headers or dotted.startswith(f"{self.facts.module.partition('.')[0]}.")
+        return is_near and not dotted.rpartition(".")[2].startswith("Auto")
+
     def _class_named(self, annotation: ast.expr) -> str:
+        if isinstance(annotation, ast.BinOp):  # Tower | None
+            return self._class_named(annotation.left)
+        if isinstance(annotation, ast.Subscript) and self.names.dotted(annotation.value).endswith("Optional"):
+            return self._class_named(annotation.slice)
         dotted = self.names.dotted(annotation)
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             dotted = annotation.value if annotation.value.isidentifier() else ""
@@ -319,6 +336,7 @@ class FileReader:
 _REGISTERED = {
     "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
 }  # fmt: skip
+_GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
 _CERTAIN = ("module", "parameter", "buffer")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -359,6 +377,13 @@ def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:
 def _is_main(test: ast.expr) -> bool:
     """``if __name__ == "__main__":``, also with more to it."""
     return any(isinstance(part, ast.Constant) and part.value == "__main__" for part in ast.walk(test))
+
+
+def _itself(value: ast.expr) -> ast.expr:
+    """``tower.eval()`` and ``Tower().to(device)`` are the tower."""
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _GIVE_THEMSELVES:
+        value = value.func.value
+    return value
 
 
 def _bare(base: ast.expr) -> ast.expr:

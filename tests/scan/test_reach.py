@@ -180,6 +180,64 @@ def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str)
     assert [each.severity for each in scan(str(package), cache=False).findings] == ["note"]
 
 
+def test_what_is_offered_instead_exists_and_keeps_the_gradient(tmp_path: Path) -> None:
+    """No accessor, no tool, no method that is stopped itself; parts are those kept on self, by what they are."""
+    files = {"__init__": "", "net": """
+        import torch
+        from functools import partial
+        from torch import nn
+        from elsewhere import Solver
+
+        @torch.no_grad()
+        def smooth(layer, x):
+            return layer(x)
+
+        class Tower(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            @torch.no_grad()
+            def forward(self, x):
+                return self.layer(x)
+
+        class Net(Solver, nn.Module):
+            def __init__(self, tower: Tower, second: Tower | None, layer_class):
+                super().__init__()
+                self.tower = tower.eval()
+                self.second = second.eval() if second is not None else None
+                self.third = Tower.from_pretrained("x").to("cpu")
+                self.smooth = partial(smooth, nn.Linear(4, 4))
+                self.layer_class = layer_class
+                self.head = nn.Linear(4, 4)
+
+            @torch.no_grad()
+            def encode(self, x):
+                x = self.head(self.tower(self.second(self.third(self.smooth(x)))))
+                return self.from_the_solver(self.layer_class(x))
+
+            def get_head(self):
+                return self.head
+
+            def load_weights(self, path):
+                return self.head.load_state_dict(path)
+
+            @torch.no_grad()
+            def logits(self, x):
+                return self.head(x).tolist()
+
+            FORWARD
+        """}  # fmt: skip
+    shut = {**files, "net": files["net"].replace("FORWARD", "")}
+    session = scan(str(write(tmp_path, shut)), cache=False)
+    assert next(entry["clean"] for entry in session.entries if entry["function"] == "Net.encode") == ["head"]
+    forward = "def forward(self, x, quiet=False):\n                y = self.head(x)\n                if quiet:\n                    with torch.no_grad():\n                        y = y + self.head(x)\n                return y"
+    (tmp_path / "pack" / "net.py").write_text(dedent(files["net"].replace("FORWARD", forward)))
+    session = scan(str(tmp_path / "pack"), cache=False)
+    offered = {entry["function"]: entry["alternatives"] for entry in session.entries}
+    assert offered["Net.encode"] == ["forward (while the condition of its switch does not hold)"]
+
+
 def test_half_a_class_has_its_way_in_in_a_subclass(tmp_path: Path) -> None:
     source = """
         import torch

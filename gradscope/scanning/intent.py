@@ -63,7 +63,7 @@ _NOT_TRAINED = re.compile(
     r"(?:^|_)(?:row|col|column|batch)_(?:offsets?|ptr)$"
 )
 _TEACHERS = re.compile(
-    r"teacher|(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
+    r"(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
     r"policy)|_(?:ema|target)$"
 )
 _TABLES = re.compile(r"Rotary|Rope|RoPE|Sinusoid|Position\w*(?:Embedding|Encoding)|RandomFourier")

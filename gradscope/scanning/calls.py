@@ -143,6 +143,11 @@ class Calls(Expressions):
         atoms = value.atoms | callee.atoms
         if callee.kind == "function" or name in self.parameters:
             self._note_call(name, node)
+        kept = (atom.removeprefix("off:") for atom in callee.atoms)
+        for method in sorted(atom[5:] for atom in kept if atom.startswith("attr:")):
+            if self.klass is not None and method in self.klass.methods:  # run = self.fast if x else self.slow
+                self._note_call(f"self.{method}", node)
+                atoms |= {f"call:self.{method}"}
         if name in self.parameters:
             atoms |= {f"call:{name}"}
         return Value(atoms, "tensor" if callee.kind == "module" else "unknown")

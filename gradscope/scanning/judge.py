@@ -312,7 +312,9 @@ class Judge:
             advice = f"Call the modules inside it: {', '.join(report.clean[:6])}."
         if not (entry or runs_model):
             return Judgement(facts, site, "note", "possible", f"{_where(site)}; no model is run in it.")
-        return Judgement(facts, site, "warning", "likely", f"{_where(site)}: it is for inference only.", advice=advice)
+        is_part = name in FORWARDS or (site.how == "block" and self.reach.flows(place, owner))
+        what = "what comes out of it carries no gradient" if is_part else "it is for inference only"
+        return Judgement(facts, site, "warning", "likely", f"{_where(site)}: {what}.", advice=advice)
 
     def _operation(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         if site.rule in ("GS501", "GS502"):

@@ -58,6 +58,7 @@ STOPPED = {
     "a callable on self": net(f"@torch.no_grad()\n{QUIET}def forward(self, x):\n    return self.run(x)", init="        self.run = self._quiet\n"),
     "a function on self": net("def forward(self, x):\n    return self.run(self.layer, x)", "@torch.no_grad()\ndef helper(layer, x):\n    return layer(x)\n", "        self.run = helper\n"),
     "a callback": net(f"@torch.no_grad()\n{QUIET}def forward(self, x):\n    return checkpoint(self._quiet, x, use_reentrant=False)"),
+    "one of two methods": net(f"@torch.no_grad()\n{QUIET}def _loud(self, x):\n    return x\ndef forward(self, x):\n    run = self._quiet if len(x) > 2 else self._loud\n    return run(x)"),
     "mapped": net(f"@torch.no_grad()\n{QUIET}def forward(self, xs):\n    return torch.stack(list(map(self._quiet, xs)))"),
     "a function inside": net("def forward(self, x):\n    @torch.no_grad()\n    def go(z):\n        return self.layer(z)\n    return go(x)"),
     "a function inside, handed on": net("def forward(self, x):\n    def go(z):\n        with torch.no_grad():\n            return self.layer(z)\n    return checkpoint(go, x, use_reentrant=False)"),
@@ -218,6 +219,11 @@ def test_an_ignore_comment_is_about_one_statement(case: str, findings: Callable[
     text, hides = IGNORES[case]
     found = findings(net(f"def forward(self, x):\n    {text}\n        return self.layer(x)"))
     assert [each.rule for each in found] == ([] if hides else ["GS104"])
+
+
+def test_a_method_picked_under_a_switch_is_called(findings: Callable[[str], list[Finding]]) -> None:
+    body = f"@torch.no_grad()\ndef sample(self):\n    run = self._quiet if self.flag else self._loud\n    return run(4)\ndef _loud(self, n):\n    return self.layer(torch.randn(n, 4))\n{QUIET}{RUN}"
+    assert [(each.function, each.severity) for each in findings(net(body))] == [("Net.sample", "warning")]
 
 
 ANOTHER_WAY = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gradscope.tracing.recording import Part, Refusal, Write
 
 TAG = "gradscope.operation"
+# So many nodes can be freed in any order.
+SHALLOW = 500
 # The names of torch's own stand-ins for a derivative that nobody wrote (torch/csrc/autograd/functions/basic_ops.h,
 # torch/csrc/autograd/autograd_not_implemented_fallback.cpp): the first raises in backward, the second only warns.
 RAISES = "torch::autograd::NotImplemented"
@@ -50,6 +53,32 @@ class AutogradGraph:
     refusals: dict[int, Refusal] = field(default_factory=dict)
     leaves: list[torch.Tensor] = field(default_factory=list)
     custom: bool = False
+
+    def release(self) -> None:
+        """Free the nodes, each after all that lead to it, when nothing else holds them any more.
+
+        Of nodes that Python has seen, each frees the following one from within its own end (torch 2.14): a recurrent
+        network of some thousand steps would overflow the stack and end the process.
+        """
+        if len(self.nodes) > SHALLOW:
+            order = _from_above(self.nodes)
+            self.operations.clear()
+            self.nodes.clear()
+            order.reverse()
+            while order:
+                order.pop()
+
+
+def _from_above(nodes: list[Any]) -> list[Any]:
+    """Return the nodes in an order in which each comes after all that lead to it."""
+    above = Counter(following for node in nodes for following, _ in node.next_functions)
+    order = [node for node in nodes if node not in above]
+    for node in order:  # grows meanwhile
+        for following, _ in node.next_functions:
+            above[following] -= 1
+            if following is not None and not above[following]:
+                order.append(following)
+    return order
 
 
 def walk_graph(sinks: Iterable[torch.Tensor], written: Mapping[int, list[Write]] | None = None) -> AutogradGraph:

@@ -48,13 +48,14 @@ class Run:
 
 
 class Outcome:
-    """Reads off one run, at its end and where the target goes backward itself."""
+    """Reads off one run, at its end and where the target goes backward itself; ``graphs`` takes what it walks."""
 
-    def __init__(self, recorder: Recorder, workshop: Workshop, built: Built) -> None:
+    def __init__(self, recorder: Recorder, workshop: Workshop, built: Built, graphs: list[AutogradGraph]) -> None:
         self._recorder = recorder
         self._recording = recorder.recording
         self._workshop = workshop
         self._built = built
+        self._graphs = graphs
         self._own: list[int] = []
         self._own_reached: frozenset[str] = frozenset()
 
@@ -78,17 +79,22 @@ class Outcome:
             recording.reached = linked_sources(recording)
             return
         recording.sinks = self._recorder.value_ids(sinks)
-        graph = self._walked(sinks)
-        recording.reached = self._reached(graph)
-        recording.walked = True
-        if backward != "none":
-            self._go_back(run, sinks, graph, watched=backward == "watched")
+        try:
+            graph = self._walked(sinks)
+            recording.reached = self._reached(graph)
+            recording.walked = True
+            if backward != "none":
+                self._go_back(run, sinks, graph, watched=backward == "watched")
+        finally:  # a frame that an exception keeps must not keep the graph
+            result = None
+            sinks.clear()
 
     def _named(self) -> dict[str, torch.Tensor]:
         return {**dict(self._built.model.named_parameters(remove_duplicate=False)), **self._built.inputs}
 
     def _walked(self, sinks: list[torch.Tensor]) -> AutogradGraph:
         graph = walk_graph(sinks, self._recording.later_writes())
+        self._graphs.append(graph)
         self._note_refusals(graph)
         return graph
 

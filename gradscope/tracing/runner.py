@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from gradscope.errors import UsageError
 from gradscope.stages import tell
+from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.holding import Holder
 from gradscope.tracing.instrument import observe
@@ -43,6 +44,7 @@ class Runner:
         self.subject = subject
         self.workshop = workshop
         self._prepared: nn.Module | None = None
+        self._graphs: list[AutogradGraph] = []
         self._runs = 0
 
     def run(
@@ -64,6 +66,7 @@ class Runner:
         self._runs += 1
         tell(f"run {self._runs}" + (", to verify the fix" if neutralised else ", a closer look" if dispatched else ""))
         with (
+            self._releasing(),
             hushed(FAKE_TENSORS) if self.workshop.mode == "structural" else nullcontext(),
             untouched_state(),
             unhurried_collector(),
@@ -114,6 +117,15 @@ class Runner:
             )
         return run
 
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """Free the graphs that were walked, after all else that holds a part of them."""
+        try:
+            yield
+        finally:
+            while self._graphs:
+                self._graphs.pop().release()
+
     def _lent(self, origin: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
         if self.subject.borrowed:
             return self.workshop.lent(origin, self.subject.given)
@@ -136,7 +148,7 @@ class Runner:
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
         recording = recorder.recording
-        outcome = Outcome(recorder, self.workshop, built)
+        outcome = Outcome(recorder, self.workshop, built, self._graphs)
         if self.subject.loss is None and (self.subject.entry != "forward" or isinstance(built.model, Holder)):
             recorder.goes_back = outcome.note_own
         try:
@@ -151,7 +163,10 @@ class Runner:
             return
         finally:
             recorder.forward_is_over()
-        outcome.read(result, run, backward)
+        try:
+            outcome.read(result, run, backward)
+        finally:  # a frame that an exception keeps must not keep the graph
+            result = None
 
 
 def _is_sharded(module: nn.Module) -> bool:

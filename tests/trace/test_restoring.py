@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -232,3 +234,32 @@ def test_what_a_forward_pass_meddles_with_is_put_back(mode: str) -> None:
     assert not model.layer._forward_hooks
     model(x, more)
     assert x[0, 0] == 0.5 and more["seen"] == model.meter.total == model.count == len(model.layer._forward_hooks) == 1
+
+
+DEEP = """
+import threading, torch, gradscope
+from torch import nn
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(2, 2)
+    def forward(self, x):
+        h = x
+        for _ in range(500):
+            h = self.cell(x, h)
+        return h
+
+def trace():
+    print(gradscope.trace(Deep(), torch.ones(1, 2), mode="real").verdict)
+
+threading.stack_size(1 << 19)
+thread = threading.Thread(target=trace)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_deep_graph_is_freed_without_overflowing_the_stack() -> None:
+    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "flows"), done.stderr

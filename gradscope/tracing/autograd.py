@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gradscope.tracing.recording import Part, Refusal, Write
 
 TAG = "gradscope.operation"
+Writes: TypeAlias = "Callable[[int], list[Write]]"
 # So many nodes can be freed in any order.
 SHALLOW = 500
 # The names of torch's own stand-ins for a derivative that nobody wrote (torch/csrc/autograd/functions/basic_ops.h,
@@ -81,16 +82,15 @@ def _from_above(nodes: list[Any]) -> list[Any]:
     return order
 
 
-def walk_graph(sinks: Iterable[torch.Tensor], written: Mapping[int, list[Write]] | None = None) -> AutogradGraph:
+def walk_graph(sinks: Iterable[torch.Tensor], written: Writes | None = None) -> AutogradGraph:
     """Return the autograd graph behind the sinks.
 
     Asks ``grad_fn.next_functions`` and never ``requires_grad``. What lies behind a node that gives no gradient is
-    reached only where another way leads to it. ``written`` holds the later writes into what an operation took in
+    reached only where another way leads to it. ``written`` gives the later writes into what an operation took in
     or gave out.
     """
     graph = AutogradGraph()
     leaves: dict[int, torch.Tensor] = {}
-    written = written or {}
     pending: list[tuple[Any, int | None]] = []
     for sink in sinks:
         if sink.grad_fn is not None:
@@ -125,7 +125,7 @@ def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 # --- nodes that give no gradient -----------------------------------------------------------------------
 
 
-def _refusal(node: Any, operation: int | None, written: Mapping[int, list[Write]]) -> Refusal | None:
+def _refusal(node: Any, operation: int | None, written: Writes | None) -> Refusal | None:
     name = _name(node)
     if name == RAISES:
         return Refusal("GS402", "torch has no derivative for it.", "its derivative is not implemented", True)
@@ -134,9 +134,8 @@ def _refusal(node: Any, operation: int | None, written: Mapping[int, list[Write]
     if name.startswith(GENERATED) and name in _operators_without_backward():
         said = "no autograd formula was registered for it"
         return Refusal("GS502", f"{said} (torch.library.register_autograd).", said, True)
-    if operation is None or operation not in written:
-        return None
-    return _spoiled(node, written[operation])
+    writes = written(operation) if written is not None and operation is not None else None
+    return _spoiled(node, writes) if writes else None
 
 
 def _name(node: Any) -> str:

@@ -33,6 +33,8 @@ class Provenance:
         self._written: dict[int, tuple[int, Operation]] = {}
         self._written_unseen: set[int] = set()
         self._escapes: list[Operation] = []
+        self._gathered: tuple[int, ...] = ()
+        self._gathered_from = 0
         self._scalars: dict[int, tuple[float, int]] = {}
         self._exposed: dict[int, Place | None] = {}
         self.made_by_function: dict[int, int] = {}
@@ -193,9 +195,22 @@ class Provenance:
     def entered(self, tensor: torch.Tensor) -> int:
         """Link a tensor made of Python's numbers to the calls that took numbers out of tensors before."""
         number = self.remember(tensor).id
-        for escape in self._escapes:
-            self._record(Operation(0, escape.name, escape.inputs, (number,), escape.place, escape.scope))
+        *before, last = self._escapes
+        for escape in before[self._gathered_from :]:
+            gathered = self._number()
+            self._record(
+                Operation(0, escape.name, (*self._gathered, *escape.inputs), (gathered,), escape.place, escape.scope)
+            )
+            self._gathered = (gathered,)
+        self._gathered_from = len(before)
+        self._record(Operation(0, last.name, (*self._gathered, *last.inputs), (number,), last.place, last.scope))
         return number
+
+    def _number(self) -> int:
+        """Return a new value for a number that Python holds."""
+        out = Value(len(self._recording.values), None, float, differentiable=True)
+        self._recording.values.append(out)
+        return out.id
 
     def escaped(self, operation: Operation, result: Any) -> None:
         """Note that an operation took floating-point numbers out of a tensor."""
@@ -203,12 +218,9 @@ class Provenance:
             self._escapes.append(operation)
             self._recording.escapes.append(operation)
             if isinstance(result, float):
-                out = Value(len(self._recording.values), None, float, differentiable=True)
-                self._recording.values.append(out)
-                self._record(
-                    Operation(0, operation.name, operation.inputs, (out.id,), operation.place, operation.scope)
-                )
-                self._scalars[id(result)] = (result, out.id)
+                out = self._number()
+                self._record(Operation(0, operation.name, operation.inputs, (out,), operation.place, operation.scope))
+                self._scalars[id(result)] = (result, out)
 
     @property
     def has_escapes(self) -> bool:

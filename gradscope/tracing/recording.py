@@ -7,6 +7,7 @@ a number, its shape and dtype, and whether autograd connected it to anything.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any, Literal, TypeAlias
@@ -221,19 +222,26 @@ class Recording:
             if operation.given is not None and numbers.intersection(operation.inputs[operation.given :]):
                 operation.given = None
 
-    def later_writes(self) -> dict[int, list[Write]]:
-        """Return, by operation, the writes that came after it into memory that it took in or gave out."""
+    def later_writes(self) -> Callable[[int], list[Write]]:
+        """Return what tells, for an operation, the writes after it into memory that it took in or gave out.
+
+        Of those that a version counter shows, the last one is enough; a buffer may be written thousands of times.
+        """
         by_memory: dict[int, list[Write]] = {}
         for write in self.writes:
             by_memory.setdefault(write.memory, []).append(write)
-        found: dict[int, list[Write]] = {}
-        for operation in self.operations if by_memory else ():
+        unseen = {memory: [write for write in writes if write.unseen] for memory, writes in by_memory.items()}
+
+        def after(number: int) -> list[Write]:
+            if number >= len(self.operations):  # of another trace, around this one
+                return []
+            operation = self.operations[number]
             touched = {self.values[value].memory for value in (*operation.inputs, *operation.outputs)}
-            later = [write for memory in touched for write in by_memory.get(memory, ())
-                     if write.operation > operation.index]  # fmt: skip
-            if later:
-                found[operation.index] = sorted(later, key=lambda write: write.operation)
-        return found
+            later = [write for memory in touched if memory in by_memory
+                     for write in {*unseen[memory], by_memory[memory][-1]} if write.operation > number]  # fmt: skip
+            return sorted(later, key=lambda write: write.operation)
+
+        return after
 
     def ancestors(self, scope: int | None) -> list[Scope]:
         """Return the chain of scopes from the outermost to this one."""

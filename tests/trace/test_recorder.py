@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
+import gradscope
 from gradscope.tracing.recorder import Recorder
+from gradscope.tracing.recording import Operation, Recording, Value, Write
 
 
 def test_questions_to_a_tensor_do_not_go_through_the_mode_of_the_run() -> None:
@@ -23,3 +26,38 @@ def test_questions_to_a_tensor_do_not_go_through_the_mode_of_the_run() -> None:
         room = torch.empty_like(tensor)
         room + tensor
     assert ran == ["empty_like", "add"]
+
+
+# --- long passes ---------------------------------------------------------------------------------------
+
+
+class ThroughPython(nn.Module):
+    """Carry a number through Python at each step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.layer, self.steps = nn.Linear(2, 2), steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.steps):
+            x = self.layer(x).tanh()
+            x = x + torch.tensor(2 * x.sum().item())
+        return x
+
+
+def test_numbers_that_come_back_from_python_are_recorded_once_each() -> None:
+    def operations(steps: int) -> int:
+        session = gradscope.trace(ThroughPython(steps), torch.ones(2), mode="real")
+        assert [each.rule for each in session.findings] == ["GS302"]
+        return int(session.stats["operations"])
+
+    once, twice, thrice = operations(20), operations(40), operations(60)
+    assert thrice - twice == twice - once
+
+
+def test_of_the_writes_into_one_memory_the_last_one_is_told_and_those_behind_autograds_back() -> None:
+    recording = Recording(values=[Value(0, (), torch.float32, differentiable=True, memory=1)])
+    recording.operations = [Operation(number, "add_", (0,), (0,), None, None) for number in range(5)]
+    recording.writes = [Write(1, number, unseen=number == 2) for number in range(5)]
+    after = recording.later_writes()
+    assert [[write.operation for write in after(number)] for number in range(6)] == [[2, 4], [2, 4], [4], [4], [], []]

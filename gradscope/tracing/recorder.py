@@ -16,14 +16,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.tracing.autograd import part_written, tag
+from gradscope.tracing.autograd import tag
 from gradscope.tracing.calls import (
     AS_ANOTHER,
-    DERIVATIVES,
     DERIVES,
-    ENTRANCES,
     ESCAPES,
-    FILLS,
     MAKES_ROOM,
     MAY_BE_REFUSED,
     MENDABLE,
@@ -37,6 +34,7 @@ from gradscope.tracing.calls import (
     with_graph,
     writes,
 )
+from gradscope.tracing.consequences import Consequences
 from gradscope.tracing.cuts import RULE_OF_OPERATION
 from gradscope.tracing.frames import Places, call_chain, function_place, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
@@ -86,6 +84,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.recording = Recording()
         self.provenance = Provenance(self.recording)
+        self.consequences = Consequences(self.recording, self.provenance)
         self.modules = ModuleCalls(self.recording, self.provenance, self._record_module)
         self._run = run
         self._before_write = before_write
@@ -189,7 +188,7 @@ class Recorder(TorchFunctionMode):
             here.calls -= 1
         self._finish(pending, made_by(name, args, result))
         if in_place or name in NOTED:
-            self._note(pending, args, kwargs, result, in_place)
+            self.consequences.note(pending, args, kwargs, result, in_place)
         return result
 
     def _keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -208,7 +207,7 @@ class Recorder(TorchFunctionMode):
         """Run a call that moves no numbers; a tensor that it makes is new and known."""
         name = func.__name__
         if name in MAKES_ROOM:
-            return self._make_room(name, self._run(func, args, kwargs))
+            return self.consequences.room(name, self._run(func, args, kwargs))
         if name == "data_ptr":
             self._before_write(args[0])
             if not self._over:
@@ -217,7 +216,7 @@ class Recorder(TorchFunctionMode):
         if self._over or name not in MAY_BE_REFUSED:
             return func(*args, **kwargs)  # asks the tensor itself: no mode of the run is needed for that
         if name == "register_hook":
-            self._note_hook(args[0])
+            self.consequences.hook(args[0], user_place(sys._getframe(2)))
         self._begin(name, args[:1], {}, user_place(sys._getframe(2)))
         result = func(*args, **kwargs)
         self.recording.pending = None
@@ -233,19 +232,6 @@ class Recorder(TorchFunctionMode):
             if leaf.grad is not None:
                 self.add_constant(leaf.grad)
         return result
-
-    def _make_room(self, name: str, result: Any) -> Any:
-        if isinstance(result, torch.Tensor):
-            if name in FILLS and self.provenance.has_escapes and result.is_floating_point():
-                self.provenance.entered(result)
-            else:
-                self.provenance.remember(result).room = True
-        return result
-
-    def _note_hook(self, tensor: torch.Tensor) -> None:
-        place = user_place(sys._getframe(2))
-        if place is not None:
-            self.recording.hooks[self.provenance.value_of(tensor)] = place
 
     @property
     def is_in_function(self) -> bool:
@@ -367,36 +353,6 @@ class Recorder(TorchFunctionMode):
             self.recording.operations.append(pending)
             for tensor in made:
                 tag(tensor, pending.index, since)
-
-    def _note(
-        self, pending: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, written: list[Any]
-    ) -> None:
-        """Note what the call means beyond its result: numbers that left for Python, came back, or were overwritten.
-
-        Of a derivative that has a graph of its own autograd knows what it depends on.
-        """
-        name = pending.name
-        if name in DERIVATIVES and kwargs.get("create_graph", name != DERIVES):
-            pending.leads_to = tuple(map(self.provenance.leaves_behind, tensors_in(result)))
-        if name in ESCAPES:
-            self.provenance.escaped(pending, result)
-        elif self.provenance.has_escapes and name in ENTRANCES and not pending.inputs:
-            for tensor in tensors_in(result):
-                if tensor.is_floating_point():
-                    self.provenance.entered(tensor)
-        for tensor in written:
-            by_data = self._maker_of(pending) == "data"
-            if by_data:  # x.data.copy_(...): the numbers go into x, whose version counter does not move
-                pending.name = f"data.{name}"
-            self.provenance.wrote(tensor, pending, part_written(name, args) if by_data else None, unseen=by_data)
-
-    def _maker_of(self, pending: Operation) -> str:
-        """Return the call that gave out the first input, if it was the one before."""
-        if pending.inputs:
-            for operation in reversed(self.recording.operations[-8:]):
-                if pending.inputs[0] in operation.outputs:
-                    return operation.name
-        return ""
 
     # --- regions and modules ----------------------------------------------------------------
 

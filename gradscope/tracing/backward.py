@@ -172,9 +172,11 @@ class _Watch:
     def losses(self, reached: Mapping[str, torch.Tensor], result: Backward) -> list[Loss]:
         """Return where the gradients were lost."""
         if result.error is not None:
-            behind = self._behind(self.last)
+            # A hook on the output runs before anything else: what it stops is everything.
+            node = self.graph.nodes[0] if self.last is None else self.last
+            behind = self._behind(node)
             names = frozenset(name for name, tensor in reached.items() if id(tensor) in behind)
-            return [Loss(self.graph.operations.get(self.last), "raises", names)]
+            return [Loss(self.graph.operations.get(node), "hook raises" if self.last is None else "raises", names)]
         found: dict[tuple[int | None, str], set[str]] = {}
         above = self._above()
         for name, tensor in reached.items():

@@ -164,7 +164,9 @@ def cut_of_loss(cuts: dict[Site, Cut], recording: Recording, loss: Loss) -> Cut 
                  if recording.leaves.get(name) in recording.hooks), None)  # fmt: skip
         if place is not None:
             site = source_site(place, "register_hook")
-            return cuts.setdefault(site, Cut(site, "GS606", chain=(code_name(place.code),)))
+            cut = cuts.setdefault(site, Cut(site, "GS606", chain=(code_name(place.code),)))
+            cut.words = "the hook raises an exception." if loss.what == "hook raises" else cut.words
+            return cut
     if operation is None or operation.place is None:
         return None
     if loss.what == "raises" and FREED in recording.backward_error:

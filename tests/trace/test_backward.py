@@ -289,6 +289,30 @@ def test_a_derivative_that_torch_does_not_have_is_mapped_to_its_call() -> None:
         assert named(session, between) == [("error", rule, 1)]
 
 
+class HookedOutput(nn.Module):
+    """Set a hook that raises on the output itself, as models in equilibrium do to solve for the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad.no_such_thing)
+        return y
+
+
+def test_a_hook_on_the_output_that_raises_is_a_crash() -> None:
+    model, x = HookedOutput(), given()
+    with pytest.raises(AttributeError):
+        model(x).sum().backward()
+    session = gradscope.trace(model, x, mode="real")
+    assert session.verdict == "crashes" and session.crash["exception"] == "AttributeError"
+    assert [(each.severity, each.rule) for each in session.findings] == [("error", "GS606")]
+    assert session.findings[0].line == HookedOutput.forward.__code__.co_firstlineno + 3
+
+
 def registered_op(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.gradscope_tests.thrice(x)
 

@@ -63,6 +63,14 @@ def held_model(target: Any, entry: str | None) -> tuple[nn.Module, str | None]:
     return holder, None
 
 
+def modules_of_loss(loss: Callable[[Any], Any] | None) -> nn.Module | None:
+    """Return what stands for the modules that a loss uses (a metric, a memory, a network of its own), if it does."""
+    try:
+        return held_model(loss, None)[0] if loss is not None else None
+    except UsageError:
+        return None
+
+
 def _name_of(target: Any) -> str:
     return str(getattr(target, "__qualname__", type(target).__name__)).replace("<locals>.", "")
 

@@ -13,7 +13,7 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +22,7 @@ import torch
 from gradscope.errors import GradscopeError
 from gradscope.stages import tell
 from gradscope.tracing.frames import source_site, user_place
+from gradscope.tracing.holding import modules_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.provenance import results_in
 from gradscope.tracing.recording import Region, Site
@@ -211,9 +212,12 @@ class _Function:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Give the sources back their values, and the model its buffers and caches."""
-        with kept(self._built.model) as before_write:
-            for tensor in (*self._built.model.buffers(), *loose_tensors(self._built.model)):
-                before_write(tensor)
+        loss = modules_of_loss(self._subject.loss)
+        with ExitStack() as stack:
+            for model in [self._built.model] if loss is None else [self._built.model, loss]:
+                before_write = stack.enter_context(kept(model))
+                for tensor in (*model.buffers(), *loose_tensors(model)):
+                    before_write(tensor)
             try:
                 yield
             finally:

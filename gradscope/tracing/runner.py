@@ -15,7 +15,7 @@ from gradscope.errors import UsageError
 from gradscope.stages import tell
 from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.dispatched import DispatchedCalls
-from gradscope.tracing.holding import Holder
+from gradscope.tracing.holding import Holder, modules_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.outcome import Outcome, Pass, Run
 from gradscope.tracing.provenance import KINDS, tensors_in
@@ -25,6 +25,7 @@ from gradscope.tracing.restoring import (
     OWN,
     attributes_of,
     hushed,
+    kept,
     modules_of,
     put_back,
     tensors_of,
@@ -74,7 +75,7 @@ class Runner:
             torch.compiler.set_stance("force_eager"),
         ):
             origin = self._prepare()
-            with self._lent(origin) as before_write:
+            with self._lent(origin) as before_write, self._loss_kept(before_write) as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
                 with ExitStack() as stack:
@@ -130,6 +131,21 @@ class Runner:
         if self.subject.borrowed:
             return self.workshop.lent(origin, self.subject.given)
         return nullcontext(nothing_written)
+
+    @contextmanager
+    def _loss_kept(self, before_write: Callable[[torch.Tensor], None]) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Keep the modules of the loss as they are, too."""
+        modules = modules_of_loss(self.subject.loss)
+        if modules is None:
+            yield before_write
+            return
+        with kept(modules) as before_write_of_loss:
+
+            def before_both(tensor: torch.Tensor) -> None:
+                before_write(tensor)
+                before_write_of_loss(tensor)
+
+            yield before_both
 
     def _prepare(self) -> nn.Module:
         if self._prepared is None:

@@ -236,6 +236,28 @@ def test_what_a_forward_pass_meddles_with_is_put_back(mode: str) -> None:
     assert x[0, 0] == 0.5 and more["seen"] == model.meter.total == model.count == len(model.layer._forward_hooks) == 1
 
 
+class Mean(nn.Module):
+    """A loss with a memory: the mean of what it has seen so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(()))
+        self.seen = torch.zeros(())
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        self.sum += y.detach().mean()
+        self.seen += 1
+        return (y * self.sum / self.seen).mean()
+
+
+@pytest.mark.parametrize("options", [{"mode": "real"}, {"numeric": True}], ids=str)
+def test_what_a_loss_remembers_is_put_back(options: dict[str, Any]) -> None:
+    loss = Mean()
+    loss(torch.ones(3))
+    session = gradscope.trace(nn.Linear(4, 4), torch.randn(3, 4), loss=lambda y: 2 * loss(y), **options)
+    assert session.sources["weight"].status == "partial" and (loss.sum, loss.seen) == (1, 1)
+
+
 DEEP = """
 import threading, torch, gradscope
 from torch import nn

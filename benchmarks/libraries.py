@@ -5,7 +5,9 @@ plain call followed by ``backward()`` says (which parameters have a ``.grad``), 
 two agree with it.
 
 Run: ``python benchmarks/libraries.py [PATTERN ...]``. Needs sentence-transformers, segment-anything, diffusers,
-open_clip_torch, transformers, torchvision, ultralytics and peft; a case whose library is missing is skipped and said.
+open_clip_torch, transformers, torchvision, ultralytics, peft, torchdiffeq, performer-pytorch, lightning, torchmetrics,
+captum, higher, gpytorch, pytorch-metric-learning, vector-quantize-pytorch and denoising-diffusion-pytorch; a case whose
+library is missing is skipped and said.
 """
 
 from __future__ import annotations
@@ -408,6 +410,160 @@ def peft_lora_reentrant() -> Call:
     return Call(lora(True), (), _tokens())
 
 
+# --- solvers, reversible blocks, derivatives of derivatives ----------------------------------------------
+
+
+def ordinary_equation(solver: str, **options: Any) -> Call:
+    """Return the call of a network whose layer is the solution of a differential equation."""
+    import torchdiffeq
+
+    class Equation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.right_side = nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+            self.rate = lambda time, state: self.right_side(state)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            solve = getattr(torchdiffeq, solver)
+            return solve(self.rate, self.encode(x), torch.linspace(0, 1, 5), **options)[-1]
+
+    return Call(Equation(), (torch.randn(2, 3),))
+
+
+@case("partial", "", "a warning: the size of the steps is chosen under no_grad; unchecked writes do no harm")
+def torchdiffeq_adaptive() -> Call:
+    return ordinary_equation("odeint", method="dopri5")
+
+
+@case("blocked", "GS501 adjoint.py odeint_adjoint", "the adjoint is not told of the parameters")
+def torchdiffeq_adjoint_untold() -> Call:
+    return ordinary_equation("odeint_adjoint", method="rk4", adjoint_params=())
+
+
+@case("flows", "", "reversible blocks go backward through a graph of their own")
+def performer_reversible() -> Call:
+    from performer_pytorch import PerformerLM
+
+    model = PerformerLM(num_tokens=64, max_seq_len=32, dim=32, depth=2, heads=2, dim_head=16, reversible=True)
+    return Call(model, (torch.randint(0, 64, (1, 32)),))
+
+
+@case("blocked", "GS501 gradient.py compute_gradients", "an attribution is a derivative taken without create_graph")
+def captum_attribution() -> Call:
+    from captum.attr import IntegratedGradients
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def attributed(x: torch.Tensor) -> Any:
+        return IntegratedGradients(model).attribute(x, target=1, n_steps=4)
+
+    return Call(attributed, (torch.rand(2, 4),))
+
+
+@case("blocked", "GS201 higher/utils.py _copy_tensor", "by default the inner loop starts from copies")
+def higher_inner_loop() -> Call:
+    import higher
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def adapted(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with higher.innerloop_ctx(net, optimizer) as (inner, steps):
+            steps.step(nn.functional.mse_loss(inner(x), y))
+            return nn.functional.mse_loss(inner(x), y)
+
+    return Call(adapted, (torch.rand(5, 4), torch.rand(5, 1)))
+
+
+# --- metrics, losses, steps of training ------------------------------------------------------------------
+
+
+@case("blocked", "GS105 torchmetrics/metric.py", "a metric's update records nothing; forward is what gives a gradient")
+def torchmetrics_update() -> Call:
+    from torchmetrics import MeanSquaredError
+
+    net, metric = nn.Linear(4, 3), MeanSquaredError()
+
+    def measured(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        metric.update(net(x), y)
+        return metric.compute()
+
+    return Call(measured, (torch.rand(5, 4), torch.rand(5, 3)))
+
+
+@case("flows", "", "the weight is cast through .data first, which is no cut")
+def metric_learning_arcface() -> Call:
+    from pytorch_metric_learning.losses import ArcFaceLoss
+
+    loss = ArcFaceLoss(num_classes=3, embedding_size=3)
+    net = nn.Linear(4, 3)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    return Call(lambda x: loss(net(x), labels), (torch.rand(6, 4),))
+
+
+@case("flows", "", "a step of training of its own, by hand, in the forward pass")
+def lightning_manual_step() -> Call:
+    import lightning
+
+    class Manual(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+            optimizer = torch.optim.Adam(self.parameters(), foreach=True)
+            nn.functional.cross_entropy(self.net(batch[0]), batch[1]).backward()
+            optimizer.step()
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    return Call(Manual(), ((torch.rand(5, 4), torch.randint(0, 3, (5,))), 0), entry="training_step")
+
+
+@case("blocked", "GS201 exact_prediction_strategies.py _mean_cache", "predictions use a mean that is cached detached")
+def gpytorch_prediction() -> Call:
+    import gpytorch
+
+    x = torch.rand(20)
+
+    class Process(gpytorch.models.ExactGP):
+        def __init__(self) -> None:
+            super().__init__(x, torch.sin(6 * x), gpytorch.likelihoods.GaussianLikelihood())
+            self.mean, self.kernel = gpytorch.means.ConstantMean(), gpytorch.kernels.RBFKernel()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return gpytorch.distributions.MultivariateNormal(self.mean(x), self.kernel(x))
+
+    return Call(Process().eval(), (torch.rand(5),), {}, None, {"loss": lambda predicted: predicted.mean})
+
+
+# --- quantisation, sampling ------------------------------------------------------------------------------
+
+
+@case("flows", "", "straight through: the gradient goes around the nearest neighbour")
+def vector_quantize_straight() -> Call:
+    from vector_quantize_pytorch import VectorQuantize
+
+    encoder, quantizer = nn.Linear(8, 8), VectorQuantize(dim=8, codebook_size=16, rotation_trick=False)
+    return Call(lambda x: quantizer(encoder(x))[0], (torch.rand(2, 10, 8),))
+
+
+@case("blocked", "GS401 vector_quantize_pytorch.py gumbel_sample", "the number of the nearest neighbour is an argmax's")
+def vector_quantize_projection() -> Call:
+    from vector_quantize_pytorch import RandomProjectionQuantizer
+
+    encoder, embedding = nn.Linear(8, 8), nn.Embedding(16, 4)
+    quantizer = RandomProjectionQuantizer(dim=8, num_codebooks=1, codebook_dim=4, codebook_size=16)
+    return Call(lambda x: embedding(quantizer(encoder(x))), (torch.rand(2, 10, 8),))
+
+
+@case("blocked", "GS101 denoising_diffusion_pytorch.py GaussianDiffusion.sample", "three decorators, one in the other")
+def denoising_diffusion_sample() -> Call:
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+    model = GaussianDiffusion(Unet(dim=8, dim_mults=(1, 2), flash_attn=False), image_size=16, timesteps=4)
+    return Call(model, (), {"batch_size": 1}, "sample")
+
+
 # --- the two answers -----------------------------------------------------------------------------------
 
 
@@ -433,6 +589,7 @@ def plain_gradients(call: Call) -> tuple[set[str], set[str], str]:
     problem = ""
     try:
         out = function(*call.args, **call.kwargs)
+        out = call.options["loss"](out) if "loss" in call.options else out
         sinks = [tensor for tensor in floats_in(out) if tensor.requires_grad]
         if sinks:
             sum(tensor.double().sum() for tensor in sinks).backward()

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
-from gradscope.scanning.facts import APART, Class, Function
+from gradscope.scanning.facts import APART, Atoms, Class, Function
 from gradscope.scanning.regions import FunctionNode, Regions
 from gradscope.scanning.switches import HOMES, MECHANISMS, Names, Switch
 from gradscope.scanning.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
@@ -110,7 +110,7 @@ class Body(Regions):
     def hand_out(self, parts: Sequence[Value]) -> None:
         """Take note of a part of the result that nothing but stopped values are in."""
         for value in parts:
-            if value.atoms and all("off:" in atom for atom in value.atoms):
+            if value.atoms and all("off:" in atom or atom.startswith("in:") for atom in value.atoms):
                 self.returned.add(APART)
 
     def _for(self, node: ast.For | ast.AsyncFor) -> None:
@@ -144,12 +144,12 @@ class Body(Regions):
         self.value(node.test)
         before, before_sometimes = dict(self.env), self.sometimes
         self.sometimes = before_sometimes or _asks_for_training(node.test)
-        self._conditions.append((node.test, True))
+        self.conditions.append((node.test, True))
         self._run(node.body)
         after_body, self.env = self.env, before
-        self._conditions[-1] = (node.test, False)
+        self.conditions[-1] = (node.test, False)
         self._run(node.orelse)
-        self._conditions.pop()
+        self.conditions.pop()
         self.sometimes = before_sometimes
         for name, value in after_body.items():
             other = self.env.get(name)
@@ -167,9 +167,11 @@ class Body(Regions):
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
         for target in targets:
-            self.bind(target, self.as_computed(value))
+            computed = self.as_computed(value)
+            self.bind(target, computed)
+            self._keep(target, computed.atoms)
             if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
-                self.hand_out([self.as_computed(value)])
+                self.hand_out([computed])
             self.note_output(target, value.atoms, value.kind)
             if isinstance(target, ast.Name) and self.function:
                 continue  # by far the most
@@ -182,8 +184,16 @@ class Body(Regions):
                     base = self.value(target.value)
                     self.report(target, "GS901", "requires_grad = False", base, FROZEN)
 
+    def _keep(self, target: ast.expr, atoms: Atoms) -> None:
+        """What is stored on ``self``, or in what it is not known to be, may come back: it counts as given out."""
+        blocks = {atom for atom in atoms if atom.startswith("in:")}
+        if blocks and not isinstance(target, ast.Name):
+            root = _root(target)
+            if root == "self" or root in self.parameters:
+                self.returned |= blocks
+
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
-        if self._conditions and switch.disables:
+        if self.conditions and switch.disables:
             switch = Switch(switch.mechanism, None, switch.wrapper, switch.called)
         for target in targets:
             name = self.names.dotted(target)
@@ -216,8 +226,10 @@ class Body(Regions):
                 self.hand_out(given)
             if isinstance(base, (ast.Name, ast.Attribute, ast.Subscript)) and atoms and not _is_own_method(node.func):
                 self.note_output(base, atoms)
-                if isinstance(base, ast.Name) and base.id in self.env:
-                    self.env[base.id] = _merged(self.env[base.id], self.as_computed(Value(atoms)))
+                self._keep(base, atoms)
+                root = _root(base)
+                if root in self.env:
+                    self.env[root] = _merged(self.env[root], self.as_computed(Value(atoms)))
 
     def _handed_out(self, node: ast.expr | None) -> Value:
         """Return the value of what is given back; a function given back by its name is not called here."""
@@ -327,6 +339,12 @@ def _signature(node: FunctionNode) -> tuple[str, ...]:
 def _merged(first: Value, second: Value) -> Value:
     kind = first.kind if first.kind == second.kind else "tensor" if "tensor" in (first.kind, second.kind) else "unknown"
     return Value(first.atoms | second.atoms, kind)
+
+
+def _root(target: ast.expr) -> str:
+    while isinstance(target, (ast.Attribute, ast.Subscript)):
+        target = target.value
+    return target.id if isinstance(target, ast.Name) else ""
 
 
 def _changes(method: str) -> bool:

@@ -52,7 +52,8 @@ class Calls(Expressions):
         return Value(self._own_call(node, name, given).atoms, "tensor")
 
     def _note_call(self, target: str, node: ast.Call) -> None:
-        self.calls.append(Call(target, node.lineno, used=node is not self.discarded, sometimes=self.sometimes))
+        sometimes = self.sometimes or (bool(self.conditions) and _INFERS.search(target) is not None)
+        self.calls.append(Call(target, node.lineno, used=node is not self.discarded, sometimes=sometimes))
 
     def _note_callback(self, node: ast.Call) -> None:
         """``checkpoint(self.run, x)`` calls ``self.run``."""
@@ -217,8 +218,10 @@ class Calls(Expressions):
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
 _GIVES_INDICES = re.compile(
     r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
-    r"^index_quantize$|^tokenize$"
+    r"^index_quantize$|^tokenize$|^maximum_path$|^viterbi(?:_|$)|^monotonic_align"
 )
+# Called under an if, these are the other way than training: self.moe_infer(x), self.generate_step(x).
+_INFERS = re.compile(r"(?:^|[._])(?:infer|inference|generate|stream)(?:_\w+)?$")
 _UNPACKS = re.compile(r"^dequantize_(?:\d+bit|blockwise|int\d|nf4|fp[48])")  # packed integers in, a table's numbers out
 _RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward|decode|encode)(?:_|$)")
 _INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
@@ -257,6 +260,7 @@ def _through(node: ast.Call, target: str, given: list[Value]) -> Atoms:
             rest = number - len(node.args)
             way = number if rest < 0 else node.keywords[rest].arg or "*"
             found.update(
-                atom if "arg:" in atom or "cut:" in atom else f"arg:{target}:{way}:{atom}" for atom in value.atoms
+                atom if "arg:" in atom or "cut:" in atom or atom.startswith("in:") else f"arg:{target}:{way}:{atom}"
+                for atom in value.atoms
             )
     return frozenset(found)

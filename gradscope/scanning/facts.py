@@ -8,6 +8,7 @@ package are joined.
 - ``call:self.x``, ``call:dotted.name``: the result of a call
 - ``arg:self.x:0:param:y``: the first argument of such a call was ``y``
 - ``cut:12``: what a detach or the like on line 12 gave out
+- ``in:12``: what was computed in the block that begins on line 12
 - ``off:...``: any of these, computed where gradients are switched off
 - ``apart``: a part of the result is computed with gradients off and nothing else
 """
@@ -51,7 +52,7 @@ class Call(NamedTuple):
     """A call as written: the dotted target (``self.encode``, ``super().forward``) and its line.
 
     ``used`` says whether its value goes anywhere (a call as a statement of its own has an effect at most),
-    ``sometimes`` that ``self.training`` decides whether it is made.
+    ``sometimes`` that ``self.training`` decides whether it is made, or an ``if`` whether inference is run.
     """
 
     target: str

@@ -12,7 +12,7 @@ from gradscope.scanning.package import Package, Place
 
 _SETUP = re.compile(
     r"^(?:__init__|__post_init__|_?init(?:ialize|ialise)?(?:_.*)?|_?reset(?:_.*)?|_?load(?:_.*)?|from_.*|_?convert(?:_.*)?|"
-    r"to_.*|_?fuse(?:_.*)?|_?merge(?:_.*)?|_?unmerge(?:_.*)?|_?(?:un)?freeze(?:_.*)?|_?resize_(?:token|position|pos).*|"
+    r"to_.*|_?fuse(?:_.*)?|_?merge(?:_.*)?|\w*_merge_(?:lora|adapter|weight)\w*|_?unmerge(?:_.*)?|_?(?:un)?freeze(?:_.*)?|_?resize_(?:token|position|pos).*|"
     r"_?tie_.*|_?set_.*|_?register.*|_?copy_.*|_?quantize.*|_?dequantize.*|_?prune.*|_?smart_.*|_?reparametri[sz]e.*|"
     r"switch_to_deploy|train|eval|to|half|cuda|cpu|float|apply|add_adapter|add_weighted_adapter|_?update_(?:layer|adapter).*|extra_repr|state_dict|_?save.*|"
     r"_?create_.*|_?build(?:_.*)?|_?make_.*|_?get_.*(?:pos|mask|anchor|grid|freq|table|coords?).*|_?compute_freqs.*|"
@@ -23,7 +23,8 @@ _TRAINING_TOOL = re.compile(
     r"eval|test|benchmark|profile|bench|measure|calibrate|warmup|log|plot|visuali[sz]e|export|track|record)(?:_.*)?|"
     r"(?:accuracy|compute_metrics?|metric.*|get_acc|validation_step|test_step|training_step_end|on_.*|add_noise_sample.*)|"
     r"main|preprocess.*|_?post_?process.*|collate.*|get_(?:targets|targets_single|assigned.*)|_?assign.*|match.*|"
-    r"_?get_(?:src|tgt)_permutation_idx|select_(?:topk|candidates|highest).*|_?sample_.*indices?)$"
+    r"_?get_(?:src|tgt)_permutation_idx|select_(?:topk|candidates|highest).*|_?sample_.*indices?|_?sinkhorn.*|_?k_?means.*|"
+    r"\w*_assignments?)$"
 )
 # Public methods that touch modules and are no way to compute with them.
 _HANDLING = re.compile(
@@ -33,7 +34,7 @@ _HANDLING = re.compile(
 _CLASSES = re.compile(
     r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
-    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
+    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|SinkhornKnopp|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
 )
 _FILES = re.compile(
     r"(?:^|/)(?:tests?|testing|test_utils|examples?|scripts?|benchmarks?|tools|conversion|convert\w*|quantizers?|"
@@ -64,7 +65,7 @@ _NOT_TRAINED = re.compile(
 )
 _TEACHERS = re.compile(
     r"(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
-    r"policy)|_(?:ema|target)$"
+    r"policy)|_(?:ema|target)$|_(?:encoder|decoder|proj|model|net|head)_m$"
 )
 _TABLES = re.compile(r"Rotary|Rope|RoPE|Sinusoid|Position\w*(?:Embedding|Encoding)|RandomFourier")
 

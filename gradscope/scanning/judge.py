@@ -16,7 +16,7 @@ from gradscope.scanning.entries import Entries, Entry
 from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
 from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
 from gradscope.scanning.package import Package, Place
-from gradscope.scanning.reach import FORWARDS, Chain, Reach
+from gradscope.scanning.reach import FORWARDS, Chain, Reach, source_of
 
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
@@ -24,7 +24,7 @@ FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
 
 _LOSS_CLASS = re.compile(r"Loss|Criterion")
 _LOSS_FUNCTION = re.compile(r"(?:^|_)loss(?:es)?(?:_|$)")
-GENERATORS = frozenset({"generate", "generate_stream", "sample"})
+GENERATES = re.compile(r"(?:generate(?:_.*)?|sample|(?:offline_)?inference|(?:validation|test|predict)_step)$")
 
 
 @dataclass(slots=True)
@@ -171,7 +171,7 @@ class Judge:
 
     def _only_generates(self, report: ClassReport) -> bool:
         """Tell whether a class has no forward pass to train with, only ways to generate: its parts are trained."""
-        return {entry.place.name.rpartition(".")[2] for entry in report.entries} <= GENERATORS
+        return all(GENERATES.match(entry.place.name.rpartition(".")[2]) for entry in report.entries)
 
     def _is_known(self, owner: Place) -> bool:
         """Tell whether every public method of a class and its bases was read: one that was not may be a way in.
@@ -227,7 +227,7 @@ class Judge:
         way = self._reached.get(place)
         only = self._only_way.get((place, site))
         if only is not None and not site.conditional:
-            through = place.name.rpartition(".")[0] or only.steps[0].name.rpartition(".")[0]
+            through = only.steps[0].name.rpartition(".")[0]
             message = f"{_where(site)}, and every public way through {through} leads here."
             return Judgement(facts, site, "error", "certain", message, only.steps)
         if way is not None:
@@ -282,6 +282,9 @@ class Judge:
         outside = _outside_atoms(self.reach.live(site.depends, place))
         if len(way) > 1 and not outside and meant_by_name(place):
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
+        if site.how == "block" and not self.reach.is_given_back(site, place):
+            why = f"nothing that {place.name} gives back is made of it"
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
         if site.how == "block" and self.reach.gets_past(site.depends, place):
             message = f"{_where(site)}; a gradient gets past it on another way, without the part that is lost here."
             return Judgement(facts, site, "warning", "possible", message, way)
@@ -351,7 +354,8 @@ def _in_mixin(place: Place) -> bool:
 
 
 def _outside_atoms(atoms: Atoms) -> Atoms:
-    return frozenset(atom for atom in atoms if not atom.startswith("param:"))
+    """Return the atoms that are about more than the function's own parameters: modules, attributes."""
+    return frozenset(atom for atom in atoms if not source_of(atom).startswith("param:"))
 
 
 def _what(site: Site) -> str:

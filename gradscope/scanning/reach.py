@@ -113,6 +113,14 @@ class Reach:
             return True
         return self.flows(target, self.owner_for(target, owner))
 
+    def is_given_back(self, site: Site, place: Place) -> bool:
+        """Tell whether what a block computes is part of what its function gives back or keeps."""
+        function = self.package.function(place)
+        if function is None or function.kind == "generator" or site.effects:
+            return True
+        # returned from inside the block: marked by no line, since nothing is assigned
+        return f"in:{site.line}" in function.returns or not site.gives
+
     def gets_past(self, atoms: Atoms, place: Place) -> bool:
         """Tell whether all that these depend on also reaches the result of the function with gradients on.
 
@@ -121,8 +129,8 @@ class Reach:
         function, owner = self.package.function(place), self.owner(place)
         if function is None or APART in function.returns:
             return False
-        flowing = {_source(atom) for atom in function.returns if self._flows_out(atom, place, owner)}
-        return {_source(atom) for atom in self.live(atoms, place)} <= flowing
+        flowing = {source_of(atom) for atom in function.returns if self._flows_out(atom, place, owner)}
+        return {source_of(atom) for atom in self.live(atoms, place)} <= flowing
 
     def _is_passed_on(self, way: str, place: Place, owner: Place | None) -> bool:
         """Tell whether an argument is live and comes out again of the function it was given to."""
@@ -288,6 +296,6 @@ class Reach:
         return found
 
 
-def _source(atom: str) -> str:
+def source_of(atom: str) -> str:
     """Return what an atom is about in the end: ``param:x`` of ``off:arg:self.scale:0:param:x``."""
     return ":".join(atom.rsplit(":", 2)[-2:])

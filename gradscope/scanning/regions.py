@@ -55,7 +55,6 @@ class Regions(Calls):
         self.returned: set[str] = set()
         self.yields = False
         self.applied: list[tuple[Site, str, str]] = []
-        self._conditions: list[tuple[ast.expr, bool]] = []  # the tests of the enclosing ifs, and which arm
         self._loops = 0
         self._last_loads: dict[str, int] | None = None
 
@@ -89,10 +88,14 @@ class Regions(Calls):
                         region.effects |= atoms
 
     def as_computed(self, value: Value) -> Value:
-        """Return a value with its atoms marked where gradients are off."""
-        if not self.regions or not self._effective_regions():
+        """Return a value with its atoms marked where gradients are off, and with the lines of the open blocks."""
+        open_regions = self._effective_regions() if self.regions else ()
+        if not open_regions:
             return value
-        return Value(frozenset(atom if atom.startswith("off:") else f"off:{atom}" for atom in value.atoms), value.kind)
+        atoms = {atom if atom.startswith(("off:", "in:")) else f"off:{atom}" for atom in value.atoms}
+        if atoms:
+            atoms |= {f"in:{region.line}" for region in open_regions if region.how == "block"}
+        return Value(frozenset(atoms), value.kind)
 
     def _note_cached(self, target: ast.expr, atoms: Atoms, regions: list[Region]) -> None:
         """What is kept on ``self`` inside ``inference_mode`` stays an inference tensor outside of it."""
@@ -123,8 +126,8 @@ class Regions(Calls):
     # --- opening and closing ----------------------------------------------------------------------
 
     def _open(self, switch: Switch, how: How, node: ast.expr, held_by: str = "") -> Region:
-        conditional = switch.disables is None or bool(self._conditions)
-        reasons = (off_when_not_wanted(test, arm) for test, arm in self._conditions)
+        conditional = switch.disables is None or bool(self.conditions)
+        reasons = (off_when_not_wanted(test, arm) for test, arm in self.conditions)
         harmless = switch.harmless or next(filter(None, reasons), "")
         end = self.node.end_lineno or node.lineno
         region = Region(switch, how, node.lineno, node.col_offset + 1, end, harmless, conditional, held_by)
@@ -229,7 +232,7 @@ class Regions(Calls):
         atoms = self.value(given).atoms
         if dotted:
             atoms |= {f"call:{dotted}"}
-        conditional = bool(self._conditions) or switch.disables is None
+        conditional = bool(self.conditions) or switch.disables is None
         self.sites.append(
             Site(rule_of(switch, "applied"), node.lineno, node.col_offset + 1, node.end_lineno or node.lineno,
                  self.function, switch.mechanism, "applied", atoms, conditional=conditional, harmless=switch.harmless)

@@ -54,6 +54,7 @@ class Expressions:
         self.parameters: set[str] = set()
         self.discarded: ast.expr | None = None
         self.sometimes = False
+        self.conditions: list[tuple[ast.expr, bool]] = []  # the tests of the enclosing ifs, and which arm
 
     def value(self, node: ast.expr | None) -> Value:
         """Return what an expression's value depends on."""

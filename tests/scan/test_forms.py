@@ -117,6 +117,18 @@ def test_what_gets_past_a_region_in_part_is_a_warning(findings: Callable[[str], 
             assert (case, [each.severity for each in found]) == (case, [severity])
 
 
+def test_what_is_kept_on_self_may_come_back(findings: Callable[[str], list[Finding]]) -> None:
+    body = "def forward(self, x):\n    self.kept = []\n    for _ in range(2):\n        with torch.no_grad():\n            y = self.layer(x)\n        self.kept.append([y, 1])\n    return self.layer(self.kept[0][0])"
+    assert [each.severity for each in findings(net(body))] == ["error"]
+
+
+def test_a_forward_that_generates_under_a_condition_may_train_otherwise(
+    findings: Callable[[str], list[Finding]],
+) -> None:
+    body = "@torch.no_grad()\ndef generate_step(self, x):\n    return self.layer(x)\ndef forward(self, x, config=None):\n    if config is not None:\n        return self.generate_step(x)\n    return self.layer(x)"
+    assert [each.severity for each in findings(net(body))] == ["warning"]
+
+
 def test_a_loss_may_prepare_without_gradients_but_not_consist_of_it(findings: Callable[[str], list[Finding]]) -> None:
     matched = "def compute_loss(self, x, y):\n    with torch.no_grad():\n        weight = self.layer(x)\n    return (self.layer(x) - y) * weight\n"
     stopped = "def forward(self, x, y):\n    with torch.no_grad():\n        a, b = self.layer(x), self.layer(y)\n    return (a - b).abs()\n"

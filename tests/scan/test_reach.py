@@ -145,13 +145,19 @@ NOTES = {
     "ids that a method gives": "def forward(self, x):\n    with torch.no_grad():\n        codes = self.get_codebook_indices(x)\n    return self.layer(codes)\ndef get_codebook_indices(self, x):\n    return self.layer(x)",
     "rows and columns": "def forward(self, x):\n    with torch.no_grad():\n        row_offsets, column_indices = locate(self.layer(x))\n    return self.layer(x, row_offsets, column_indices)",
     "a teacher": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.target_encoder(x)\n    return self.layer(x) - goal",
+    "a momentum encoder": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.text_encoder_m(x)\n    return self.layer(x) - goal",
+    "weights to draw by": "def forward(self, x):\n    sims = self.layer(x)\n    with torch.no_grad():\n        chances = sims.softmax(-1)\n    pick = torch.multinomial(chances, 1).item()\n    return sims * x[pick]",
+    "an alignment": "def forward(self, x):\n    with torch.no_grad():\n        path = self.maximum_path(self.layer(x))\n    return self.layer(x), path",
+    "assignments to prototypes": "def forward(self, x):\n    return self.layer(x) - sinkhorn(x)\n\n@torch.no_grad()\ndef sinkhorn(x):\n    return x.exp() / x.exp().sum()",
+    "adapters put into weights": "@torch.no_grad()\ndef net_merge_lora_weights(self, x):\n    return self.layer(x)",
     "a shape through a method": "@torch.no_grad()\ndef forward(self, x):\n    return self.table(x)\n\ndef table(self, x):\n    return torch.arange(x.shape[0])",
 }
 
 
 @pytest.mark.parametrize("case", NOTES)
 def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: str) -> None:
-    body = "\n".join(f"    {line}" for line in NOTES[case].split("\n"))
+    inside, _, outside = NOTES[case].partition("\n\n@")
+    body = "\n".join(f"    {line}" for line in inside.split("\n")) + (f"\n\n@{outside}" if outside else "")
     source = (
         "import torch\nfrom torch import nn\nfrom scipy.optimize import linear_sum_assignment\n\nclass Net(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(4, 4)\n"

@@ -448,7 +448,7 @@ def performer_reversible() -> Call:
     return Call(model, (torch.randint(0, 64, (1, 32)),))
 
 
-@case("blocked", "GS501 gradient.py compute_gradients", "an attribution is a derivative taken without create_graph")
+@case("blocked", "GS207 gradient.py compute_gradients", "an attribution is a derivative taken without create_graph")
 def captum_attribution() -> Call:
     from captum.attr import IntegratedGradients
 

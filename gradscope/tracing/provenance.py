@@ -56,7 +56,7 @@ class Provenance:
         """Make a new value of what a tensor holds now."""
         values = self._recording.values
         version, dtype = _version(tensor), tensor.dtype
-        wrapped = _is_wrapped(tensor)
+        wrapped = is_wrapped(tensor)
         inference = version == UNVERSIONED and tensor.is_inference()
         is_leaf = id(tensor) in self._leaves
         if wrapped:
@@ -122,7 +122,7 @@ class Provenance:
         ``requires_grad`` alone lies: a view taken under no_grad borrows it from its base and has
         no grad_fn, and a copy may be a leaf of its own.
         """
-        if _is_wrapped(tensor):
+        if is_wrapped(tensor):
             return any(self._is_connected(each) for each in _layers(tensor)[1:])
         if not tensor.requires_grad:
             return False
@@ -264,7 +264,7 @@ class Provenance:
 # --- pure functions ------------------------------------------------------------------------------------
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # The version of an inference tensor, which counts none.
 UNVERSIONED = -1
 
@@ -272,7 +272,7 @@ UNVERSIONED = -1
 def _layers(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return a tensor and what it wraps: ``torch.func`` wraps its arguments and unwraps its results unseen."""
     layers = [tensor]
-    while _is_wrapped(layers[-1]):
+    while is_wrapped(layers[-1]):
         layers.append(torch._C._functorch.get_unwrapped(layers[-1]))
     return layers
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from gradscope.tracing.calls import is_in_place
-from gradscope.tracing.provenance import tensors_in
+from gradscope.tracing.provenance import is_wrapped, tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
 Made = TypeVar("Made")
@@ -179,7 +179,8 @@ def _is_meta(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+    """Tell a tensor with values; what ``torch.func`` has wrapped may hold one without."""
+    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and not is_wrapped(value)
 
 
 def _has_fake(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

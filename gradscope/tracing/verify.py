@@ -131,6 +131,8 @@ def _peel(runner: Runner, proof: Proof) -> None:
             return
         found = {site: cut for site, cut in _cuts_of(run, diagnosis).items() if site not in proof.cuts}
         for site, cut in found.items():
+            if run.recording.error is not None:  # with the ones before it gone, autograd refuses this call
+                cut.sources |= wanted
             proof.cuts[site] = cut
             proof.hidden_by[site] = cut.outer or newest[-1]
         newest = _removable(found)

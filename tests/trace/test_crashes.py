@@ -125,6 +125,18 @@ def test_the_neighbours_are_no_crash(between: Between, mode: str) -> None:
     assert session.verdict in ("flows", "partial") and not any(row[0] == "error" for row in named(session, between))
 
 
+def copied_behind_a_cut(x: torch.Tensor) -> torch.Tensor:
+    return copy.deepcopy((x * 2).detach())
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_a_call_that_autograd_would_refuse_lies_behind_the_cut_that_spares_it(mode: str) -> None:
+    assert arriving(copied_behind_a_cut)["first.weight"] is None
+    session = traced(copied_behind_a_cut, mode)
+    assert [(each.rule, each.behind) for each in session.findings] == [("GS201", None), ("GS203", "F1")]
+    assert session.fix_verified and session.fix_set == ["F1", "F2"]
+
+
 def test_a_crash_that_is_not_autograds_is_not_analysed() -> None:
     with pytest.raises(NotAnalysedError, match="shapes cannot be multiplied"):
         traced(lambda x: x @ x)

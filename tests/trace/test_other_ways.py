@@ -213,6 +213,11 @@ def mapped(x: torch.Tensor) -> torch.Tensor:
     return torch.func.vmap(lambda row: row * 2)(x)
 
 
+def mapped_beside_another(x: torch.Tensor) -> torch.Tensor:
+    square = x.T @ x
+    return torch.func.vmap(lambda row: row @ square)(x)
+
+
 def forward_mode(x: torch.Tensor) -> torch.Tensor:
     return torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1]
 
@@ -253,7 +258,7 @@ CUTS = [
 LOOK_ALIKES = [
     started_under_no_grad, row_by_row, careful_generator, decorated_consumed_outside, decorated_coroutine,
     bound_straight_through, address_only, called_with, sparse, nested, resampled, gradient_with_graph,
-    function_gradient, mapped, forward_mode, plain_script_function, compiled,
+    function_gradient, mapped, mapped_beside_another, forward_mode, plain_script_function, compiled,
 ]  # fmt: skip
 
 

@@ -73,7 +73,9 @@ def check(subject: Subject, groups: Iterable[frozenset[str]], *, requiring: froz
     Raises:
         CannotCheck: the model does not run in float64 on the CPU.
     """
-    with untouched_state(), _default_dtype(torch.float64):
+    # A copy may share parameters with the caller's model, where a registry of its own holds them (Pyro).
+    origin = kept(subject.prepare(RealWorkshop("cpu", torch.float64))) if subject.borrowed else nullcontext()
+    with untouched_state(), _default_dtype(torch.float64), origin:
         function = _Function(subject, seed)
         gradients = function.gradients(requiring)
         answers: dict[str, Answer] = {}

@@ -127,7 +127,7 @@ class _Before:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         self._data = tensor.detach()
-        self._numbers = self._data.clone()
+        self._numbers = _each_once(self._data).clone()
         self._had_history = tensor.grad_fn is not None
 
     def put_back(self) -> None:
@@ -136,7 +136,15 @@ class _Before:
             tensor.detach_()  # a buffer that something with a gradient was added to
         if _memory(tensor) != _memory(self._data) or tensor.dtype != self._data.dtype:
             tensor.data = self._data
-        tensor.data.copy_(self._numbers)  # .data: the version counter stays as it was
+        _each_once(tensor.data).copy_(self._numbers)  # .data: the version counter stays as it was
+
+
+def _each_once(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view that shows no element twice, as an expanded tensor does, which cannot be written into."""
+    if tensor.layout == torch.strided and not tensor.is_nested:
+        for dim, stride in enumerate(tensor.stride()):
+            tensor = tensor.narrow(dim, 0, 1) if stride == 0 and tensor.shape[dim] > 1 else tensor
+    return tensor
 
 
 @contextmanager

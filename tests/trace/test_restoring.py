@@ -258,6 +258,44 @@ def test_what_a_loss_remembers_is_put_back(options: dict[str, Any]) -> None:
     assert session.sources["weight"].status == "partial" and (loss.sum, loss.seen) == (1, 1)
 
 
+class Expanding(nn.Module):
+    """Keep tensors of which elements show twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.ones(1, 4).expand(3, 4))
+        self.seen = torch.zeros(1).expand(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.table + self.seen
+
+
+class Registered(nn.Module):
+    """Share its weight with every copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Registered:
+        made = Registered()
+        made.weight = self.weight
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def test_finite_differences_leave_expanded_and_shared_tensors_as_they_are() -> None:
+    model, x = Expanding(), torch.randn(3, 4)
+    assert gradscope.trace(model, x, numeric=True).verdict == "flows"
+    assert model.table.tolist() == [[1] * 4] * 3 and model.seen.tolist() == [0] * 4
+    shared = Registered()
+    assert gradscope.trace(shared, x.double(), numeric=True).verdict == "flows"
+    assert shared.weight.grad is None and shared.weight.tolist() == [1] * 4
+
+
 DEEP = """
 import threading, torch, gradscope
 from torch import nn

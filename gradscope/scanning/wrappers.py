@@ -118,17 +118,25 @@ def _around_argument(node: FunctionNode, names: Names) -> str:
         for part in ast.walk(inner):
             if isinstance(part, (ast.With, ast.AsyncWith)):
                 found = [mechanism for item in part.items if (mechanism := _disabling(item.context_expr, names))]
-                if found and _called(part) & given:
+                if found and _called(part, inner) & given:
                     return found[0]
         found = [mechanism for item in inner.decorator_list if (mechanism := _disabling(item, names))]
-        if found and _called(inner) & given:
+        if found and _called(inner, inner) & given:
             return found[0]
     return ""
 
 
-def _called(node: ast.AST) -> set[str]:
-    """Return the names that are called anywhere in a statement."""
-    return {part.func.id for part in ast.walk(node) if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)}
+def _called(node: ast.AST, inner: FunctionNode) -> set[str]:
+    """Return the names that are called with what the inner function is called with: ``fn(*args)``, ``fn(x)``."""
+    own = _parameters(inner)
+    return {
+        part.func.id
+        for part in ast.walk(node)
+        if isinstance(part, ast.Call) and isinstance(part.func, ast.Name)
+        and (any(isinstance(each, ast.Starred) or getattr(each, "id", "") in own for each in part.args)
+             or any(getattr(each.value, "id", "") in own or each.arg is None for each in part.keywords)
+             or not own)
+    }  # fmt: skip
 
 
 def _parameters(node: FunctionNode) -> set[str]:

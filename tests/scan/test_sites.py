@@ -215,6 +215,7 @@ def test_a_wrapper_counts_where_it_is_used(case: str, findings: Callable[[str], 
 
 NO_WRAPPERS = {
     "a hook that is made": "def quiet(layer):\n    @torch.no_grad()\n    def hook(module, inputs, output):\n        return layer.weight * output\n    return hook\n",
+    "a sampler that is made": "def quiet(layer):\n    def sample(z):\n        x = z * 2\n        with torch.no_grad():\n            y = layer(x)\n        return y\n    return sample\n",
     "a server one can enter": "class quiet:\n    def __enter__(self):\n        return self\n\n    @torch.no_grad()\n    def run(self, x):\n        return self.policy(x)\n",
 }
 
@@ -222,7 +223,7 @@ NO_WRAPPERS = {
 @pytest.mark.parametrize("case", NO_WRAPPERS)
 def test_what_only_holds_a_switch_is_no_wrapper(case: str, findings: Callable[[str], list[Finding]]) -> None:
     source = method("quiet(self.layer)\nreturn self.layer(x)", head=HEAD + NO_WRAPPERS[case])
-    assert [each.rule for each in findings(source)] == ["GS102"]
+    assert [each.rule for each in findings(source)] == ["GS104" if "with" in NO_WRAPPERS[case] else "GS102"]
 
 
 def test_a_manager_that_enters_a_switch_by_hand(findings: Callable[[str], list[Finding]]) -> None:

@@ -179,7 +179,7 @@ def _note_headers(text: Text) -> None:
 
 
 def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
-    """Return how calls of these functions are written, and for a method the classes it may be called on.
+    """Return how calls of these functions are written, and for a method how the classes it may be called on are.
 
     A file that calls ``self.part.encode(...)`` names the class of ``part`` somewhere, so ``.encode(`` alone,
     which every string has too, is not enough to look into it.
@@ -193,9 +193,9 @@ def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
             if name in FORWARDS:
                 for each in owners:  # also as an annotation: def __init__(self, tower: Tower)
                     calls[each] = set()
-            else:  # a base class may call it on self
-                bases = (base.name for base in package.mro(Place(place.module, owner)))
-                calls.setdefault(f".{name}(", set()).update(owners, bases)
+            else:  # a base class may call it on self, where it is defined
+                bases = (base.name.rpartition(".")[2] for base in package.mro(Place(place.module, owner)))
+                calls.setdefault(f".{name}(", set()).update(owners, (f"class {base}" for base in bases))
         elif name and not owner:
             calls[name] = set()  # also without a call: self.run = helper
     return calls

@@ -16,6 +16,8 @@ from gradscope.tracing.recording import Operation, Recording, Site
 # Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
 # derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
 _BY_DESIGN = frozenset({"_SpectralNorm._power_method", "SpectralNorm.__call__"})
+# Functions of torch that give a step forward and another gradient back (``hard=True``).
+STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
 _ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ rsub".split())
 
 
@@ -65,6 +67,9 @@ def diagnose(recording: Recording) -> Diagnosis:
     _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
     _add_inside(cuts, statuses, recording, walks, bits)
     surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
+    for operation in recording.operations:
+        if operation.name in STRAIGHT_THROUGH:
+            surrogates |= _named(union(walks.linked, operation.inputs), bits)
     _add_spoiled(cuts, recording, walks, bits)
     _add_losses(cuts, statuses, recording)
     _add_left_open(cuts, statuses, recording)

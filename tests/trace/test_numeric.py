@@ -263,3 +263,12 @@ def test_a_state_in_a_plain_attribute_is_the_same_in_every_evaluation() -> None:
     session = gradscope.trace(model, torch.ones(3, 4), numeric=True)
     assert session.sources["layer.weight"].status == session.sources["layer.bias"].status == "flows"
     assert model.seen.tolist() == [0, 0, 0, 0] and model.layer.weight.grad is None
+
+
+def hard_sample(x: torch.Tensor) -> torch.Tensor:
+    return F.gumbel_softmax(x, hard=True)
+
+
+def test_torchs_own_straight_through_estimator_is_not_called_wrong() -> None:
+    session = traced(hard_sample, "auto", numeric=True)
+    assert session.verdict == "flows" and named(session, hard_sample) == []

@@ -36,8 +36,8 @@ class Consequences:
                 if tensor.is_floating_point():
                     self._provenance.entered(tensor)
         for tensor in written:
-            by_data = self._maker_of(pending) == "data"
-            if by_data:  # x.data.copy_(...): the numbers go into x, whose version counter does not move
+            by_data = self._maker_of(pending).partition(".")[0] == "data"
+            if by_data:  # x.data.mul_(...).add_(...): the numbers go into x, whose version counter does not move
                 pending.name = f"data.{name}"
             self._provenance.wrote(tensor, pending, part_written(name, args) if by_data else None, unseen=by_data)
 

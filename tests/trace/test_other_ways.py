@@ -584,9 +584,14 @@ def test_an_update_of_a_parameter_from_itself_is_no_cut(overwrite: Any, mode: st
     assert session.verdict == "flows" and session.findings == []
 
 
+def averaged(weight: nn.Parameter, y: torch.Tensor) -> None:
+    weight.data.mul_(0.5).add_(y.mean())
+
+
 @pytest.mark.parametrize("mode", ["real", "structural"])
-def test_a_parameter_overwritten_with_what_others_gave_is_one(mode: str) -> None:
-    session = gradscope.trace(Overwriting(generated), torch.ones(4, 4), mode=mode)
+@pytest.mark.parametrize("overwrite", [generated, averaged])
+def test_a_parameter_overwritten_with_what_others_gave_is_one(overwrite: Any, mode: str) -> None:
+    session = gradscope.trace(Overwriting(overwrite), torch.ones(4, 4), mode=mode)
     assert session.sources["first.weight"].status == "partial" and session.sources["second.weight"].status == "flows"
     assert [each.rule for each in session.findings] == ["GS202"]
 

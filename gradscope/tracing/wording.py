@@ -165,7 +165,9 @@ def _what(cut: Cut) -> str:
 def _advice(cut: Cut) -> str:
     site = cut.site
     if site.how == "decorator":
-        return f"Call the undecorated function: {site.function}.__wrapped__(self, ...), or the modules inside it."
+        owner = site.function.rpartition(".")[0]
+        given = "self, ..." if owner and not owner.endswith("<locals>") else "..."
+        return f"Call the undecorated function: {site.function}.__wrapped__({given}), or the modules inside it."
     advice = cut.advice or ADVICE.get(cut.rule) or ADVICE.get("GS4" if cut.flat or cut.stepped else cut.rule[:3], "")
     return advice.format(mechanism=_called(site.mechanism))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradscope
 from gradscope.errors import NotAnalysedError
 from gradscope.session import Session
 from gradscope.tracing.subject import Built, Subject, Workshop
@@ -216,3 +217,21 @@ def test_a_model_that_fails_on_its_own_is_not_analysed(error: Exception) -> None
 
     with pytest.raises(NotAnalysedError, match=type(error).__name__):
         run(between, "real")
+
+
+class Decorated(nn.Module):
+    """A forward pass that is decorated itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_the_advice_passes_self_to_methods_only() -> None:
+    assert "no_grad_decorator.__wrapped__(...)" in run(no_grad_decorator, "real").findings[0].fix
+    method = gradscope.trace(Decorated(), torch.ones(2), mode="real").findings[0]
+    assert "Decorated.forward.__wrapped__(self, ...)" in method.fix

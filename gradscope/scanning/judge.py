@@ -65,8 +65,18 @@ class Judge:
         self.harmless = harmless
         self.reach = Reach(package, harmless)
         self.entries = Entries(self.reach)
+        self._note_meant()
         reach = self.reach
         self.regions = {place for place in reach.regions if reach.blockers(place) and not meant_by_name(place)}
+
+    def _note_meant(self) -> None:
+        """Add what is meant by its results, modules or class to the harmless, so that no method is blocked by it."""
+        for place, sites in self.reach.regions.items():
+            for site in sites if place.name else ():
+                live = self.reach.live(site.depends | site.effects, place)
+                why = self._meant(site, place, live) if live and (place, site) not in self.harmless else ""
+                if why:
+                    self.harmless[place, site] = why
 
     @cached_property
     def reports(self) -> list[ClassReport]:
@@ -221,9 +231,6 @@ class Judge:
         live = self.reach.live(site.depends | site.effects, place)
         if not live and not (site.how == "call" and site.rule == "GS105"):
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {NOTHING_LIVE}.")
-        meant = self._meant(site, place, live)
-        if meant:
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant}.")
         way = self._reached.get(place)
         only = self._only_way.get((place, site))
         if only is not None and not site.conditional:

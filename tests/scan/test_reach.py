@@ -244,6 +244,32 @@ def test_what_is_offered_instead_exists_and_keeps_the_gradient(tmp_path: Path) -
     assert offered["Net.encode"] == ["forward (while the condition of its switch does not hold)"]
 
 
+def test_targets_and_teachers_block_no_entry(tmp_path: Path) -> None:
+    files = {"__init__": "", "net": """
+        import torch
+        from torch import nn
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+                self.target_encoder = nn.Linear(4, 4)
+
+            def forward(self, x):
+                with torch.no_grad():
+                    goal = self.target_encoder(x)
+                return self.layer(x) - goal
+
+            @torch.no_grad()
+            def generate(self, x):
+                return self.layer(x)
+        """}  # fmt: skip
+    session = scan(str(write(tmp_path, files)), cache=False)
+    assert entries(session) == {
+        "Net.forward": ("clean", []), "Net.generate": ("inference-only", ["Net.generate"]),
+    }  # fmt: skip
+
+
 def test_half_a_class_has_its_way_in_in_a_subclass(tmp_path: Path) -> None:
     source = """
         import torch

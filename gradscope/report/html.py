@@ -22,6 +22,7 @@ from markupsafe import Markup
 from gradscope.findings import SEVERITIES, Finding
 from gradscope.report import boxes, highlight, issue
 from gradscope.report.headline import headline
+from gradscope.report.places import classes_of
 from gradscope.rules import RULES, load_rule_page, rule_family
 from gradscope.session import Session
 
@@ -162,12 +163,9 @@ def _layers(session: Session) -> list[list[Finding]]:
 
 def _entry_groups(session: Session) -> list[dict[str, Any]]:
     """Return what a scan says of public methods, class by class."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for entry in session.entries:
-        groups.setdefault((entry["module"], entry["class"]), []).append(entry)
     return [
-        {"module": module, "name": name, "entries": entries, "worst": _worst_status(entries)}
-        for (module, name), entries in groups.items()
+        {"module": home, "name": entries[0]["class"], "entries": entries, "worst": _worst_status(entries)}
+        for home, entries in classes_of(session)
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PureWindowsPath
+from typing import Any
 from urllib.parse import quote
 
 from gradscope.findings import SEVERITIES, Finding
@@ -58,3 +59,27 @@ def uri_of(path: str) -> str:
 
 def _is_file(path: str) -> bool:
     return bool(path) and not path.startswith("<")
+
+
+def classes_of(session: Session) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the entries of a scan class by class, each with the module of its class.
+
+    An inherited method is an entry of the class that inherits it, and names the module that it is written in.
+    """
+    groups: list[list[dict[str, Any]]] = []
+    for entry in session.entries:
+        last = groups[-1] if groups else []
+        is_more = bool(last) and all(
+            other["class"] == entry["class"] and other["clean"] == entry["clean"]
+            and other["function"] != entry["function"] for other in last
+        )  # fmt: skip
+        if is_more:
+            last.append(entry)
+        else:
+            groups.append([entry])
+    return [(_home(group), group) for group in groups]
+
+
+def _home(entries: list[dict[str, Any]]) -> str:
+    own = (entry["module"] for entry in entries if entry["function"].startswith(f"{entry['class']}."))
+    return str(next(own, entries[0]["module"]))

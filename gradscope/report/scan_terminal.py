@@ -11,6 +11,7 @@ from rich.text import Text
 
 from gradscope.findings import SEVERITIES
 from gradscope.report.page import Page, counted
+from gradscope.report.places import classes_of
 from gradscope.session import Session
 
 MOST_WARNINGS = 20
@@ -32,8 +33,8 @@ class _ScanPage(Page):
     def show(self, full: bool) -> None:
         self._verdict()
         shown: set[str] = set()
-        for entries in self._groups(full):
-            shown |= self._class(entries, full, shown)
+        for home, entries in self._groups(full):
+            shown |= self._class(home, entries, full, shown)
         rest = [each for each in self.unfolded(full) if each.id not in shown]
         self.findings([each for each in rest if each.severity == "error"], None, "error")
         self.findings([each for each in rest if each.severity == "warning"], None if full else MOST_WARNINGS, "warning")
@@ -76,17 +77,14 @@ class _ScanPage(Page):
         self.print(f"  {name}{entry}: {files} in {stats.get('seconds', 0)} s, nothing imported or run")
         self.beside_baseline()
 
-    def _groups(self, full: bool) -> list[list[dict[str, Any]]]:
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for entry in self.session.entries:
-            groups.setdefault((entry["module"], entry["class"]), []).append(entry)
+    def _groups(self, full: bool) -> list[tuple[str, list[dict[str, Any]]]]:
         asked = bool(self.session.target.get("entry"))
         errors = {finding.id for finding in self.unfolded(full) if finding.severity == "error"}
-        return [group for group in groups.values() if asked or errors & _ids(group)]
+        return [(home, group) for home, group in classes_of(self.session) if asked or errors & _ids(group)]
 
-    def _class(self, entries: list[dict[str, Any]], full: bool, shown: set[str]) -> set[str]:
+    def _class(self, home: str, entries: list[dict[str, Any]], full: bool, shown: set[str]) -> set[str]:
         self.console.print()
-        self.console.print(Text(entries[0]["class"], style="bold"), Text(entries[0]["module"], style="bright_black"))
+        self.console.print(Text(entries[0]["class"], style="bold"), Text(home, style="bright_black"))
         for entry in entries:
             self._entry(entry)
         alternatives = [entry["function"].rpartition(".")[2] for entry in entries if entry["status"] == "clean"]

@@ -16,7 +16,7 @@ from rich.console import Console
 from gradscope.errors import UsageError
 from gradscope.findings import Finding, Gradient, Source
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode
-from gradscope.report import dot, terminal
+from gradscope.report import dot, scan_terminal, terminal
 from gradscope.report.views import fold
 from gradscope.session import Remedy, Session
 
@@ -205,3 +205,19 @@ def test_nothing_arrives_where_nothing_asked_about_is_used(session: Session) -> 
     text = shown(session, width=200)
     assert "nothing asked about is used for the result" in text
     assert "the gradient arrives" not in text
+
+
+def test_inherited_methods_are_shown_with_the_class_that_inherits_them() -> None:
+    def entry(function: str, module: str, owner: str, clean: tuple[str, ...] = ()) -> dict[str, object]:
+        return {"function": function, "module": module, "class": owner, "clean": list(clean), "chain": [],
+                "status": "blocked", "findings": [], "alternatives": []}  # fmt: skip
+
+    entries = [
+        entry("Base.forward", "pack.base", "Child"), entry("Child.encode", "pack.child", "Child"),
+        entry("Net.forward", "pack.one", "Net"), entry("Net.forward", "pack.two", "Net"),
+    ]  # fmt: skip
+    session = Session(kind="scan", verdict="blocked", entries=entries, target={"entry": "all"})
+    stream = io.StringIO()
+    scan_terminal.render(session, Console(file=stream, width=80))
+    heads = [line for line in stream.getvalue().split("\n") if re.match(r"\w+ pack\.", line)]
+    assert heads == ["Child pack.child", "Net pack.one", "Net pack.two"]

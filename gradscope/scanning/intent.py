@@ -34,7 +34,7 @@ _HANDLING = re.compile(
 _CLASSES = re.compile(
     r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
-    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|SinkhornKnopp|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
+    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
 )
 _FILES = re.compile(
     r"(?:^|/)(?:tests?|testing|test_utils|examples?|scripts?|benchmarks?|tools|conversion|convert\w*|quantizers?|"

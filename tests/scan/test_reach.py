@@ -167,7 +167,7 @@ def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: s
     assert {each.severity for each in scan(str(package), cache=False).findings} == {"note"}
 
 
-@pytest.mark.parametrize("name", ["PostProcess", "BeamSearcher", "RandomAttack", "MaskExplainer"])
+@pytest.mark.parametrize("name", ["PostProcess", "BeamSearcher", "RandomAttack", "MaskExplainer", "DurationCalculator"])
 def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str) -> None:
     source = f"""
         import torch

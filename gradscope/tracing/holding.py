@@ -63,12 +63,13 @@ def held_model(target: Any, entry: str | None) -> tuple[nn.Module, str | None]:
     return holder, None
 
 
-def modules_of_loss(loss: Callable[[Any], Any] | None) -> nn.Module | None:
-    """Return what stands for the modules that a loss uses (a metric, a memory, a network of its own), if it does."""
-    try:
-        return held_model(loss, None)[0] if loss is not None else None
-    except UsageError:
-        return None
+def holder_of_loss(loss: Callable[[Any], Any] | None) -> nn.Module | None:
+    """Return what holds what a loss uses: a target tensor, a metric, a memory, a network of its own."""
+    if loss is None or isinstance(loss, nn.Module):
+        return loss
+    holder = Holder(loss, _name_of(loss), "__call__")
+    _fill(holder, loss)
+    return holder
 
 
 def _name_of(target: Any) -> str:

@@ -22,7 +22,7 @@ import torch
 from gradscope.errors import GradscopeError
 from gradscope.stages import tell
 from gradscope.tracing.frames import source_site, user_place
-from gradscope.tracing.holding import modules_of_loss
+from gradscope.tracing.holding import holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.provenance import results_in
 from gradscope.tracing.recording import Region, Site
@@ -73,9 +73,15 @@ def check(subject: Subject, groups: Iterable[frozenset[str]], *, requiring: froz
     Raises:
         CannotCheck: the model does not run in float64 on the CPU.
     """
-    # A copy may share parameters with the caller's model, where a registry of its own holds them (Pyro).
-    origin = kept(subject.prepare(RealWorkshop("cpu", torch.float64))) if subject.borrowed else nullcontext()
-    with untouched_state(), _default_dtype(torch.float64), origin:
+    workshop = RealWorkshop("cpu", torch.float64, casts=True)
+    loss = holder_of_loss(subject.loss)
+    with ExitStack() as stack:
+        stack.enter_context(untouched_state())
+        stack.enter_context(_default_dtype(torch.float64))
+        if subject.borrowed:  # a copy may share parameters with the caller's model, where a registry holds them (Pyro)
+            stack.enter_context(kept(subject.prepare(workshop)))
+        if loss is not None:
+            stack.enter_context(workshop.lent(loss))
         function = _Function(subject, seed)
         gradients = function.gradients(requiring)
         answers: dict[str, Answer] = {}
@@ -214,7 +220,7 @@ class _Function:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Give the sources back their values, and the model its buffers and caches."""
-        loss = modules_of_loss(self._subject.loss)
+        loss = holder_of_loss(self._subject.loss)
         with ExitStack() as stack:
             for model in [self._built.model] if loss is None else [self._built.model, loss]:
                 before_write = stack.enter_context(kept(model))

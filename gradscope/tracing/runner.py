@@ -15,7 +15,7 @@ from gradscope.errors import UsageError
 from gradscope.stages import tell
 from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.dispatched import DispatchedCalls
-from gradscope.tracing.holding import Holder, modules_of_loss
+from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.outcome import Outcome, Pass, Run
 from gradscope.tracing.provenance import KINDS, tensors_in
@@ -45,6 +45,7 @@ class Runner:
         self.subject = subject
         self.workshop = workshop
         self._prepared: nn.Module | None = None
+        self._loss = holder_of_loss(subject.loss)
         self._graphs: list[AutogradGraph] = []
         self._runs = 0
 
@@ -107,6 +108,8 @@ class Runner:
         run = Run(recorder.recording, frozen, set(named), asked)
         for constant, name in constants_of(built.model):
             recorder.add_constant(constant, name)
+        for constant in constants_of_loss(self._loss) if self._loss is not None else ():
+            recorder.add_constant(constant)
         recorder.modules.name(built.model)
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
@@ -134,12 +137,11 @@ class Runner:
 
     @contextmanager
     def _loss_kept(self, before_write: Callable[[torch.Tensor], None]) -> Iterator[Callable[[torch.Tensor], None]]:
-        """Keep the modules of the loss as they are, too."""
-        modules = modules_of_loss(self.subject.loss)
-        if modules is None:
+        """Keep what the loss holds as it is, too."""
+        if self._loss is None:
             yield before_write
             return
-        with kept(modules) as before_write_of_loss:
+        with kept(self._loss) as before_write_of_loss:
 
             def before_both(tensor: torch.Tensor) -> None:
                 before_write(tensor)
@@ -201,6 +203,12 @@ def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
             if name not in OWN and KINDS[type(value)] and not name.startswith("_"):
                 for tensor in tensors_in([value]):
                     yield tensor, name
+
+
+def constants_of_loss(loss: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a loss holds; none of them is a source."""
+    yield from tensors_of(loss, ("_parameters",))
+    yield from (constant for constant, _ in constants_of(loss))
 
 
 @contextmanager

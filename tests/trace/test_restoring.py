@@ -254,8 +254,10 @@ class Mean(nn.Module):
 def test_what_a_loss_remembers_is_put_back(options: dict[str, Any]) -> None:
     loss = Mean()
     loss(torch.ones(3))
-    session = gradscope.trace(nn.Linear(4, 4), torch.randn(3, 4), loss=lambda y: 2 * loss(y), **options)
+    scale = torch.full((), 2.0)
+    session = gradscope.trace(nn.Linear(4, 4), torch.randn(3, 4), loss=lambda y: scale * loss(y), **options)
     assert session.sources["weight"].status == "partial" and (loss.sum, loss.seen) == (1, 1)
+    assert (loss.sum.dtype, session.unseen) == (torch.float32, [])  # what a loss holds comes from nowhere else
 
 
 class Expanding(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning import torch_ops
@@ -68,7 +69,7 @@ class Calls(Expressions):
         if name == "requires_grad_" and _switches_off(node):
             self.report(node, "GS901", "requires_grad_(False)", harmless=FROZEN)
         self.reads.add(name)
-        if _GIVES_INDICES.search(name):
+        if _gives_indices(name):
             return INDEX
         known = self.klass.attributes.get(name, "") if self.klass else ""
         atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
@@ -125,7 +126,7 @@ class Calls(Expressions):
         last = dotted.rpartition(".")[2]
         if last == "deepcopy":
             return Value(NOTHING, value.kind)  # a copy is a leaf of its own
-        if last in _INDEX_FUNCTIONS or _GIVES_INDICES.search(last) or _UNPACKS.search(last):
+        if last in _INDEX_FUNCTIONS or _gives_indices(last) or _unpacks(last):
             return INDEX
         if last[:1].isupper():
             self.hand_out(given)
@@ -168,7 +169,7 @@ class Calls(Expressions):
             return Value(joined(given).atoms, "plain")
         if name in _ESCAPES and base.kind != "module":
             return self._escape(node, name, base)
-        if _GIVES_INDICES.search(name) or _UNPACKS.search(name):
+        if _gives_indices(name) or _unpacks(name):
             return INDEX
         if name in torch_ops.INDEX_VALUED and base.kind != "module":
             self._index_valued(node, name, base)
@@ -193,7 +194,7 @@ class Calls(Expressions):
 
     def _forward_of(self, func: ast.Attribute) -> list[Value]:
         """``self.part.forward(x)``, ``self.part.decode(x)`` run a module, like ``self.part(x)``."""
-        part = self.names.dotted(func.value) if _RUNS.search(func.attr) else ""
+        part = self.names.dotted(func.value) if _runs(func.attr) else ""
         return [Value(frozenset({f"call:self.{part.split('.')[1]}"}), "tensor")] if part.startswith("self.") else []
 
     def _escape(self, node: ast.Call, name: str, base: Value) -> Value:
@@ -224,6 +225,8 @@ _GIVES_INDICES = re.compile(
 _INFERS = re.compile(r"(?:^|[._])(?:infer|inference|generate|stream)(?:_\w+)?$")
 _UNPACKS = re.compile(r"^dequantize_(?:\d+bit|blockwise|int\d|nf4|fp[48])")  # packed integers in, a table's numbers out
 _RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward|decode|encode)(?:_|$)")
+# The same few names in every file.
+_gives_indices, _unpacks, _runs = (lru_cache(maxsize=4096)(each.search) for each in (_GIVES_INDICES, _UNPACKS, _RUNS))
 _INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
 _ESCAPES = {
     "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",

@@ -24,6 +24,8 @@ from gradscope.tracing.subject import Built, Workshop
 from gradscope.tracing.unanalysed import CannotTell
 
 Pass: TypeAlias = Literal["none", "plain", "watched"]
+# What torch says where an allocation fails: of its own allocator, and of C++ anywhere below (a plain RuntimeError).
+NO_MEMORY = ("can't allocate memory", "std::bad_alloc")
 
 
 @dataclass(slots=True)
@@ -175,4 +177,4 @@ def _refuse_hidden(run: Run) -> None:
 def _is_of_the_machine(error: Exception) -> bool:
     """Tell an exception that says nothing of the model: no memory left, no time left."""
     short = (MemoryError, TimeoutError, torch.OutOfMemoryError)
-    return isinstance(error, short) or "can't allocate memory" in str(error)
+    return isinstance(error, short) or any(words in str(error) for words in NO_MEMORY)

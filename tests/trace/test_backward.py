@@ -379,18 +379,20 @@ def test_the_neighbours_of_what_raises_are_no_findings(between: Between, mode: s
 
 class ExhaustedBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, error: Exception) -> torch.Tensor:
+        ctx.error = error
         return x * 2
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("out of memory")
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        raise ctx.error
 
 
-def test_a_machine_without_memory_is_no_crash_of_autograd() -> None:
-    session = traced(ExhaustedBackward.apply)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("std::bad_alloc")], ids=str)
+def test_a_machine_without_memory_is_no_crash_of_autograd(error: Exception) -> None:
+    session = traced(lambda x: ExhaustedBackward.apply(x, error))
     assert (session.verdict, session.findings) == ("flows", [])
-    assert any("out of memory" in words for words in session.unseen)
+    assert any(str(error) in words for words in session.unseen)
     assert all(source.gradient is None for source in session.sources.values())
 
 

@@ -82,7 +82,7 @@ def check(subject: Subject, groups: Iterable[frozenset[str]], *, requiring: froz
             stack.enter_context(kept(subject.prepare(workshop)))
         if loss is not None:
             stack.enter_context(workshop.lent(loss))
-        function = _Function(subject, seed)
+        function = _Function(subject, seed, loss)
         gradients = function.gradients(requiring)
         answers: dict[str, Answer] = {}
         for group in groups:
@@ -137,13 +137,17 @@ def _compare(function: _Function, gradients: Mapping[str, torch.Tensor], names: 
 
 
 class _Function:
-    """A subject as a number that depends on its sources: every output weighed with fixed random numbers, summed."""
+    """A subject as a number that depends on its sources: every output weighed with fixed random numbers, summed.
 
-    def __init__(self, subject: Subject, seed: int) -> None:
+    ``loss`` holds what the loss uses, which every evaluation finds as it was.
+    """
+
+    def __init__(self, subject: Subject, seed: int, loss: torch.nn.Module | None) -> None:
         self.seed = seed
         self.evaluations = 0
         self.noise = 0.0
         self._subject = subject
+        self._loss = loss
         workshop = RealWorkshop("cpu", torch.float64)
         try:
             origin = copy.deepcopy(subject.prepare(workshop)).to(device="cpu", dtype=torch.float64)
@@ -220,9 +224,10 @@ class _Function:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Give the sources back their values, and the model its buffers and caches."""
-        loss = holder_of_loss(self._subject.loss)
         with ExitStack() as stack:
-            for model in [self._built.model] if loss is None else [self._built.model, loss]:
+            for model in (self._built.model, self._loss):
+                if model is None:
+                    continue
                 before_write = stack.enter_context(kept(model))
                 for tensor in (*model.buffers(), *loose_tensors(model)):
                     before_write(tensor)

@@ -65,7 +65,7 @@ class Outcome:
         """Take note of what the target is about to go backward from; return the leaves that it arrives at."""
         self._own += self._recorder.value_ids(tensors)
         graph = self._walked(tensors)
-        self._own_reached |= self._reached(graph)
+        self._own_reached |= self._reached(graph, self._named())
         return graph.leaves
 
     def read(self, result: Any, run: Run, backward: Pass) -> None:
@@ -82,11 +82,11 @@ class Outcome:
             return
         recording.sinks = self._recorder.value_ids(sinks)
         try:
-            graph = self._walked(sinks)
-            recording.reached = self._reached(graph)
+            graph, named = self._walked(sinks), self._named()
+            recording.reached = self._reached(graph, named)
             recording.walked = True
             if backward != "none":
-                self._go_back(run, sinks, graph, watched=backward == "watched")
+                self._go_back(run, sinks, graph, named, watched=backward == "watched")
         finally:  # a frame that an exception keeps must not keep the graph
             result = None
             sinks.clear()
@@ -100,10 +100,10 @@ class Outcome:
         self._note_refusals(graph)
         return graph
 
-    def _reached(self, graph: AutogradGraph) -> frozenset[str]:
+    def _reached(self, graph: AutogradGraph, named: dict[str, torch.Tensor]) -> frozenset[str]:
         leaves = {id(tensor) for tensor in graph.leaves}
         known = self._recording.leaves
-        return frozenset(name for name, tensor in self._named().items() if name in known and id(tensor) in leaves)
+        return frozenset(name for name, tensor in named.items() if name in known and id(tensor) in leaves)
 
     def _note_refusals(self, graph: AutogradGraph) -> None:
         """Write the graph's refusals on their operations; raise where only a kernel, which did not run, could tell."""
@@ -122,6 +122,7 @@ class Outcome:
         run: Run,
         sinks: list[torch.Tensor],
         graph: AutogradGraph,
+        named: dict[str, torch.Tensor],
         *,
         watched: bool,
     ) -> None:
@@ -140,7 +141,7 @@ class Outcome:
                 "The outputs are not finite with these inputs: what gradients are worth is unknown."
             )
             return
-        result = run_backward(sinks, graph, self._named(), run.asked, watched=watched, measured=measured)
+        result = run_backward(sinks, graph, named, run.asked, watched=watched, measured=measured)
         if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
             _refuse_hidden(run)
             run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")

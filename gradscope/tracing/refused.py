@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gradscope.errors import first_line
-from gradscope.tracing.cuts import Cut, blamed, cut_at
+from gradscope.tracing.cuts import FREED, Cut, blamed, cut_at
 from gradscope.tracing.diagnose import diagnose
 from gradscope.tracing.recording import Recording, Site
 
@@ -26,7 +26,7 @@ REFUSED_CALLS = (
     ("Can't detach views in-place", "GS201", "here"),
     ("only change requires_grad flags of leaf", "GS204", "here"),
     ("refusing to serialize non-leaf", "GS303", "here"),
-    ("backward through the graph a second time", "GS603", "here"),
+    (FREED, "GS603", "here"),
     ("does not require grad", "GS201", "before"),
     ("doesn't require gradient", "GS201", "before"),
     ("can't retain_grad on Tensor that has requires_grad=False", "GS201", "before"),

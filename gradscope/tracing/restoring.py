@@ -89,8 +89,7 @@ def kept(model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[to
     own = [module.__dict__ for module in modules]
     tables = [table for attributes in own for name in OWN_TABLES
               if type(table := attributes.get(name)) in CONTAINERS]  # fmt: skip
-    parts = [part for attributes in own for name, part in attributes.items()
-             if name not in OWN and type(part) not in PLAIN]  # fmt: skip
+    parts = _parts_of(own)
     owners = _owners([*tensors_of(model), *loose_tensors(model), *tensors_in(given)])
     copies: dict[int, list[_Before]] = {}
 
@@ -221,10 +220,15 @@ def attributes_of(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield from (vars(each) for each in module.objects)
 
 
+def _parts_of(owners: Iterable[dict[str, Any]]) -> list[Any]:
+    """Return what may change among the attributes that are not every module's."""
+    return [part for attributes in owners for name, part in attributes.items()
+            if name not in OWN and type(part) not in PLAIN]  # fmt: skip
+
+
 def loose_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Return the tensors that a model keeps in plain attributes and the objects there: a metric's state, a memory."""
-    parts = [part for attributes in attributes_of(model) for name, part in attributes.items()
-             if name not in OWN and type(part) not in PLAIN]  # fmt: skip
+    parts = _parts_of(attributes_of(model))
     objects = [vars(part) for part in parts if hasattr(part, "__dict__") and not isinstance(part, IMMUTABLE)]
     return tensors_in([*parts, *objects])
 

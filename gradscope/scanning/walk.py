@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from gradscope.scanning.body import Body, add_imports
 from gradscope.scanning.facts import Class, FileFacts, Site
 from gradscope.scanning.ignores import ignores
+from gradscope.scanning.lines import count_within, line_numbers, within
 from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, parse, tensor_ops
 from gradscope.scanning.regions import FunctionNode
 from gradscope.scanning.switches import Names, Switch, rule_of
@@ -50,7 +50,7 @@ class FileReader:
         self._switches = self._deep if deep is switches else line_numbers(source, switches)
         self.facts.ignores = ignores(source)
         loose = self._top_level(tree.body)
-        if any(_within(self._lines, node) for node in loose):
+        if any(within(self._lines, node) for node in loose):
             self._module_body(loose)
         self._land_applied()
         self.facts.sites = list({(site.line, site.column, site.rule): site for site in self.facts.sites}.values())
@@ -76,14 +76,14 @@ class FileReader:
                     loose += self._top_level(part)
             elif any(isinstance(part, _DEFINITIONS) for part in statements(getattr(node, "body", ()))):
                 loose += self._top_level(node.body)  # type: ignore[attr-defined]
-            elif _within(self._lines, node):
+            elif within(self._lines, node):
                 self._module_alias(node)
                 loose.append(node)
         return loose
 
     def _module_alias(self, node: ast.stmt) -> None:
         """``inference = torch.no_grad``: a name of the package's own for a switch."""
-        if not isinstance(node, ast.Assign) or not _within(self._deep, node):
+        if not isinstance(node, ast.Assign) or not within(self._deep, node):
             return
         switch = self.names.switch(node.value)
         for target in node.targets:
@@ -105,9 +105,9 @@ class FileReader:
     # --- functions and classes ------------------------------------------------------------------
 
     def _function(self, node: FunctionNode) -> None:
-        if not _within(self._lines, node):
+        if not within(self._lines, node):
             return
-        if _within(self._deep, node):
+        if within(self._deep, node):
             mechanism = wrapper_of_function(node, self.names)
             if mechanism:
                 self.facts.wrappers[f"{self.facts.module}.{node.name}"] = mechanism
@@ -117,7 +117,7 @@ class FileReader:
 
     def _read_function(self, node: FunctionNode, klass: Class | None, name: str) -> None:
         body = Body(node, self.names, klass, name, None)
-        self.names.none_here = not (self.names.wrappers or self.names.aliases or _within(self._deep, node))
+        self.names.none_here = not (self.names.wrappers or self.names.aliases or within(self._deep, node))
         own = body.read()
         self.names.none_here = False
         for fact in (own, *body.nested):
@@ -143,7 +143,7 @@ class FileReader:
                 self.facts.sites.append(replace(site, function=name, depends=function.returns, conditional=conditional))
 
     def _class(self, node: ast.ClassDef, prefix: str) -> None:
-        if not _within(self._lines, node):
+        if not within(self._lines, node):
             return
         name = f"{prefix}{node.name}"
         deep = self._is_deep(node)
@@ -162,9 +162,9 @@ class FileReader:
         outside = self.names.aliases
         self.names.aliases = {**outside, **(self._kept_switches(node, methods) if deep else {})}
         for method in methods:
-            if not (deep or _within(self._lines, method)):
+            if not (deep or within(self._lines, method)):
                 continue
-            mechanism = wrapper_of_function(method, self.names) if _within(self._deep, method) else ""
+            mechanism = wrapper_of_function(method, self.names) if within(self._deep, method) else ""
             if mechanism:
                 self.facts.wrappers[f"{self.facts.module}.{name}.{method.name}"] = mechanism
             else:
@@ -180,7 +180,7 @@ class FileReader:
         """Return the switches that a class keeps under names of its own: ``self.guard = torch.no_grad()``."""
         kept: dict[str, Switch] = {}
         if not (self.names.wrappers or self.names.aliases):
-            methods = [method for method in methods if _within(self._deep, method)]
+            methods = [method for method in methods if within(self._deep, method)]
         for part in (*node.body, *(each for method in methods for each in statements(method.body))):
             if isinstance(part, ast.Assign) and isinstance(part.value, (ast.Name, ast.Attribute, ast.Call, ast.IfExp)):
                 switch = self.names.switch(part.value)
@@ -196,11 +196,11 @@ class FileReader:
 
     def _is_deep(self, node: ast.ClassDef) -> bool:
         """Tell whether a class is to be read whole: a switch in ``_init_weights`` alone is no reason."""
-        if not _within(self._deep, node):
+        if not within(self._deep, node):
             return False
         setup = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name in INITIALISERS]
-        in_setup = sum(_count_within(self._switches, method) for method in setup)
-        return _count_within(self._deep, node) > in_setup
+        in_setup = sum(count_within(self._switches, method) for method in setup)
+        return count_within(self._deep, node) > in_setup
 
     def _decorated_class(self, node: ast.ClassDef, name: str) -> None:
         for item in node.decorator_list:
@@ -339,31 +339,6 @@ _REGISTERED = {
 _GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
 _CERTAIN = ("module", "parameter", "buffer")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
-def line_numbers(source: str, offsets: list[int]) -> list[int]:
-    """Return the 1-based line of every offset; both ascend."""
-    lines: list[int] = []
-    line, at = 1, 0
-    for offset in offsets:
-        line += source.count("\n", at, offset)
-        at = offset
-        lines.append(line)
-    return lines
-
-
-def _within(lines: list[int], node: ast.stmt) -> bool:
-    at = bisect_left(lines, _first_line(node))
-    return at < len(lines) and lines[at] <= (node.end_lineno or node.lineno)
-
-
-def _count_within(lines: list[int], node: ast.stmt) -> int:
-    return bisect_right(lines, node.end_lineno or node.lineno) - bisect_left(lines, _first_line(node))
-
-
-def _first_line(node: ast.stmt) -> int:
-    decorators = getattr(node, "decorator_list", ())
-    return min(node.lineno, decorators[0].lineno) if decorators else node.lineno
 
 
 def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:

@@ -31,7 +31,7 @@ class Calls(Expressions):
             self._note_callback(node)
         root = dotted.partition(".")[0]
         is_local = root in self.env or root == "self"
-        if root == "super()" or (dotted and not is_local):
+        if root == "super()" or (dotted and not is_local and not (self.calls and self.names.is_elsewhere(root))):
             self._note_call(dotted, node)
         if root in ("torch", "torchvision") and not is_local:
             return self._torch_call(node, dotted, given)
@@ -54,7 +54,7 @@ class Calls(Expressions):
 
     def _note_call(self, target: str, node: ast.Call) -> None:
         sometimes = self.sometimes or (bool(self.conditions) and _INFERS.search(target) is not None)
-        self.calls.append(Call(target, node.lineno, used=node is not self.discarded, sometimes=sometimes))
+        self.calls.append(Call(target, node is not self.discarded, sometimes))
 
     def _note_callback(self, node: ast.Call) -> None:
         """``checkpoint(self.run, x)`` calls ``self.run``."""

@@ -29,8 +29,9 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a file is read with: names looked for beyond torch's switches, and the package's own wrappers."""
+    """What a file is read with: the scan's top-level packages, names looked for, the package's own wrappers."""
 
+    roots: frozenset[str]
     names: tuple[str, ...] = ()
     wrappers: tuple[tuple[str, str], ...] = ()
 
@@ -192,7 +193,7 @@ def read_chunk(files: Part, settings: Settings, look_first: bool) -> list[FileFa
     With ``look_first`` there are none (None) of a file that holds nothing to look into.
     """
     needles, wrappers = settings.needles(), dict(settings.wrappers)
-    return [_read_one(file, data, wrappers, needles, look_first) for file, data in files]
+    return [_read_one(file, data, settings.roots, wrappers, needles, look_first) for file, data in files]
 
 
 def search_chunk(files: Part, needles: Sequence[Needle]) -> list[list[int]]:
@@ -210,7 +211,12 @@ def search_chunk(files: Part, needles: Sequence[Needle]) -> list[list[int]]:
 
 
 def _read_one(
-    file: SourceFile, data: bytes | None, wrappers: Mapping[str, str], needles: Needles, look_first: bool
+    file: SourceFile,
+    data: bytes | None,
+    roots: frozenset[str],
+    wrappers: Mapping[str, str],
+    needles: Needles,
+    look_first: bool,
 ) -> FileFacts | None:
     facts = FileFacts(file.shown, file.module)
     try:
@@ -226,7 +232,7 @@ def _read_one(
         return facts
     facts.headers = headers(text.source)
     try:
-        return FileReader(facts, file.is_package, wrappers).read(text.source, needles)
+        return FileReader(facts, file.is_package, roots, wrappers).read(text.source, needles)
     except RecursionError:
         return FileFacts(file.shown, file.module, skipped="nested too deeply to be read")
 
@@ -247,7 +253,7 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         "classes": [[c.name, c.line, c.bases, c.methods, c.attributes, c.aliases] for c in facts.classes.values()],
         "functions": [
             [f.name, f.line, f.end_line, f.parameters, f.signature,
-             [[call.target, call.line, call.used, call.sometimes] for call in f.calls],
+             [list(call) for call in f.calls],
              sorted(f.reads), sorted(f.returns), f.gives_value, f.kind]
             for f in facts.functions.values()
         ],

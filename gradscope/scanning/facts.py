@@ -49,14 +49,13 @@ class Site:
 
 
 class Call(NamedTuple):
-    """A call as written: the dotted target (``self.encode``, ``super().forward``) and its line.
+    """A call as written, of what may be in the scan: its dotted target (``self.encode``, ``super().forward``).
 
     ``used`` says whether its value goes anywhere (a call as a statement of its own has an effect at most),
     ``sometimes`` that ``self.training`` decides whether it is made, or an ``if`` whether inference is run.
     """
 
     target: str
-    line: int
     used: bool = True
     sometimes: bool = False
 
@@ -66,7 +65,8 @@ class Function:
     """A function or method that was looked into.
 
     ``parameters`` are those that may hold floats or modules, ``signature`` are all by position (without
-    ``self``), ``reads`` the attributes of ``self`` that it reads.
+    ``self``), ``reads`` the attributes of ``self`` that it reads. Of the calls of other packages' functions
+    and of builtins one is kept at most: they are two of three, lead nowhere, and only tell that it computes.
     """
 
     name: str

@@ -239,7 +239,7 @@ class Package:
     def _properties(self, function: Function, owner: Place | None) -> list[Call]:
         """Return the properties that a method reads: each is a call."""
         names = self._property_names & function.reads if owner else ()
-        return [Call(f"self.{name}", function.line) for name in sorted(names) if owner and self.property(owner, name)]
+        return [Call(f"self.{name}") for name in sorted(names) if owner and self.property(owner, name)]
 
     def property(self, owner: Place, name: str) -> Place | None:
         """Return the property of a class by this name, where it was looked into."""

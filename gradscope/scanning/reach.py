@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import TypeAlias
 
 from gradscope.scanning.facts import APART, Atoms, Site
 from gradscope.scanning.package import Package, Place
 
 FORWARDS = ("forward", "__call__")
+# A function and the class of ``self`` in it.
+Use: TypeAlias = tuple[Place, Place | None]
 # What a call may lead to without computing anything of the model's.
 NOT_COMPUTE = ("__init__", "__repr__", "__len__", "__getattr__", "__setattr__", "__del__", "__exit__", "__enter__")
 
@@ -58,8 +62,8 @@ class Reach:
         self.harmless = harmless
         self.live = lru_cache(maxsize=None)(self._live)
         self.blockers = lru_cache(maxsize=None)(self._blockers)
-        self._flows: dict[tuple[Place, Place | None], bool] = {}
-        self._touches: dict[tuple[Place, Place | None], bool] = {}
+        self._flows: dict[Use, bool] = {}
+        self._touches: dict[Use, bool] = {}
         self.regions: dict[Place, list[Site]] = {}
         for facts in package.files.values():
             for site in facts.sites:
@@ -97,21 +101,27 @@ class Reach:
 
     def flows(self, place: Place, owner: Place | None) -> bool:
         """Tell whether some of what a function gives back is computed with gradients on, here and in what it calls."""
-        key = (place, owner)
-        if key not in self._flows:
-            self._flows[key] = False  # a cycle adds nothing
-            function = self.package.function(place)
-            self._flows[key] = function is None or any(self._flows_out(a, place, owner) for a in function.returns)
-        return self._flows[key]
+        return _somewhere((place, owner), self._flows, self._flows_in)
+
+    def _flows_in(self, use: Use) -> bool | list[Use]:
+        place, owner = use
+        function = self.package.function(place)
+        ways = [self._way_out(atom, place, owner) for atom in function.returns] if function else [True]
+        return True in ways or [way for way in ways if not isinstance(way, bool)]
 
     def _flows_out(self, atom: str, place: Place, owner: Place | None) -> bool:
+        way = self._way_out(atom, place, owner)
+        return way if isinstance(way, bool) else self.flows(*way)
+
+    def _way_out(self, atom: str, place: Place, owner: Place | None) -> bool | Use:
+        """Tell whether a gradient reaches what an atom is about; or the function that decides about it."""
         kind, _, name = atom.partition(":")
         if kind == "off" or ":off:" in atom or not self._is_live(atom, place, owner):
             return False
         target = self.package.target(name.partition(":")[0], place, owner) if kind in ("call", "arg") else None
         if target is None or self.package.function(target) is None:
             return True
-        return self.flows(target, self.owner_for(target, owner))
+        return target, self.owner_for(target, owner)
 
     def is_given_back(self, site: Site, place: Place) -> bool:
         """Tell whether what a block computes is part of what its function gives back or keeps."""
@@ -148,12 +158,13 @@ class Reach:
         return self._is_live(atom, place, owner)
 
     def _holds_weights(self, owner: Place, name: str) -> bool:
+        computed = self.package.property(owner, name)
+        return self._keeps_weights(owner, name) if computed is None else self.touches(computed, owner)
+
+    def _keeps_weights(self, owner: Place, name: str) -> bool:
         kind = self.package.attribute(owner, name)
         if kind in ("parameter", "module"):
             return True
-        computed = self.package.property(owner, name)
-        if computed is not None:
-            return self.touches(computed, owner)
         if not kind or kind in ("buffer", "plain"):
             return False
         klass = self.package.find_class(kind, owner.module)
@@ -171,26 +182,22 @@ class Reach:
             return not _PREPARES.search(name)
         return self._holds_weights(owner, name)
 
-    def touches(self, place: Place, owner: Place | None, depth: int = 0) -> bool:
+    def touches(self, place: Place, owner: Place | None) -> bool:
         """Tell whether a function uses a module or a parameter, itself or through what it calls."""
-        key = (place, owner)
-        if key in self._touches or depth > 8:
-            return self._touches.get(key, False)
-        self._touches[key] = False  # a cycle adds nothing
+        return _somewhere((place, owner), self._touches, self._touches_in)
+
+    def _touches_in(self, use: Use) -> bool | list[Use]:
+        place, owner = use
         function = self.package.function(place)
-        found = False
-        if function is not None:
-            found = owner is not None and any(self._holds_weights(owner, name) for name in function.reads)
-            found = found or any(
-                self._is_kept_callable(call.target, owner) or call.target in function.parameters
-                for call in function.calls
-            )
-            found = found or any(
-                self.touches(target, self.owner_for(target, owner), depth + 1)
-                for _, target in self.package.callees(place, owner)
-            )
-        self._touches[key] = found
-        return found
+        if function is None:
+            return False
+        if owner is not None and any(self._keeps_weights(owner, name) for name in function.reads):
+            return True
+        if any(self._is_kept_callable(call.target, owner) or call.target in function.parameters
+               for call in function.calls):  # fmt: skip
+            return True
+        # a property that is read is one of them
+        return [(target, self.owner_for(target, owner)) for _, target in self.package.callees(place, owner)]
 
     def _is_kept_callable(self, target: str, owner: Place | None) -> bool:
         if owner is None or not target.startswith("self.") or target.count(".") != 1:
@@ -294,6 +301,27 @@ class Reach:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))
         return found
+
+
+def _somewhere(start: Use, known: dict[Use, bool], look: Callable[[Use], bool | list[Use]]) -> bool:
+    """Tell whether something holds of a function or of one that it leads to.
+
+    ``look`` gives the answer for one function, or the functions that decide. Cycles are why this is no
+    recursion that remembers: what lies on a cycle would be answered by where the search began.
+    """
+    seen, pending = {start}, [start]
+    while pending:
+        use = pending.pop()
+        answer = known[use] if use in known else look(use)
+        if answer is True:
+            known[start] = True
+            return True
+        for each in answer or ():
+            if each not in seen:
+                seen.add(each)
+                pending.append(each)
+    known.update(dict.fromkeys(seen, False))
+    return False
 
 
 def source_of(atom: str) -> str:

@@ -135,9 +135,9 @@ def _scanned(collector: Collector, resolved: Resolved, targets: tuple[str, ...],
 def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     """Read what matches; again where the package's own wrappers are used; again where stopped functions are called."""
     asked = tuple(f"{word} {name.split('.')[0]}" for name in wanted for word in ("class", "def"))
-    settings = Settings(names=asked)
-    collector.read(settings)
     texts = collector.collected.texts.values()
+    roots = frozenset(text.file.module.partition(".")[0] for text in texts)
+    collector.read(Settings(roots, asked))
     finder = Finder(texts, collector.matching)
     for text in texts:
         if not text.facts.parsed and not text.facts.skipped:
@@ -149,7 +149,7 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
         new = {name.rpartition(".")[2] for name, _ in wrappers if name not in known}
         if not new:
             break
-        collector.read(Settings(asked, wrappers), finder.holding(new))
+        collector.read(Settings(roots, asked, wrappers), finder.holding(new))
     judge = Judge(Package(text.facts for text in texts))
     goals = _goals(judge, errors_only=sum(len(text.data) for text in texts) > LARGE)
     seen: dict[str, set[str]] = {}
@@ -159,7 +159,7 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
         if not found:
             break
         seen |= found
-        collector.read(Settings((*asked, *sorted(seen)), wrappers), finder.calling(found))
+        collector.read(Settings(roots, (*asked, *sorted(seen)), wrappers), finder.calling(found))
         judge = Judge(Package(text.facts for text in texts))
     return judge
 

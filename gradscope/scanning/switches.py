@@ -7,6 +7,7 @@ followed; what only run time can tell is marked ``conditional``.
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ MECHANISMS = {**OFF, "enable_grad": "enable_grad", "set_grad_enabled": "set_grad
               "_set_grad_enabled": "set_grad_enabled"}  # fmt: skip
 # The torch modules that export them (torch/__init__.py, torch/autograd/__init__.py, grad_mode.py, _C).
 HOMES = {"torch", "torch.autograd", "torch.autograd.grad_mode", "torch._C", "torch.inference_mode"}
+_BUILTINS = frozenset(dir(builtins))
 NOT_TRAINING = "only outside training"
 FOLLOWS = "off only where nothing requires a gradient"
 
@@ -36,12 +38,22 @@ class Switch:
 
 
 class Names:
-    """What the names of one file stand for: imports, aliases of switches, the package's wrappers."""
+    """What the names of one file stand for: imports, aliases of switches, the package's wrappers.
 
-    def __init__(self, imports: dict[str, str], wrappers: Mapping[str, str], module: str) -> None:
+    ``roots`` are the top-level packages of the scan.
+    """
+
+    def __init__(
+        self, imports: dict[str, str], wrappers: Mapping[str, str], module: str, roots: frozenset[str]
+    ) -> None:
         self.imports = imports
         self.wrappers = wrappers
         self.module = module
+        self.roots = roots
+        self.source = ""
+        self._elsewhere: set[str] = set()
+        self._known_imports = 0
+        self._imported_roots: frozenset[str] = frozenset()
         self.aliases: dict[str, Switch] = {}
         self.none_here = False  # what is read now names no switch: it is not looked for
 
@@ -63,6 +75,24 @@ class Names:
         else:
             return ""
         return ".".join(reversed(parts))
+
+    def is_elsewhere(self, root: str) -> bool:
+        """Tell whether a dotted name that begins so means a builtin or something of a package outside the scan."""
+        if root in self._elsewhere:
+            return True
+        if root in _BUILTINS:
+            found = f"def {root}(" not in self.source and "import *" not in self.source
+        else:
+            found = root not in self.roots and root in self._imported()
+        if found:
+            self._elsewhere.add(root)
+        return found
+
+    def _imported(self) -> frozenset[str]:
+        if len(self.imports) != self._known_imports:
+            self._known_imports = len(self.imports)
+            self._imported_roots = frozenset(name.partition(".")[0] for name in self.imports.values())
+        return self._imported_roots
 
     def switch(self, node: ast.expr) -> Switch | None:
         """Return the switch that an expression is, or None."""

@@ -127,7 +127,7 @@ class Expressions:
     def _name(self, node: ast.Name) -> Value:
         value = self.env.get(node.id, UNKNOWN)
         if value.kind == "function":  # given to somebody who calls it
-            self.calls.append(Call(node.id, node.lineno, sometimes=self.sometimes))
+            self.calls.append(Call(node.id, sometimes=self.sometimes))
         return value
 
     def _attribute(self, node: ast.Attribute, written: bool = False) -> Value:

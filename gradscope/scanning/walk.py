@@ -20,10 +20,10 @@ from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of
 class FileReader:
     """Reads one file: parses the blocks that hold a needle, and reads whole the classes with a deep one."""
 
-    def __init__(self, facts: FileFacts, is_package: bool, wrappers: Mapping[str, str]) -> None:
+    def __init__(self, facts: FileFacts, is_package: bool, roots: frozenset[str], wrappers: Mapping[str, str]) -> None:
         self.facts = facts
         module = f"{facts.module}.__init__" if is_package else facts.module
-        self.names = Names(facts.imports, wrappers, module)
+        self.names = Names(facts.imports, wrappers, module, roots)
         self._lines: list[int] = []
         self._deep: list[int] = []
         self._switches: list[int] = []
@@ -43,7 +43,7 @@ class FileReader:
         if tree is None:
             return self.facts
         self._left_out = parsed.left_out
-        self._source = source
+        self._source = self.names.source = source
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
         self._deep = line_numbers(source, deep)

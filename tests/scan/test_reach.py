@@ -376,3 +376,34 @@ def test_an_attribute_that_shadows_nothing_is_followed_through_super_and_propert
     found = entries(scan(str(write(tmp_path, {"__init__": "", "net": source})), cache=False))
     assert found["Middle.forward"] == ("blocked", ["Middle.forward", "Inner.forward"])
     assert found["Child.forward"] == ("blocked", ["Child.forward", "Middle.forward", "Inner.forward"])
+
+
+MUTUAL = """
+    import torch
+    from torch import nn
+
+    class Walker(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = nn.Linear(4, 4)
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.left(x)
+
+        def ahead(self, x):
+            return self.back(x) if x.ndim > 1 else self.leaf(x)
+
+        def back(self, x):
+            return self.ahead(x[0])
+
+        def leaf(self, x):
+            return self.left(x)
+    """
+
+
+def test_what_methods_on_a_cycle_do_depends_on_no_order(tmp_path: Path) -> None:
+    found = entries(scan(str(write(tmp_path, {"walker": MUTUAL})), cache=False))
+    ways = ["ahead", "back", "leaf"]
+    assert {name: found[f"Walker.{name}"] for name in ways} == dict.fromkeys(ways, ("clean", []))
+    assert found["Walker.forward"][0] == "blocked"

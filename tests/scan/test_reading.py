@@ -81,7 +81,7 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
     def facts(text: str) -> FileFacts:
-        return FileReader(FileFacts("p.py", "p"), False, {}).read(text, Needles())
+        return FileReader(FileFacts("p.py", "p"), False, frozenset({"p"}), {}).read(text, Needles())
 
     try:
         ast.parse(source)

@@ -12,9 +12,11 @@ import torch
 DERIVES = "grad"
 DERIVATIVES = frozenset({DERIVES, "_unpack_dual"})
 # Calls that leave the tensor world with numbers in hand.
-ESCAPES = frozenset({"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "pickle"})
+ESCAPES = frozenset(
+    {"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "__dlpack__", "pickle"}
+)
 # Of these, the ones after which others can write into the tensor.
-SHARES_MEMORY = frozenset({"numpy", "__array__"})
+SHARES_MEMORY = frozenset({"numpy", "__array__", "__dlpack__"})
 # Calls that make a tensor of numbers that Python holds.
 ENTRANCES = frozenset("tensor new_tensor as_tensor asarray full linspace logspace scalar_tensor".split())
 # What is to be noted of beyond its result.

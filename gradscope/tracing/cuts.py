@@ -21,7 +21,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("sample",), "GS205"),
     **dict.fromkeys(COLLECTIVES, "GS206"),
     DERIVES: "GS207",
-    **dict.fromkeys(("numpy", "__array__"), "GS301"),
+    **dict.fromkeys(("numpy", "__array__", "__dlpack__"), "GS301"),
     **dict.fromkeys(_SCALARS.split(), "GS302"),
     **dict.fromkeys(_INDICES.split(), "GS401"),
     **dict.fromkeys(_COMPARISONS.split(), "GS402"),

@@ -25,6 +25,7 @@ from torch.overrides import handle_torch_function
 from gradscope.errors import GradscopeError
 from gradscope.tracing.frames import call_chain, is_user_file, region_site, user_place
 from gradscope.tracing.recording import Place, Region, Site
+from gradscope.tracing.structural import CannotFollow
 
 
 class Observer(Protocol):
@@ -75,6 +76,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_parameter(stack, observer)
         _patch_copying(stack, observer)
         _patch_pickling(stack, observer)
+        _patch_dlpack(stack)
         _patch_threads(stack, observer)
         _patch_modules(stack, observer)
         yield
@@ -272,6 +274,21 @@ def _patch_pickling(stack: ExitStack, observer: Observer) -> None:
 
     _replace(stack, torch.Tensor, "__reduce_ex__", __reduce_ex__)
     _replace(stack, torch._utils, "_rebuild_tensor", _rebuild_tensor)
+
+
+def _patch_dlpack(stack: ExitStack) -> None:
+    """Patch the way back from a DLPack capsule: a fake tensor has a null address there."""
+    original: Callable[..., torch.Tensor] = torch._C._from_dlpack
+
+    def _from_dlpack(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = original(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            is_nowhere = tensor.numel() > 0 and not tensor.data_ptr()
+        if is_nowhere:
+            raise CannotFollow("the memory of a tensor that has none is asked for")
+        return tensor
+
+    _replace(stack, torch._C, "_from_dlpack", _from_dlpack)
 
 
 def _patch_threads(stack: ExitStack, observer: Observer) -> None:

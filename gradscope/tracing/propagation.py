@@ -21,7 +21,7 @@ PIECEWISE_CONSTANT = frozenset(
     "floor_divide __floordiv__ __rfloordiv__ __round__".split()
 )
 # Calls that take all numbers of a tensor out of torch, and what comes right before them.
-WHOLE = frozenset({"numpy", "__array__", "tolist"})
+WHOLE = frozenset({"numpy", "__array__", "__dlpack__", "tolist"})
 READIES = frozenset({"detach", "cpu", "data", "float", "contiguous"})
 # Values leave torch, or come back as a leaf: the numbers go on, what they were made by does not.
 REPLACES_DATA = frozenset({"__set__"})

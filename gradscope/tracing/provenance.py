@@ -176,7 +176,7 @@ class Provenance:
         if base is not None and self.is_known(base):
             return self._link("view", (self.value_of(base),), tensor)
         mate = self._shares_memory(tensor)
-        if mate is not None and not self._escapes:
+        if mate is not None and not self._left_as_array(memory_of(tensor)):
             return self._link("Parameter" if isinstance(tensor, nn.Parameter) else "shared memory", (mate,), tensor)
         if tensor.grad_fn is not None:
             leaves = self.leaves_behind(tensor)
@@ -186,6 +186,15 @@ class Provenance:
                 return self.entered(tensor)
             self.strangers += 1
         return self.remember(tensor).id
+
+    def _left_as_array(self, memory: int) -> bool:
+        """Tell whether an array was made of a memory: a tensor there may have come by way of that."""
+        values = self._recording.values
+        return any(
+            values[number].memory == memory
+            for escape in self._escapes if escape.name != "__dlpack__"  # torch.from_dlpack asks for it, too
+            for number in escape.inputs
+        )  # fmt: skip
 
     def leaves_behind(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """Return the values of the leaves that autograd links a tensor to."""

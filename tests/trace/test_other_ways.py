@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.nn.functional
 from torch import distributed, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 from two import Between, Straight, Two, arriving, given, named, traced
 
 import gradscope
@@ -155,6 +157,23 @@ def exported(x: torch.Tensor) -> torch.Tensor:
     return torch.from_dlpack(x.detach())
 
 
+def capsule(x: torch.Tensor) -> torch.Tensor:
+    return from_dlpack(to_dlpack(x.detach()))
+
+
+def through_another_library(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.from_dlpack(x.detach()) * 2)
+
+
+def beside_another_library(x: torch.Tensor) -> torch.Tensor:
+    return x * float(np.from_dlpack(x.detach()).shape[0])
+
+
+def counted_before(x: torch.Tensor) -> torch.Tensor:
+    assert x.sum().item()
+    return torch.from_dlpack(x.detach())
+
+
 def shallow_copy(x: torch.Tensor) -> torch.Tensor:
     return copy.copy(x)
 
@@ -251,14 +270,16 @@ COMPILED = torch.compile(lambda x: x * 2)
 CUTS = [
     (detached_in_a_thread, "GS201", 2), (detached_in_a_pool, "GS201", 2),
     (leaking_generator, "GS107", 2), (decorated_generator, "GS102", 1), (coroutine_block, "GS104", 2),
-    (bound_without_gradient, "GS501", 1), (kernel, "GS503", 2), (exported, "GS201", 1), (shallow_copy, "GS203", 1),
+    (bound_without_gradient, "GS501", 1), (kernel, "GS503", 2), (exported, "GS201", 1), (capsule, "GS201", 1),
+    (through_another_library, "GS201", 1), (counted_before, "GS201", 2), (shallow_copy, "GS203", 1),
     (variable, "GS201", 1), (loaded, "GS203", 2), (sparse_values, "GS503", 1), (sampled, "GS205", 1),
     (gradient_without_graph, "GS207", 1), (script_function, "GS503", 1),
 ]  # fmt: skip
 LOOK_ALIKES = [
     started_under_no_grad, row_by_row, careful_generator, decorated_consumed_outside, decorated_coroutine,
-    bound_straight_through, address_only, called_with, sparse, nested, resampled, gradient_with_graph,
-    function_gradient, mapped, mapped_beside_another, forward_mode, plain_script_function, compiled,
+    bound_straight_through, address_only, beside_another_library, called_with, sparse, nested, resampled,
+    gradient_with_graph, function_gradient, mapped, mapped_beside_another, forward_mode, plain_script_function,
+    compiled,
 ]  # fmt: skip
 
 

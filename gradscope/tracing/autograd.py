@@ -26,6 +26,7 @@ SHALLOW = 500
 # torch/csrc/autograd/autograd_not_implemented_fallback.cpp): the first raises in backward, the second only warns.
 RAISES = "torch::autograd::NotImplemented"
 WARNS = "torch::autograd::WarnNotImplemented"
+WRITE_IT = "Compute it with calls that have a derivative, or give it one in a torch.autograd.Function."
 GENERATED = "GeneratedBackwardFor_"
 
 
@@ -128,7 +129,8 @@ def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 def _refusal(node: Any, operation: int | None, written: Writes | None) -> Refusal | None:
     name = _name(node)
     if name == RAISES:
-        return Refusal("GS402", "torch has no derivative for it.", "its derivative is not implemented", True)
+        said = "its derivative is not implemented"
+        return Refusal("GS502", "torch has no derivative for it.", said, True, advice=WRITE_IT)
     if name == WARNS:
         return Refusal("GS502", "the operator has no autograd formula: backward warns and gives no gradient.")
     if name.startswith(GENERATED) and name in _operators_without_backward():

@@ -39,6 +39,17 @@ RULE_OF_REGION = {
 NOT_GIVEN = "it uses tensors that apply() was not given one by one (of a module, in a list): they get no gradient."
 GIVE_IT = "Pass each of them to {mechanism}.apply as an argument of its own, and return a gradient for it."
 
+# What a reentrant checkpoint does not connect.
+UNRECORDED = "no tensor that it is given requires a gradient, and then a reentrant checkpoint records nothing."
+UNLOOKED = "what it gives out lies in a list, a dict or an object, where a reentrant checkpoint does not look."
+
+# A derivative that torch does not have, the first or the second.
+SECOND = "what it gives out is derived once more, and a call in between has no second derivative in torch."
+DERIVABLE = (
+    "Compute what is derived with calls that have one (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)), or "
+    "do without the second derivative."
+)
+
 # A backward pass through a graph that another one has freed, in torch's words, and in ours.
 FREED = "backward through the graph a second time"
 FREES = "it frees the graph that the backward pass goes through again."
@@ -46,7 +57,8 @@ KEEP_IT = "Pass retain_graph=True to {mechanism}, or create_graph=True where its
 USES_FREED = (
     "the graph behind what it takes in was freed before: by a backward pass in this call, or after an earlier one."
 )
-LET_GO = "detach() what is kept from call to call (a state, a running sum), or set it back before each call."
+STEP_LATER = "Step after the last backward pass that goes through these weights, or compute the forward pass anew."
+LET_GO = "detach() what is kept from call to call (a state, a running sum), or compute it anew for each backward pass."
 
 
 @dataclass(slots=True)
@@ -58,7 +70,9 @@ class Cut:
     ``zero``, ``nonfinite`` and ``wrong`` are the sources whose gradient arrives and is that; ``words`` says more,
     ``error`` is what the exception says, and ``raises`` that the backward pass ends here with it. By finite
     differences: ``stepped`` sources matter in steps only, ``benign`` ones miss nothing by this cut, and ``certain``
-    says that ``wrong`` was shown. ``advice`` is better than what the rule advises in general.
+    says that ``wrong`` was shown. ``advice`` is better than what the rule advises in general. ``via`` is the function
+    of torch that the user called, where the call that stops the gradient lies inside it. ``elsewhere`` are the sources
+    that lose all of one backward pass here, and that another one reaches.
     """
 
     site: Site
@@ -80,11 +94,13 @@ class Cut:
     benign: set[str] = field(default_factory=set)
     certain: bool = False
     advice: str = ""
+    via: str = ""
+    elsewhere: set[str] = field(default_factory=set)
 
     @property
     def touched(self) -> set[str]:
         """Return every source that something happens to here."""
-        return self.sources | self.partial | self.zero | self.nonfinite | self.wrong | self.benign
+        return self.sources | self.partial | self.zero | self.nonfinite | self.wrong | self.benign | self.elsewhere
 
 
 def blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> list[Cut]:
@@ -105,7 +121,10 @@ def blamed(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
 
 def _cut_of_call(cuts: dict[Site, Cut], recording: Recording, operation: Operation) -> Cut:
     cut = cut_at(cuts, recording, operation)
-    if operation.given is not None and any(recording.values[value].connected for value in operation.outputs):
+    if cut.rule == "GS604":
+        takes = any(recording.values[value].connected for value in operation.inputs[: operation.given])
+        cut.words = UNLOOKED if takes else UNRECORDED
+    elif operation.given is not None and any(recording.values[value].connected for value in operation.outputs):
         cut.words, cut.advice = NOT_GIVEN, GIVE_IT
     return cut
 
@@ -117,6 +136,11 @@ def _cut_of_refusal(cuts: dict[Site, Cut], recording: Recording, operation: Oper
         return None
     cut = cut_at(cuts, recording, culprit)
     cut.rule, cut.words, cut.error = refusal.rule, refusal.message, refusal.error
+    cut.advice = refusal.advice
+    if culprit.name == DERIVES and refusal.write is None:
+        cut.words, cut.advice = SECOND, DERIVABLE
+    if recording.is_step(culprit.index):
+        cut.via, cut.advice = "optimizer.step", STEP_LATER
     cut.raises = cut.raises or refusal.raises
     return cut
 
@@ -130,7 +154,7 @@ def cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
         else RULE_OF_OPERATION.get(operation.name.partition(".")[0], "GS503")
     )
     cut = cuts.setdefault(site, Cut(site, rule, chain=operation.chain or (code_name(operation.place.code),)))
-    cut.module = _module_path(recording, operation)
+    cut.module, cut.via = _module_path(recording, operation), operation.via
     return cut
 
 
@@ -171,6 +195,8 @@ def cut_of_loss(cuts: dict[Site, Cut], recording: Recording, loss: Loss) -> Cut 
         return None
     if loss.what == "raises" and FREED in recording.backward_error:
         return _cut_of_freed(cuts, recording, operation)
+    if loss.what == "raises" and operation.refusal is not None and operation.refusal.raises:
+        return _cut_of_refusal(cuts, recording, operation, operation.refusal)
     cut = cut_at(cuts, recording, operation)
     rules = {"zero": "GS404", "nonfinite": "GS607", "hook zero": "GS606", "hook nonfinite": "GS606"}
     hooked = operation.name == "BackwardHookFunction"

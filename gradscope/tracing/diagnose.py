@@ -7,7 +7,7 @@ frontier: an operation that takes in a connected value and gives out an unconnec
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gradscope.tracing.cuts import RULE_OF_OPERATION, Cut, blamed, cut_at, cut_of_loss
 from gradscope.tracing.propagation import Walks, is_flat, union, walk
@@ -53,6 +53,28 @@ class Diagnosis:
 
 def diagnose(recording: Recording) -> Diagnosis:
     """Return the status of every source and the cuts that explain the lost ones."""
+    diagnosis = _diagnose(recording)
+    if recording.went_back and len(recording.passes) > 1 and "partial" in diagnosis.statuses.values():
+        _excuse(diagnosis, recording)
+    return diagnosis
+
+
+def _excuse(diagnosis: Diagnosis, recording: Recording) -> None:
+    """Take a source for whole that some backward passes of the target reach and others not at all: each has its loss.
+
+    A discriminator is trained on what a generator gave out, detached, and the generator in a pass of its own.
+    """
+    each = [_diagnose(replace(recording, sinks=sinks, reached=reached)).statuses for sinks, reached in recording.passes]
+    for name in [name for name, status in diagnosis.statuses.items() if status == "partial"]:
+        found = {statuses[name] for statuses in each}
+        if "flows" in found and "partial" not in found:
+            diagnosis.statuses[name] = "flows"
+            for cut in diagnosis.cuts.values():
+                cut.elsewhere |= cut.partial & {name}
+                cut.partial.discard(name)
+
+
+def _diagnose(recording: Recording) -> Diagnosis:
     names = list(recording.leaves) + list(recording.outside)
     start = {**recording.leaves, **recording.outside}
     bits = {name: 1 << index for index, name in enumerate(names)}
@@ -250,10 +272,12 @@ def _add_partial(
             surrogates |= _named(lost, bits)
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
-        for cut in blamed(cuts, recording, operation):
-            cut.partial |= names
-        for name in names:
-            statuses[name] = "partial"
+        found = blamed(cuts, recording, operation)
+        raises = any(cut.raises for cut in found)  # then no path carries a gradient to its end
+        for cut in found:
+            kept = cut.sources if raises else cut.partial
+            kept |= names
+        statuses.update(dict.fromkeys(names, "blocked" if raises else "partial"))
     return surrogates
 
 

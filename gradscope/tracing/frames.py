@@ -22,6 +22,11 @@ from gradscope.tracing.recording import Place, Site
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 # The functions by which torch calls modules and their hooks.
 MODULE_CALL = frozenset({"_wrapped_call_impl", "_call_impl", "inner"})
+# Where torch hands calls on to what overrides or decorates them.
+PASSING_ON = ("_contextlib.py", f"{os.sep}overrides.py")
+# Torch's modules; what calls them is not meant.
+MODULES = os.path.join(TORCH_FOLDER, "nn", "modules") + os.sep
+CALLING = (f"{os.sep}module.py", f"{os.sep}container.py")
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 STDLIB_FOLDER = sysconfig.get_path("stdlib") + os.sep
 # The fixers are code under test when they are traced, not part of the tracer.
@@ -49,16 +54,18 @@ def is_user_file(filename: str) -> bool:
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """Return the nearest frame, from this one outward, that is user code.
 
-    Where there is none (a model made of torch's modules alone) it is torch's own nearest frame; None where the
-    call was made by the tracer itself: the code that called gradscope is not meant.
+    Where there is none (a model made of torch's modules alone) it is torch's own nearest frame, in a module if there is
+    one; None where the call was made by the tracer itself: the code that called gradscope is not meant.
     """
-    inner = None
+    inner = module = None
     while frame is not None:
         side = _SIDES[frame.f_code.co_filename]
         if side == "user":
             return frame
         if side == "caller":
-            return inner
+            return module or inner
+        if side == "module" and module is None:
+            module = frame
         if side == "torch" and inner is None:
             inner = frame
         frame = frame.f_back
@@ -74,7 +81,8 @@ class _Sides(dict[str, str]):
         elif filename in CALLERS:
             side = "caller"
         else:
-            side = "torch" if filename.startswith(TORCH_FOLDER) else ""
+            side = "torch" if filename.startswith(TORCH_FOLDER) and not filename.endswith(PASSING_ON) else ""
+            side = "module" if filename.startswith(MODULES) and not filename.endswith(CALLING) else side
         self[filename] = side
         return side
 
@@ -178,6 +186,13 @@ def region_site(frame: FrameType, mechanism: str) -> Site:
     return Site(found.f_code.co_filename, found.f_lineno, function_name(found), mechanism, how)
 
 
+def inside_of(frame: FrameType | None, name: str) -> str:
+    """Return torch's function that user code called and a call of ``name`` was made in; empty where it is that one."""
+    user = user_frame(frame)
+    called = _called(frame, user) if user is not None and is_user_file(user.f_code.co_filename) else ""
+    return "" if called.rpartition(".")[2] in (name, name.strip("_")) else called
+
+
 def _called(frame: FrameType | None, user: FrameType) -> str:
     """Return the name of torch's function that ``user`` called and ``frame`` runs in; empty where they are the same.
 
@@ -186,7 +201,7 @@ def _called(frame: FrameType | None, user: FrameType) -> str:
     name = ""
     while frame is not None and frame is not user:
         code = frame.f_code
-        is_torchs = code.co_filename.startswith(TORCH_FOLDER) and "_contextlib" not in code.co_filename
+        is_torchs = code.co_filename.startswith(TORCH_FOLDER) and not code.co_filename.endswith(PASSING_ON)
         if is_torchs and code.co_name not in MODULE_CALL:
             name = function_name(frame) if code.co_name.startswith("__") else code.co_name
         frame = frame.f_back

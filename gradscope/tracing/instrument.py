@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import handle_torch_function
 
 from gradscope.errors import GradscopeError
@@ -50,6 +51,7 @@ class Observer(Protocol):
 
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None: ...
     def unpickled(self, tensor: torch.Tensor) -> None: ...
+    def step(self, *, begins: bool) -> None: ...
 
 
 # Where torch makes a function for every custom operator, hundreds of them, that only it calls.
@@ -79,6 +81,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_dlpack(stack)
         _patch_threads(stack, observer)
         _patch_modules(stack, observer)
+        _hook_steps(stack, observer)
         yield
 
 
@@ -316,6 +319,21 @@ def _patch_threads(stack: ExitStack, observer: Observer) -> None:
 
     _replace(stack, threading.Thread, "start", start_observed)
     _replace(stack, ThreadPoolExecutor, "submit", submit_observed)
+
+
+def _hook_steps(stack: ExitStack, observer: Observer) -> None:
+    """Note which operations are an optimizer's step: torch has hooks for that."""
+
+    def begins(*_: Any) -> None:
+        if observer.is_watching:
+            observer.step(begins=True)
+
+    def ends(*_: Any) -> None:
+        if observer.is_watching:
+            observer.step(begins=False)
+
+    stack.callback(register_optimizer_step_pre_hook(begins).remove)
+    stack.callback(register_optimizer_step_post_hook(ends).remove)
 
 
 def _patch_modules(stack: ExitStack, observer: Observer) -> None:

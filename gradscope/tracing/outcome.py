@@ -22,6 +22,7 @@ from gradscope.tracing.recorder import Recorder
 from gradscope.tracing.recording import Recording
 from gradscope.tracing.subject import Built, Workshop
 from gradscope.tracing.unanalysed import CannotTell
+from gradscope.tracing.unregistered import unregistered
 
 Pass: TypeAlias = Literal["none", "plain", "watched"]
 # What torch says where an allocation fails: of its own allocator, and of C++ anywhere below (a plain RuntimeError).
@@ -50,9 +51,20 @@ class Run:
 
 
 class Outcome:
-    """Reads off one run, at its end and where the target goes backward itself; ``graphs`` takes what it walks."""
+    """Reads off one run, at its end and where the target goes backward itself; ``graphs`` takes what it walks.
 
-    def __init__(self, recorder: Recorder, workshop: Workshop, built: Built, graphs: list[AutogradGraph]) -> None:
+    ``replaced`` are the weights, by ``id``, in whose place the run has others, without numbers.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        workshop: Workshop,
+        built: Built,
+        graphs: list[AutogradGraph],
+        replaced: frozenset[int] = frozenset(),
+    ) -> None:
+        self._replaced = replaced
         self._recorder = recorder
         self._recording = recorder.recording
         self._workshop = workshop
@@ -62,10 +74,20 @@ class Outcome:
         self._own_reached: frozenset[str] = frozenset()
 
     def note_own(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Take note of what the target is about to go backward from; return the leaves that it arrives at."""
+        """Take note of what the target is about to go backward from; return the leaves that it arrives at.
+
+        Without numbers an optimizer's step changes nothing: whether it spoils this backward pass is not known.
+        """
+        if self._recording.steps and self._workshop.mode == "structural":
+            raise CannotTell(
+                "It goes backward after an optimizer's step: what that spoils is seen only by computing.",
+                hint="Use --mode real.",
+            )
         self._own += self._recorder.value_ids(tensors)
         graph = self._walked(tensors)
-        self._own_reached |= self._reached(graph, self._named())
+        reached = self._reached(graph, self._named())
+        self._own_reached |= reached
+        self._recording.passes.append((self._recorder.value_ids(tensors), reached))
         return graph.leaves
 
     def read(self, result: Any, run: Run, backward: Pass) -> None:
@@ -97,13 +119,29 @@ class Outcome:
     def _walked(self, sinks: list[torch.Tensor]) -> AutogradGraph:
         graph = walk_graph(sinks, self._recording.later_writes())
         self._graphs.append(graph)
+        if any(id(leaf) in self._replaced for leaf in graph.leaves):
+            raise CannotTell(
+                "It goes on with a graph from before the run, which leads to the weights that have numbers.",
+                hint="Use --mode real.",
+            )
         self._note_refusals(graph)
+        self._note_unregistered(graph)
         return graph
 
     def _reached(self, graph: AutogradGraph, named: dict[str, torch.Tensor]) -> frozenset[str]:
         leaves = {id(tensor) for tensor in graph.leaves}
         known = self._recording.leaves
         return frozenset(name for name, tensor in named.items() if name in known and id(tensor) in leaves)
+
+    def _note_unregistered(self, graph: AutogradGraph) -> None:
+        """Note what the gradient arrives at besides parameters and inputs, where the model keeps it unregistered."""
+        known = {id(tensor) for tensor in self._named().values()}
+        others = [leaf for leaf in graph.leaves if id(leaf) not in known]
+        held = unregistered(self._built.model) if others else {}
+        for leaf in others:
+            if id(leaf) in held:
+                name, tensor = held[id(leaf)]
+                self._recording.unregistered[name] = self._recorder.value_ids([tensor])[0]
 
     def _note_refusals(self, graph: AutogradGraph) -> None:
         """Write the graph's refusals on their operations; raise where only a kernel, which did not run, could tell."""

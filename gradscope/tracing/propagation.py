@@ -123,7 +123,8 @@ def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
     linked = union(walks.linked, operation.inputs)
     for number, output in enumerate(operation.outputs):
         value = recording.values[output]
-        without = ~_irrelevant(operation, number, linked, walks) if operation.leads_to else EVERY
+        depends = operation.leads_to and operation.refusal is None
+        without = ~_irrelevant(operation, number, linked, walks) if depends else EVERY
         walks.data[output] |= data & without
         if value.differentiable:
             walks.smooth[output] |= smooth & without

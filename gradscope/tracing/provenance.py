@@ -184,7 +184,7 @@ class Provenance:
         if tensor.is_floating_point():
             if self._escapes:
                 return self.entered(tensor)
-            self.strangers += 1
+            self.strangers += not isinstance(tensor, nn.Parameter)  # one that is made in the run is known
         return self.remember(tensor).id
 
     def _left_as_array(self, memory: int) -> bool:
@@ -298,6 +298,12 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     _gather((value,), found, 0)
     return found
+
+
+def hides_tensors(result: Any) -> bool:
+    """Tell whether some of a result lies deeper than in a tuple: a custom function connects none of that."""
+    outer = result if isinstance(result, tuple) else (result,)
+    return len(tensors_in(result)) > sum(isinstance(each, torch.Tensor) for each in outer)
 
 
 # The dtypes that a gradient can exist for.

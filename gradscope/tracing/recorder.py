@@ -36,9 +36,9 @@ from gradscope.tracing.calls import (
 )
 from gradscope.tracing.consequences import Consequences
 from gradscope.tracing.cuts import RULE_OF_OPERATION
-from gradscope.tracing.frames import Places, call_chain, function_place, source_site, user_place
+from gradscope.tracing.frames import Places, call_chain, function_place, inside_of, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
-from gradscope.tracing.provenance import Provenance, tensors_in
+from gradscope.tracing.provenance import Provenance, hides_tensors, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Site
 from gradscope.tracing.scopes import OpenScopes, Threads
 from gradscope.tracing.subject import Caller
@@ -200,8 +200,7 @@ class Recorder(TorchFunctionMode):
 
         An operator comes from below autograd, out of a script function: there it is too late.
         """
-        is_there = place is not None and source_site(place, name) in self._neutralised
-        return is_there and not isinstance(func, torch._ops.OpOverload)
+        return self._is_neutralised(place, name) and not isinstance(func, torch._ops.OpOverload)
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that moves no numbers; a tensor that it makes is new and known."""
@@ -225,8 +224,9 @@ class Recorder(TorchFunctionMode):
     def _go_back(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Any:
         """Let the target go backward itself; from what is told before, and the gradients are known after."""
         leaves = self.goes_back(tensors_in(args[:1]))
-        self._begin("backward", args[:1], {}, place)
+        pending = self._begin("backward", args[:1], {}, place)
         result = self._run(func, args, kwargs)
+        self.recording.went_from.append((len(self.recording.operations), pending.inputs))
         self.recording.pending = None
         for leaf in leaves:
             if leaf.grad is not None:
@@ -250,7 +250,9 @@ class Recorder(TorchFunctionMode):
         if name == "CheckpointFunction":
             self.recording.reentrant = True
             if self._runs_through(args, place):
-                return args[0](*args[2:])  # (run_function, preserve_rng_state, *inputs)
+                result = args[0](*args[2:])  # (run_function, preserve_rng_state, *inputs)
+                if not hides_tensors(result) or self._is_neutralised(place, name):
+                    return result
         if name == "BackwardHookFunction":  # torch's way of running a module's full backward hooks
             place = self._place_of_module_hook() or place
         with torch._C.DisableTorchFunction():
@@ -261,6 +263,9 @@ class Recorder(TorchFunctionMode):
         self._here.functions += 1
         try:
             result = call(*args)
+        except Exception:
+            self.recording.raised_in = self.recording.raised_in or name
+            raise
         finally:
             self._here.functions -= 1
         taken = self.recording.take_out(pending.index, before)
@@ -284,7 +289,10 @@ class Recorder(TorchFunctionMode):
         """
         if any(isinstance(each, torch.Tensor) and each.requires_grad for each in args):
             return True
-        return place is not None and source_site(place, "CheckpointFunction") in self._neutralised
+        return self._is_neutralised(place, "CheckpointFunction")
+
+    def _is_neutralised(self, place: Place | None, name: str) -> bool:
+        return place is not None and source_site(place, name) in self._neutralised
 
     @property
     def is_between_calls(self) -> bool:
@@ -337,7 +345,7 @@ class Recorder(TorchFunctionMode):
             inputs += provenance.scalars_in(given)
         operation = self._new(name, inputs, place)
         if name in RULE_OF_OPERATION:
-            operation.chain = call_chain(sys._getframe(2))
+            operation.chain, operation.via = call_chain(sys._getframe(2)), inside_of(sys._getframe(2), name)
         self.recording.pending = operation
         return operation
 
@@ -353,6 +361,14 @@ class Recorder(TorchFunctionMode):
             self.recording.operations.append(pending)
             for tensor in made:
                 tag(tensor, pending.index, since)
+
+    def step(self, *, begins: bool) -> None:
+        """Note that an optimizer begins or ends its step."""
+        now, steps = len(self.recording.operations), self.recording.steps
+        if begins:
+            steps.append(range(now, now))
+        elif steps:
+            steps[-1] = range(steps[-1].start, now)
 
     # --- regions and modules ----------------------------------------------------------------
 

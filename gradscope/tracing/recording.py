@@ -122,7 +122,8 @@ class Refusal:
     """What becomes of a gradient at an operation that autograd did record: it raises, gives nothing, or errs.
 
     ``message`` says it of the operation to blame, ``error`` in the words of the exception, where it ``raises``.
-    ``silent``: the gradient goes on and is wrong. ``write`` is the operation that spoiled what was saved.
+    ``silent``: the gradient goes on and is wrong. ``write`` is the operation that spoiled what was saved;
+    ``advice`` is better than what the rule advises.
     """
 
     rule: str
@@ -131,6 +132,7 @@ class Refusal:
     raises: bool = False
     silent: bool = False
     write: int | None = None
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ class Operation:
     ``custom`` marks what autograd cannot look into either: an ``autograd.Function``, a scripted module.
     ``chain`` holds the callers of those that may stop a gradient, outermost first. ``given`` counts the inputs that a
     custom function was given as arguments, which come first: to these alone autograd links it. ``leads_to``, of a call
-    that takes a derivative, holds for each output the leaves that autograd links it to.
+    that takes a derivative, holds for each output the leaves that autograd links it to. ``via`` is the function of
+    torch that the call lies inside of, where the user called that.
     """
 
     index: int
@@ -167,11 +170,17 @@ class Operation:
     chain: tuple[str, ...] = ()
     leads_to: tuple[tuple[int, ...], ...] = ()
     given: int | None = None
+    via: str = ""
 
 
 @dataclass(slots=True)
 class Recording:
     """Everything that one run showed. ``leaves`` maps source names to their first value.
+
+    ``steps`` are the steps of optimizers, each as the operations that it consists of; ``went_from`` are the backward
+    passes that the target made: how many operations there were, and from which values, and ``passes`` what each was
+    to reach. ``unregistered`` are the tensors that could be trained and are no parameters of the model, by name, each
+    as a value. ``raised_in`` names the innermost custom function that an exception came out of.
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
@@ -189,6 +198,11 @@ class Recording:
     losses: list[Loss] = field(default_factory=list)
     backward_error: str = ""
     reentrant: bool = False
+    raised_in: str = ""
+    unregistered: dict[str, int] = field(default_factory=dict)
+    steps: list[range] = field(default_factory=list)
+    passes: list[tuple[tuple[int, ...], frozenset[str]]] = field(default_factory=list)
+    went_from: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     leaked: set[Site] = field(default_factory=set)
     left_open: tuple[Region, ...] = ()
     sinks: tuple[int, ...] = ()
@@ -242,6 +256,10 @@ class Recording:
             return sorted(later, key=lambda write: write.operation)
 
         return after
+
+    def is_step(self, number: int) -> bool:
+        """Tell whether an operation is part of an optimizer's step."""
+        return any(number in step for step in self.steps)
 
     def ancestors(self, scope: int | None) -> list[Scope]:
         """Return the chain of scopes from the outermost to this one."""

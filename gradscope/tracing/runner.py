@@ -33,6 +33,7 @@ from gradscope.tracing.restoring import (
     untouched_state,
 )
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
+from gradscope.tracing.unanalysed import CannotTell
 
 # It logs a traceback for every call that it refuses; the refusal is reported.
 FAKE_TENSORS = "torch._subclasses.fake_tensor"
@@ -47,6 +48,7 @@ class Runner:
         self._prepared: nn.Module | None = None
         self._loss = holder_of_loss(subject.loss)
         self._graphs: list[AutogradGraph] = []
+        self._replaced: frozenset[int] = frozenset()
         self._runs = 0
 
     def run(
@@ -76,6 +78,8 @@ class Runner:
             torch.compiler.set_stance("force_eager"),
         ):
             origin = self._prepare()
+            if self.subject.borrowed and self.workshop.mode == "structural":
+                self._replaced = frozenset(map(id, origin.parameters()))
             with self._lent(origin) as before_write, self._loss_kept(before_write) as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
@@ -166,7 +170,7 @@ class Runner:
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
         recording = recorder.recording
-        outcome = Outcome(recorder, self.workshop, built, self._graphs)
+        outcome = Outcome(recorder, self.workshop, built, self._graphs, self._replaced)
         if self.subject.loss is None and (self.subject.entry != "forward" or isinstance(built.model, Holder)):
             recorder.goes_back = outcome.note_own
         try:
@@ -174,6 +178,8 @@ class Runner:
             recording.left_open = recorder.open_regions
             if self.subject.loss is not None:
                 result = self.subject.loss(result)
+        except CannotTell:
+            raise
         except (Exception, SystemExit) as error:  # the target's own: the tracer judges whether autograd is its cause
             recording.error = error
             if recording.pending is not None:  # what was computed up to there is still worth showing

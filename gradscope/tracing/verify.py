@@ -186,6 +186,8 @@ def _statuses(diagnosis: Diagnosis | None, wanted: frozenset[str]) -> dict[str, 
 def _arrives(run: Run, diagnosis: Diagnosis, wanted: frozenset[str]) -> bool:
     reachable = {name for name in wanted if diagnosis.statuses.get(name) != "unused"}
     arrived = all(run.gradients.get(name, True) is not None for name in reachable)
+    if any(cut.raises and cut.touched & reachable for cut in diagnosis.cuts.values()):
+        return False
     through = reachable <= run.recording.reached and arrived and not run.recording.left_open
     return run.recording.error is None and bool(reachable) and through
 

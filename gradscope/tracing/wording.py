@@ -7,39 +7,59 @@ from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.tracing.calls import DERIVES
 from gradscope.tracing.cuts import SWITCHES, Cut
-from gradscope.tracing.frames import excerpt, source_line
-from gradscope.tracing.recording import Site
+from gradscope.tracing.frames import excerpt, source_line, source_site
+from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.verify import Proof
 
 ADVICE = {
     "GS1": "Do not enter {mechanism} here when a gradient is wanted.",
     "GS2": "Keep the graph: leave out {mechanism} on the path that is trained.",
+    "GS203": "Use the tensor as it is, and join several with torch.stack() or torch.cat(); put a computed weight to "
+    "use with torch.func.functional_call.",
     "GS205": "Use rsample(): it draws the same and lets the gradient through, where the distribution has it.",
     "GS206": "Use torch.distributed.nn.functional, whose collectives have a backward.",
     "GS207": "Pass create_graph=True (or create_graph=self.training): then the derivative has a history of its own.",
-    "GS3": "Keep the value a tensor on this path.",
+    "GS3": "Keep the value a tensor on this path: compute with torch, and join tensors with torch.stack() or "
+    "torch.cat(), not torch.tensor([...]).",
     "GS4": "Put a differentiable surrogate in the place of {mechanism} (straight-through, softmax, Gumbel).",
-    "GS404": "Look at the values here: saturated, masked, multiplied by zero? A layer that starts at zero does this in "
-    "its first step only.",
+    "GS402": "Put a differentiable surrogate in the place of {mechanism}: sigmoid(sharpness * (x - threshold)) for a "
+    "threshold, straight-through for a rounding.",
+    "GS403": "Keep it floating where it is trained: interpolate between what two indices give, or weigh all by a "
+    "softmax.",
+    "GS404": "Look at the values here: saturated, masked, multiplied by zero, picked by the nearest? A layer that "
+    "starts at zero does this in its first step only.",
     "GS5": "Give the function a backward, or register one for the operator.",
+    "GS501": "Let the function's backward return a gradient, not None, for each input that is trained; a derivative "
+    "that is taken inside it needs torch.enable_grad().",
     "GS601": "Make the tensor outside of inference_mode, or clone() it after.",
     "GS602": "Empty the cache, or clone() what comes out of it; fill it outside of inference_mode.",
-    "GS603": "Use the form that makes a new tensor (no trailing underscore), or clone() before the write.",
+    "GS603": "Use the form that makes a new tensor (no trailing underscore, no inplace=True), or clone() before the "
+    "write.",
     "GS604": "Pass use_reentrant=False, or let an input of the checkpoint require grad (enable_input_require_grads).",
     "GS606": "Look at what the hook returns: it takes the place of the gradient.",
-    "GS607": "Keep the argument of sqrt, log, division and norm away from 0 before the call, not by where() after it.",
+    "GS607": "Keep what goes in where the derivative is finite, before the call and not by where() after it: away from "
+    "0 for sqrt, log, division and norm, small for exp, no row masked wholly for softmax.",
+}
+
+# The names that a user knows calls by; a comparison may come back with its sides swapped.
+COMPARISONS = dict.fromkeys("eq ne lt le gt ge".split(), "the comparison")
+CALLED = {DERIVES: "autograd.grad", "CheckpointFunction": "checkpoint", **COMPARISONS}
+# What helps where the gradient is lost inside a function of torch, which is made to.
+ADVICE_INSIDE = {
+    "state_dict": "Take dict(module.named_parameters()), or state_dict(keep_vars=True): otherwise it detaches.",
+    "stack_module_state": "It gives out new leaves: train those, or stack the parameters with torch.stack().",
 }
 
 
 def severity_of(cut: Cut, asked: frozenset[str], crashed: bool) -> Severity:
     """Return how grave a cut is: an error where something asked about loses its gradient."""
-    if crashed:
+    if (crashed and not cut.partial) or (cut.raises and cut.touched & asked):
         return "error"
     if cut.sources & asked:
         return "warning" if cut.escape else "error"
     if (cut.certain and cut.wrong & asked) or cut.nonfinite & asked:
         return "error"
-    return "warning" if (cut.touched - cut.benign) & asked else "note"
+    return "warning" if (cut.touched - cut.benign - cut.elsewhere) & asked else "note"
 
 
 def finding_of(cut: Cut, ids: dict[Site, str], proof: Proof) -> Finding:
@@ -100,29 +120,60 @@ def outside_findings(proof: Proof, count: int) -> list[Finding]:
     return notes
 
 
+def unregistered_findings(recording: Recording, count: int) -> list[Finding]:
+    """Return notes on what could be trained and is no parameter of the model, at the calls that use it first."""
+    names: dict[Site, list[str]] = {}
+    for name, value in sorted(recording.unregistered.items()):
+        user = next((each for each in recording.operations if value in each.inputs and each.place), None)
+        if user is not None and user.place is not None:
+            names.setdefault(source_site(user.place, "parameters"), []).append(name)
+    return [
+        Finding(
+            id=f"F{count + number}",
+            rule="GS701",
+            name=rule_name("GS701"),
+            severity="note",
+            message=f"{_some(found)}: used here, and no parameter of the model, since nothing registers what lies in a "
+            "plain list, dict or attribute. model.parameters() does not give it to an optimizer.",
+            path=short_path(site.path),
+            line=site.line,
+            function=site.function,
+            mechanism=site.mechanism,
+            how=site.how,
+            cuts=tuple(sorted(found)),
+            fix="Keep it in an nn.ModuleList, nn.ModuleDict or nn.ParameterList, or as an nn.Parameter that is not "
+            "computed from one (to() after it makes a plain tensor).",
+            source=source_line(site.path, site.line),
+            excerpt=excerpt(site.path, site.line),
+        )
+        for number, (site, found) in enumerate(names.items(), start=1)
+    ]
+
+
 # --- words -------------------------------------------------------------------------------------------
 
 
 def _confidence(cut: Cut) -> Confidence:
     if cut.escape:
         return "possible"
-    return "likely" if not (cut.sources or cut.certain) and (cut.partial or cut.wrong) else "certain"
+    return "likely" if not (cut.sources or cut.certain or cut.raises) and (cut.partial or cut.wrong) else "certain"
 
 
 def _message(cut: Cut, crashed: bool) -> str:
-    place = f"{_called(cut.site.mechanism)} in {cut.site.function}"
+    called = _called(cut.site.mechanism)
+    place = f"{cut.via} ({called}) in {cut.site.function}" if cut.via else f"{called} in {cut.site.function}"
     if cut.words:
         return f"{place}: {cut.words}"
     if cut.rule.startswith("GS1") and cut.site.mechanism in SWITCHES:
         return _of_region(cut, crashed)
-    if crashed:
+    if crashed and not cut.flat:
         return f"{place}: autograd refuses it."
     return _of_gradient(cut, place) or _of_call(cut, place)
 
 
 def _of_region(cut: Cut, crashed: bool) -> str:
     region = f"{cut.site.function} runs under {cut.site.mechanism}"
-    if crashed:
+    if crashed and cut.site.mechanism == "inference_mode":
         return f"{region}: it returns inference tensors, which autograd refuses to save for backward."
     return f"{region}: autograd records nothing of what it computes.{_also(cut)}"
 
@@ -155,6 +206,8 @@ def _of_call(cut: Cut, place: str) -> str:
 
 
 def _also(cut: Cut) -> str:
+    if cut.elsewhere and not cut.sources | cut.partial:
+        return " Another backward pass reaches what is cut off here."
     return "" if cut.sources or not cut.partial else " Another path carries a gradient: it is there, and incomplete."
 
 
@@ -168,12 +221,17 @@ def _advice(cut: Cut) -> str:
         owner = site.function.rpartition(".")[0]
         given = "self, ..." if owner and not owner.endswith("<locals>") else "..."
         return f"Call the undecorated function: {site.function}.__wrapped__({given}), or the modules inside it."
-    advice = cut.advice or ADVICE.get(cut.rule) or ADVICE.get("GS4" if cut.flat or cut.stepped else cut.rule[:3], "")
-    return advice.format(mechanism=_called(site.mechanism))
+    family = "GS4" if cut.flat or cut.stepped else cut.rule[:3]
+    advice = cut.advice or ADVICE_INSIDE.get(cut.via) or ADVICE.get(cut.rule) or ADVICE.get(family, "")
+    return advice.format(mechanism=cut.via or _called(site.mechanism))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _called(mechanism: str) -> str:
     """Return the name that a user knows a call by: ``deepcopy`` for ``__deepcopy__``."""
-    if mechanism == DERIVES:
-        return "autograd.grad"
+    if mechanism in CALLED:
+        return CALLED[mechanism]
     return mechanism[2:-2] if mechanism.startswith("__") and mechanism.endswith("__") else mechanism

@@ -310,6 +310,7 @@ def _add_left_open(cuts: dict[Site, Cut], statuses: dict[str, str], recording: R
     """Blame the switches that are still off when the call is over: the loss will not be recorded."""
     for region in recording.left_open:
         cut = cuts.setdefault(region.site, Cut(region.site, "GS107", chain=region.chain))
+        cut.rule = "GS107"
         cut.words = "recording is still off when the call is over: nothing after it is recorded, the loss included."
         for name, status in statuses.items():
             if status in ("flows", "partial", "zero"):

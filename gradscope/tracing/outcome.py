@@ -15,6 +15,7 @@ from gradscope.errors import in_words
 from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
+from gradscope.tracing.constants import kept_with_history
 from gradscope.tracing.cuts import FREED
 from gradscope.tracing.propagation import linked_sources, where_it_left
 from gradscope.tracing.provenance import left_torch, results_in
@@ -103,6 +104,7 @@ class Outcome:
             recording.reached = linked_sources(recording)
             return
         recording.sinks = self._recorder.value_ids(sinks)
+        self._note_kept()
         try:
             graph, named = self._walked(sinks), self._named()
             recording.reached = self._reached(graph, named)
@@ -132,6 +134,23 @@ class Outcome:
         leaves = {id(tensor) for tensor in graph.leaves}
         known = self._recording.leaves
         return frozenset(name for name, tensor in named.items() if name in known and id(tensor) in leaves)
+
+    def _note_kept(self) -> None:
+        """Note a state that the call began with, and that it leaves with a graph: what comes of it the next one shows.
+
+        What detaches it before use, or uses it where nothing is recorded, gives out nothing that is connected.
+        """
+        kept = kept_with_history(self._built.model)
+        values = self._recording.values
+        began: set[str] = set()
+        for operation in self._recording.operations if kept else ():
+            if any(values[number].connected for number in operation.outputs):
+                began.update(values[number].name for number in operation.inputs if not values[number].connected)
+        for name in sorted(kept & began):
+            self._recording.unseen.append(
+                f"{name} is kept with its graph, and the next call goes on with it: a backward pass after that raises, "
+                "since the one before freed this graph, unless it is detached or set back in between."
+            )
 
     def _note_unregistered(self, graph: AutogradGraph) -> None:
         """Note what the gradient arrives at besides parameters and inputs, where the model keeps it unregistered."""

@@ -14,16 +14,14 @@ from torch.nn.parameter import is_lazy
 from gradscope.errors import UsageError
 from gradscope.stages import tell
 from gradscope.tracing.autograd import AutogradGraph
+from gradscope.tracing.constants import constants_of, constants_of_loss
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.outcome import Outcome, Pass, Run
-from gradscope.tracing.provenance import KINDS, tensors_in
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Site
 from gradscope.tracing.restoring import (
-    OWN,
-    attributes_of,
     hushed,
     kept,
     modules_of,
@@ -198,23 +196,6 @@ def _is_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, and without it there is none
     kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
     return isinstance(module, tuple(kind for kind in kinds if kind is not None))
-
-
-def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
-    """Yield the tensors that a model holds besides its parameters: buffers (no name), and attributes by name."""
-    for buffer in tensors_of(model, ("_buffers",)):
-        yield buffer, ""
-    for attributes in attributes_of(model):
-        for name, value in attributes.items():
-            if name not in OWN and KINDS[type(value)] and not name.startswith("_"):
-                for tensor in tensors_in([value]):
-                    yield tensor, name
-
-
-def constants_of_loss(loss: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the tensors that a loss holds; none of them is a source."""
-    yield from tensors_of(loss, ("_parameters",))
-    yield from (constant for constant, _ in constants_of(loss))
 
 
 @contextmanager

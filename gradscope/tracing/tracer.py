@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection
 
 import torch
 
@@ -23,6 +24,8 @@ from gradscope.tracing.subject import Subject, Workshop
 from gradscope.tracing.unanalysed import refuse_unanalysed
 from gradscope.tracing.verify import Proof, prove
 from gradscope.tracing.wording import finding_of, outside_findings, severity_of, unregistered_findings
+
+MOST_NAMED = 4
 
 
 def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, numeric: bool = False) -> Session:
@@ -177,7 +180,7 @@ def _kept_from_before(proof: Proof) -> list[str]:
     ]
 
 
-def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Iterable[Source]) -> list[str]:
+def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collection[Source]) -> list[str]:
     remarks = list(subject.remarks)
     if proof.as_given:
         remarks.append(proof.as_given)
@@ -190,7 +193,10 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Iterab
                 "autograd are true, no number was computed."
             )
         else:
-            remarks.append("Fake tensors: shapes and autograd are true, no number was computed.")
+            remarks.append(
+                "Fake tensors: shapes and autograd are true, no number was computed. Whether a gradient is zero or NaN "
+                "shows in real mode."
+            )
     statuses = {source.status for source in sources}
     if statuses == {"unused"}:
         remarks.append("None of the sources asked about is used for the result: there is no gradient to arrive.")
@@ -199,4 +205,28 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Iterab
             f"{len(proof.first.frozen)} frozen parameters were unfrozen for the run and frozen again: "
             "frozen is not blocked."
         )
+    if _is_all_frozen(subject, proof) and statuses == {"flows"}:
+        remarks.append(
+            'As given, nothing requires a gradient: backward() from the result raises "element 0 of tensors does not '
+            'require grad and does not have a grad_fn".'
+        )
+    unused = [source.name for source in sources if source.status == "unused" and source.kind == "parameter"]
+    if unused and statuses != {"unused"}:
+        remarks.append(
+            f"The result does not depend on {_listed(unused)}: no gradient comes there, of which "
+            "DistributedDataParallel complains (find_unused_parameters)."
+        )
     return remarks
+
+
+def _is_all_frozen(subject: Subject, proof: Proof) -> bool:
+    """Tell whether nothing trains as the target was given: then everything is asked about."""
+    first = proof.first
+    return not (subject.wrt or subject.trainable or first.parameters - first.frozen) and first.parameters <= first.asked
+
+
+def _listed(names: list[str]) -> str:
+    """Name parameters by their modules, the first few."""
+    owners = Counter(name.rpartition(".")[0] or name for name in names)
+    some = [f"{owner} ({count})" if count > 1 else owner for owner, count in owners.items()]
+    return ", ".join(some[:MOST_NAMED]) + (f" and {len(some) - MOST_NAMED} more" if len(some) > MOST_NAMED else "")

@@ -16,6 +16,8 @@ from gradscope.tracing.subject import Subject
 NEEDS_NUMBERS = frozenset({
     "CannotFollow", "DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode",
 })  # fmt: skip
+# What a fake tensor says where its numbers are asked for: by torch.tensor([...]), by numpy().
+NO_MEMORY_THERE = ("its data is not allocated yet", ".numpy() is not supported for tensor subclasses")
 # "... found at least two devices, cuda:0 and cpu!"; before torch 2.14 "... found two different devices cuda:0, cpu".
 TWO_DEVICES = re.compile(r"found (?:at least )?two (?:different )?devices,? (\w+(?::\d+)?)(?:,| and) (\w+(?::\d+)?)")
 
@@ -30,7 +32,7 @@ class MixedDevices(NotAnalysedError):
 
 def needs_numbers(error: BaseException) -> bool:
     """Tell whether a run in structural mode failed because nothing was computed."""
-    return type(error).__name__ in NEEDS_NUMBERS
+    return type(error).__name__ in NEEDS_NUMBERS or any(words in str(error) for words in NO_MEMORY_THERE)
 
 
 def refuse_unanalysed(subject: Subject, recording: Recording) -> None:

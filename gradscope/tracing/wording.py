@@ -13,6 +13,7 @@ from gradscope.tracing.verify import Proof
 
 ADVICE = {
     "GS1": "Do not enter {mechanism} here when a gradient is wanted.",
+    "GS107": "Switch it back before the call is over: {mechanism} as a block, which ends, or as a decorator.",
     "GS2": "Keep the graph: leave out {mechanism} on the path that is trained.",
     "GS203": "Use the tensor as it is, and join several with torch.stack() or torch.cat(); put a computed weight to "
     "use with torch.func.functional_call.",

@@ -88,12 +88,12 @@ def test_an_optimizer_that_steps_before_a_backward_pass_is_the_cause(mode: str) 
 class Recurrent(nn.Module):
     """https://github.com/pytorch/pytorch/issues/2769."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden) -> None:
         super().__init__()
-        self.cell, self.hidden = nn.GRUCell(4, 4), torch.zeros(2, 4)
+        self.cell, self.hidden, self.before = nn.GRUCell(4, 4), torch.zeros(2, 4), before
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.hidden = self.cell(x, self.hidden)
+        self.hidden = self.cell(x, self.before(self.hidden))
         return self.hidden.sum()
 
 
@@ -131,6 +131,25 @@ def test_what_goes_on_with_a_freed_graph_is_the_cause(
     cut = first(gradscope.trace(made(), mode=mode), "GS603")
     assert cut.line == lines(function, holding)
     assert cut.fix.startswith("detach() what is kept")
+
+
+@MODES
+def test_one_call_says_that_a_state_is_kept_with_its_graph(mode: str) -> None:
+    session = gradscope.trace(Recurrent(), torch.ones(2, 4), mode=mode)
+    assert session.verdict == "flows" and session.unseen[0].startswith("hidden is kept with its graph")
+
+
+@MODES
+@pytest.mark.parametrize(
+    "before", [torch.Tensor.detach, lambda h: h.clone().detach(), lambda h: h.data, torch.zeros_like]
+)
+def test_a_state_that_is_cut_off_before_it_is_used_is_fine(
+    before: Callable[[torch.Tensor], torch.Tensor], mode: str
+) -> None:
+    model = Recurrent(before)
+    for _ in range(2):
+        model(torch.ones(2, 4)).backward()
+    assert not gradscope.trace(Recurrent(before), torch.ones(2, 4), mode=mode).unseen
 
 
 @MODES
@@ -407,3 +426,63 @@ def test_a_model_that_keeps_an_activation_is_not_copied(mode: str) -> None:
     found = gradscope.trace(step, mode=mode).findings
     assert found[0].rule == "GS203" and "detach() it where it is kept" in found[0].fix
     assert not any("inference tensors" in each.message for each in found)
+
+
+# --- what is said beside the verdict -------------------------------------------------------------------------
+
+
+@MODES
+def test_that_nothing_requires_a_gradient_is_said(mode: str) -> None:
+    """https://github.com/jacobgil/pytorch-grad-cam/issues/80: the layers are frozen, and so is the image."""
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).requires_grad_(False)
+    refused(lambda: frozen(torch.ones(2, 4)).sum().backward(), "does not require grad")
+
+    def said(x: torch.Tensor) -> bool:
+        remarks = gradscope.trace(frozen, x, mode=mode).remarks
+        return any(each.startswith("As given, nothing requires a gradient") for each in remarks)
+
+    assert said(torch.ones(2, 4)) and not said(torch.ones(2, 4, requires_grad=True))
+    frozen[1].requires_grad_(True)
+    assert not said(torch.ones(2, 4))
+
+
+@MODES
+def test_what_the_result_does_not_depend_on_is_named(mode: str) -> None:
+    """https://github.com/pytorch/pytorch/issues/68862: which parameters does find_unused_parameters find?"""
+    session = gradscope.trace(Spare(), torch.ones(2, 4), mode=mode)
+    assert any("does not depend on spare (2)" in each and "find_unused_parameters" in each for each in session.remarks)
+
+
+class Spare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda out: torch.tensor([out.sum()]), lambda out: torch.tensor(out.detach().numpy())]
+)
+def test_numbers_that_are_asked_for_are_the_reason_to_compute(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    session = gradscope.trace(nn.Linear(4, 2), torch.ones(2, 4), loss=loss)
+    assert "it needs computed numbers" in session.remarks[0]
+
+
+class SwitchedOff(nn.Module):
+    """https://github.com/kuprel/min-dalle/pull/24."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(False)
+        return self.layer(x)
+
+
+@MODES
+def test_a_switch_that_is_never_set_back_leaks(mode: str) -> None:
+    cut = first(gradscope.trace(SwitchedOff(), torch.ones(2, 4), mode=mode), "GS107")
+    assert cut.fix.startswith("Switch it back") and cut.source == "torch.set_grad_enabled(False)"

@@ -53,11 +53,13 @@ def run_backward(
     *,
     watched: bool,
     measured: bool,
+    keeps_graph: bool = False,
 ) -> Backward:
     """Run backward from the sinks to the sources asked about, and measure the gradient of each that it reaches.
 
     Each gradient is dropped as soon as it is measured. Where ``watched``, every node is looked at too, which tells
     where a gradient was lost. Only what leads to a source is run; all of it where a custom function may reach others.
+    ``keeps_graph``: a part of it is the caller's, made before the run.
     """
     result = Backward(measured=measured)
     leaves = {id(leaf) for leaf in graph.leaves}
@@ -74,7 +76,8 @@ def run_backward(
     with _put_aside(touched), _hooked(watch):
         collected = _collect(touched, measured)
         try:
-            torch.autograd.backward(starts, [_weight(sink) for sink in starts], inputs=None if hidden else wanted)
+            weights = [_weight(sink) for sink in starts]
+            torch.autograd.backward(starts, weights, keeps_graph or None, inputs=None if hidden else wanted)
         except Exception as error:  # the target's own (a custom backward), or autograd's refusal
             result.error = error
         result.gradients = {name: collected.get(id(tensor)) for name, tensor in reached.items()}

@@ -52,20 +52,9 @@ class Run:
 
 
 class Outcome:
-    """Reads off one run, at its end and where the target goes backward itself; ``graphs`` takes what it walks.
+    """Reads off one run, at its end and where the target goes backward itself; ``graphs`` takes what it walks."""
 
-    ``replaced`` are the weights, by ``id``, in whose place the run has others, without numbers.
-    """
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        workshop: Workshop,
-        built: Built,
-        graphs: list[AutogradGraph],
-        replaced: frozenset[int] = frozenset(),
-    ) -> None:
-        self._replaced = replaced
+    def __init__(self, recorder: Recorder, workshop: Workshop, built: Built, graphs: list[AutogradGraph]) -> None:
         self._recorder = recorder
         self._recording = recorder.recording
         self._workshop = workshop
@@ -121,7 +110,8 @@ class Outcome:
     def _walked(self, sinks: list[torch.Tensor]) -> AutogradGraph:
         graph = walk_graph(sinks, self._recording.later_writes())
         self._graphs.append(graph)
-        if any(id(leaf) in self._replaced for leaf in graph.leaves):
+        lent = self._recorder.provenance.lent if self._workshop.mode == "structural" else ()
+        if any(id(leaf) in lent for leaf in graph.leaves):
             raise CannotTell(
                 "It goes on with a graph from before the run, which leads to the weights that have numbers.",
                 hint="Use --mode real.",
@@ -198,7 +188,8 @@ class Outcome:
                 "The outputs are not finite with these inputs: what gradients are worth is unknown."
             )
             return
-        result = run_backward(sinks, graph, named, run.asked, watched=watched, measured=measured)
+        keeps = self._recorder.provenance.has_foreign_graph
+        result = run_backward(sinks, graph, named, run.asked, watched=watched, measured=measured, keeps_graph=keeps)
         if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
             _refuse_hidden(run)
             run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")

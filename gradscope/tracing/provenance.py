@@ -38,6 +38,9 @@ class Provenance:
         self._scalars: dict[int, tuple[float, int]] = {}
         self._exposed: dict[int, Place | None] = {}
         self.made_by_function: dict[int, int] = {}
+        self.lent: dict[int, str] = {}  # parameters, by id, in whose place the run has others
+        self.of_lent: dict[int, str] = {}
+        self.has_foreign_graph = False  # which whoever made it may go backward through once more
         self.place: Any = None
         self.strangers = 0
 
@@ -51,6 +54,12 @@ class Provenance:
         value.connected = value.leaf = True
         self._leaves[id(tensor)] = value.id
         return value
+
+    def add_constant(self, tensor: torch.Tensor) -> Value:
+        """Make a tensor one that was there before the run; one with a graph says itself what it was made of."""
+        if tensor.grad_fn is None and id(tensor) not in self.lent:
+            return self.remember(tensor)
+        return self._recording.values[self._adopt(tensor)]
 
     def remember(self, tensor: torch.Tensor) -> Value:
         """Make a new value of what a tensor holds now."""
@@ -178,9 +187,8 @@ class Provenance:
         mate = self._shares_memory(tensor)
         if mate is not None and not self._left_as_array(memory_of(tensor)):
             return self._link("Parameter" if isinstance(tensor, nn.Parameter) else "shared memory", (mate,), tensor)
-        if tensor.grad_fn is not None:
-            leaves = self.leaves_behind(tensor)
-            return self._link("opaque call", leaves, tensor) if leaves else self.remember(tensor).id
+        if tensor.grad_fn is not None or id(tensor) in self.lent:
+            return self._of_its_graph(tensor)
         if tensor.is_floating_point():
             if self._escapes:
                 return self.entered(tensor)
@@ -195,6 +203,23 @@ class Provenance:
             for escape in self._escapes if escape.name != "__dlpack__"  # torch.from_dlpack asks for it, too
             for number in escape.inputs
         )  # fmt: skip
+
+    def _of_its_graph(self, tensor: torch.Tensor) -> int:
+        """Link a tensor to the leaves that its own graph shows, and note those in whose place the run has others."""
+        leaves = self.leaves_behind(tensor)
+        number = self._link("opaque call", leaves, tensor) if leaves else self.remember(tensor).id
+        self.has_foreign_graph = True
+        for leaf in reached_leaves(_layers(tensor)) if self.lent else ():
+            if id(leaf) in self.lent:
+                self.of_lent[number] = self.lent[id(leaf)]
+        return number
+
+    def lent_in_use(self) -> str:
+        """Return the name of such a parameter that a call or the result took in; empty where there is none."""
+        used = set(self._recording.sinks) if self.of_lent else set()
+        for operation in self._recording.operations if self.of_lent else ():
+            used.update(operation.inputs)
+        return next((name for number, name in self.of_lent.items() if number in used), "")
 
     def leaves_behind(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """Return the values of the leaves that autograd links a tensor to."""

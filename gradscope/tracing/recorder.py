@@ -148,9 +148,12 @@ class Recorder(TorchFunctionMode):
 
     @_unwatched
     def add_constant(self, tensor: torch.Tensor, name: str = "") -> None:
-        """Know a tensor that was there before the run; named where it is no buffer, whose origin nobody says."""
+        """Know a tensor that was there before the run; named where it is no buffer, whose origin nobody says.
+
+        One with a graph says itself which parameters it was made of.
+        """
         if not self.provenance.is_known(tensor):
-            self.provenance.remember(tensor).name = name
+            self.provenance.add_constant(tensor).name = name
 
     # --- torch calls ------------------------------------------------------------------------
 

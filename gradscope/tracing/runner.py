@@ -46,7 +46,6 @@ class Runner:
         self._prepared: nn.Module | None = None
         self._loss = holder_of_loss(subject.loss)
         self._graphs: list[AutogradGraph] = []
-        self._replaced: frozenset[int] = frozenset()
         self._runs = 0
 
     def run(
@@ -76,11 +75,12 @@ class Runner:
             torch.compiler.set_stance("force_eager"),
         ):
             origin = self._prepare()
-            if self.subject.borrowed and self.workshop.mode == "structural":
-                self._replaced = frozenset(map(id, origin.parameters()))
+            own = dict(origin.named_parameters())
             with self._lent(origin) as before_write, self._loss_kept(before_write) as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
+                now = dict(origin.named_parameters())
+                recorder.provenance.lent = {id(each): name for name, each in own.items() if now[name] is not each}
                 with ExitStack() as stack:
                     stack.enter_context(observe(recorder, neutralised))
                     stack.enter_context(torch.enable_grad())
@@ -115,6 +115,7 @@ class Runner:
         recorder.modules.name(built.model)
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
+        self._refuse_lent(recorder)
         run.strangers, run.guesses = recorder.provenance.strangers, recorder.modules.guesses
         if run.strangers:
             recorder.recording.unseen.append(
@@ -122,6 +123,24 @@ class Runner:
                 "(a kernel, another library): what they were made of is not known."
             )
         return run
+
+    def _refuse_lent(self, recorder: Recorder) -> None:
+        """Raise where the run used a parameter, or what was made of it before, that the model keeps elsewhere as well.
+
+        There it is still the caller's own, and what comes of it does not lead to the one that the run has in its place.
+        """
+        name = recorder.provenance.lent_in_use()
+        if name and self.workshop.mode == "structural":
+            raise CannotTell(
+                f"{self.subject.name} uses {name}, or what was made of it before the run, from where it is not "
+                "registered, and structural mode does not follow it there.",
+                hint="Use --mode real.",
+            )
+        if name:
+            recorder.recording.unseen.append(
+                f"The result uses {name}, or what was made of it before the run, from where it is not registered: "
+                "a gradient that arrives there was not seen."
+            )
 
     @contextmanager
     def _releasing(self) -> Iterator[None]:
@@ -168,7 +187,7 @@ class Runner:
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
         recording = recorder.recording
-        outcome = Outcome(recorder, self.workshop, built, self._graphs, self._replaced)
+        outcome = Outcome(recorder, self.workshop, built, self._graphs)
         if self.subject.loss is None and (self.subject.entry != "forward" or isinstance(built.model, Holder)):
             recorder.goes_back = outcome.note_own
         try:

@@ -126,3 +126,46 @@ def test_a_copy_made_in_a_constructor_keeps_its_ties() -> None:
     assert twin[1] is twin[2]
     assert twin[1].running_mean.tolist() == [0.0] * 4, "a buffer keeps its numbers"
     assert len(calls) <= 8, "each parameter goes to the meta device once"
+
+
+class Inside:
+    """A plain object, as a sampler or a settings class is."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+
+class KeptElsewhere(nn.Module):
+    """Uses what was made of its parameters when it was built, and one of them by another way than its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.held, self.listed, self.off = (nn.Parameter(torch.rand(4) + 1) for _ in range(4))
+        self.half = self.part[:2] * 2
+        self.sampler = Inside(self.held[:2].exp())
+        self.all = [self.listed]
+        self.cut = self.off[:2] * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            gate = x * self.cut
+        return x * self.half + self.sampler.weight + self.all[0][:2] + gate
+
+
+def test_what_a_model_made_of_its_parameters_before_the_run_leads_to_them() -> None:
+    model = KeptElsewhere()
+    session = gradscope.trace(model, torch.rand(3, 2))
+    statuses = {name: source.status for name, source in session.sources.items() if source.kind == "parameter"}
+    assert statuses == {"part": "flows", "held": "flows", "listed": "flows", "off": "blocked"}
+    assert session.target["mode"] == "real"
+    assert any("from where it is not registered" in words for words in session.remarks)
+    model(torch.rand(3, 2)).sum().backward()  # the graph from before is still there
+    assert {name for name, each in model.named_parameters() if each.grad is None} == {"off"}
+
+
+def test_what_was_kept_and_is_not_used_costs_nothing() -> None:
+    class Unused(KeptElsewhere):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.part[:2]
+
+    assert gradscope.trace(Unused(), torch.rand(3, 2)).target["mode"] == "structural"

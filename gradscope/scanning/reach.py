@@ -40,7 +40,7 @@ MODULE_API = frozenset(
 class Chain:
     """A way from an entry to regions: the functions in order, and the sites with the function each is in.
 
-    ``sometimes``: ``self.training`` decides whether it is taken; ``partly``: a gradient also gets past it.
+    ``sometimes``: ``self.training`` decides whether a region is come to; ``partly``: a gradient also gets past it.
     """
 
     steps: list[Place]
@@ -234,7 +234,10 @@ class Reach:
             steps += path[1:]
             seen.update(path)
             sites += [(path[-1], site) for site in self.blockers(path[-1])]
-        return Chain(steps, sites, self._is_sometimes(steps, owner), self.flows(entry, owner)) if sites else None
+        if not sites:
+            return None
+        to_the_first = steps[: steps.index(sites[0][0]) + 1]  # what lies behind it opens nothing
+        return Chain(steps, sites, self._is_sometimes(to_the_first, owner), self.flows(entry, owner))
 
     def _is_sometimes(self, steps: list[Place], owner: Place | None) -> bool:
         for here, there in pairwise(steps):

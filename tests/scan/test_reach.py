@@ -244,6 +244,38 @@ def test_what_is_offered_instead_exists_and_keeps_the_gradient(tmp_path: Path) -
     assert offered["Net.encode"] == ["forward (while the condition of its switch does not hold)"]
 
 
+def test_a_mode_opens_nothing_behind_a_switch_that_is_always_off(tmp_path: Path) -> None:
+    source = """
+        import torch
+        from torch import nn
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            @torch.inference_mode()
+            def encode(self, x):
+                return self.run(x)
+
+            def run(self, x):
+                if not self.training:
+                    return self.quick(x)
+                return self.layer(x)
+
+            @torch.no_grad()
+            def quick(self, x):
+                return self.layer(x)
+
+            def forward(self, x):
+                return self.layer(x)
+        """
+    session = scan(str(write(tmp_path, {"__init__": "", "net": source})), cache=False)
+    offered = {entry["function"]: entry["alternatives"] for entry in session.entries}
+    assert offered["Net.encode"] == ["forward"]
+    assert offered["Net.run"] == ["run (in the other mode, train or eval)"]
+
+
 def test_targets_and_teachers_block_no_entry(tmp_path: Path) -> None:
     files = {"__init__": "", "net": """
         import torch

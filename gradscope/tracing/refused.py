@@ -62,6 +62,22 @@ def is_autograds(error: BaseException) -> bool:
     return any(words.lower() in str(error).lower() for words, _, _ in REFUSED_CALLS)
 
 
+def _makers_of_inference(recording: Recording, pending: Operation) -> list[Operation]:
+    """Return the calls that made the inference tensors that a call takes in; a view of one only hands it on."""
+    makers = {value: op for op in recording.operations for value in op.outputs}
+    found: list[Operation] = []
+    for taken in pending.inputs:
+        value, maker = taken, makers.get(taken)
+        while maker is not None and not maker.regions:
+            before = next((each for each in maker.inputs if recording.values[each].inference), None)
+            if before is None:
+                break
+            value, maker = before, makers.get(before)
+        if maker is not None and recording.values[value].inference:
+            found.append(maker)
+    return found
+
+
 def crash_cuts(recording: Recording) -> dict[Site, Cut]:
     """Return what made autograd refuse a call of the forward pass."""
     pending, said = recording.pending, str(recording.error).lower()
@@ -86,11 +102,8 @@ def _causes(recording: Recording, pending: Operation, where: str) -> dict[Site, 
     """Return the cuts that lie before the call that is refused; none where it is the cause itself."""
     cuts: dict[Site, Cut] = {}
     if where == "inference":
-        makers = {value: op for op in recording.operations for value in op.outputs}
-        for value in pending.inputs:
-            maker = makers.get(value)
-            if maker is not None and recording.values[value].inference:
-                blamed(cuts, recording, maker)
+        for maker in _makers_of_inference(recording, pending):
+            blamed(cuts, recording, maker)
     elif where == "before" and recording.raised_in:
         _blame_function(cuts, recording, pending)
     elif where == "before":

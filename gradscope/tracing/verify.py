@@ -173,10 +173,18 @@ def _learn(proof: Proof, site: Site, sources: set[str]) -> None:
     """Add to a cut what it cuts off once nothing else does; where another one hid that, it lies behind it."""
     cut = proof.cuts[site]
     gained = sources - cut.sources
-    hiding = [other for other in proof.fix if other != site and proof.cuts[other].sources & gained]
+    others = (other for other in proof.fix if not _lies_behind(proof, other, site))
+    hiding = [other for other in others if proof.cuts[other].sources & gained]
     if hiding and not cut.sources & proof.wanted:
         proof.hidden_by.setdefault(site, hiding[0])
     cut.sources |= gained
+
+
+def _lies_behind(proof: Proof, site: Site, front: Site) -> bool:
+    """Tell whether a cut was found behind another one, or behind one that was."""
+    while site in proof.hidden_by and site != front:
+        site = proof.hidden_by[site]
+    return site == front
 
 
 def _statuses(diagnosis: Diagnosis | None, wanted: frozenset[str]) -> dict[str, str]:

@@ -186,6 +186,39 @@ def test_a_cache_poisoned_before_is_mapped_to_its_use(mode: str) -> None:
     assert [each.rule for each in session.findings] == ["GS602"]
 
 
+class Handed(nn.Module):
+    """A head on what somebody else's encoder gives out, which two layers of decorators make for inference."""
+
+    def __init__(self, hand_on: Between) -> None:
+        super().__init__()
+        self.encoder, self.head, self.hand_on = nn.Linear(4, 4), nn.Linear(4, 2), hand_on
+
+    @torch.inference_mode()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+    @torch.inference_mode()
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hand_on(self.encode(x)))
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+@pytest.mark.parametrize(
+    "hand_on",
+    [lambda y: y[:2], torch.as_tensor, lambda y: y.float(), lambda y: torch.reshape(y, (-1, 4))],
+    ids=["slice", "as_tensor", "cast", "reshape"],
+)
+def test_what_hands_an_inference_tensor_on_is_not_to_blame(mode: str, hand_on: Between) -> None:
+    session = gradscope.trace(Handed(hand_on), given(), mode=mode)
+    assert session.verdict == "crashes" and session.fix_verified
+    first, second = session.findings
+    assert (first.rule, first.function, first.behind) == ("GS101", "Handed.encode", None)
+    assert (second.rule, second.function, second.behind) == ("GS101", "Handed.run", first.id)
+
+
 @pytest.mark.parametrize("mode", ["real", "structural"])
 def test_a_poisoned_cache_that_is_only_added_is_no_finding(mode: str) -> None:
     model = AddedCache()

@@ -15,7 +15,9 @@ DERIVATIVES = frozenset({DERIVES, "_unpack_dual"})
 ESCAPES = frozenset(
     {"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "__dlpack__", "pickle"}
 )
-# Of these, the ones after which others can write into the tensor.
+# Of these, the ones that take all numbers of a tensor.
+WHOLE = frozenset({"numpy", "__array__", "__dlpack__", "tolist"})
+# And the ones after which others can write into the tensor.
 SHARES_MEMORY = frozenset({"numpy", "__array__", "__dlpack__"})
 # Calls that make a tensor of numbers that Python holds.
 ENTRANCES = frozenset("tensor new_tensor as_tensor asarray full linspace logspace scalar_tensor".split())

@@ -32,9 +32,8 @@ class Consequences:
         if name in ESCAPES:
             self._provenance.escaped(pending, result)
         elif self._provenance.has_escapes and name in ENTRANCES and not pending.inputs:
-            for tensor in tensors_in(result):
-                if tensor.is_floating_point():
-                    self._provenance.entered(tensor)
+            for tensor in filter(self._provenance.may_enter, tensors_in(result)):
+                self._provenance.entered(tensor)
         for tensor in written:
             by_data = self._maker_of(pending).partition(".")[0] == "data"
             if by_data:  # x.data.mul_(...).add_(...): the numbers go into x, whose version counter does not move
@@ -52,7 +51,7 @@ class Consequences:
     def room(self, name: str, result: Any) -> Any:
         """Know what was made to be written into, or filled with a number that may have been a tensor's."""
         if isinstance(result, torch.Tensor):
-            if name in FILLS and self._provenance.has_escapes and result.is_floating_point():
+            if name in FILLS and self._provenance.may_enter(result):
                 self._provenance.entered(result)
             else:
                 self._provenance.remember(result).room = True

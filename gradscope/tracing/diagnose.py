@@ -227,6 +227,12 @@ def _add_beside_flat(
                 cut.sources |= _named(lost, bits)
                 if cut.outer is None and is_before:
                     cut.outer = next((each.site for each in flat if each.sources & cut.sources), None)
+    for operation in recording.escapes if flat else ():  # whole numbers that left torch
+        gone = union(walks.data, operation.inputs) & ~union(walks.smooth, operation.inputs) & wanted
+        if gone and operation.place is not None and walks.live.intersection(operation.inputs):
+            cut = cut_at(cuts, recording, operation)
+            cut.escape = True
+            cut.sources |= _named(gone, bits)
 
 
 def _add_left(cuts: dict[Site, Cut], recording: Recording, walks: Walks, wanted: int, bits: dict[str, int]) -> None:

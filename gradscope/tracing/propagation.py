@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gradscope.tracing.calls import is_in_place
+from gradscope.tracing.calls import WHOLE, is_in_place
 from gradscope.tracing.recording import Operation, Recording
 
 # The derivative exists and is zero: piecewise constant (torch's derivatives.yaml gives zeros, or none).
@@ -20,8 +20,7 @@ PIECEWISE_CONSTANT = frozenset(
     "round round_ floor floor_ ceil ceil_ trunc trunc_ fix fix_ sign sign_ sgn sgn_ bernoulli bernoulli_ heaviside "
     "floor_divide __floordiv__ __rfloordiv__ __round__".split()
 )
-# Calls that take all numbers of a tensor out of torch, and what comes right before them.
-WHOLE = frozenset({"numpy", "__array__", "__dlpack__", "tolist"})
+# What comes right before all numbers of a tensor are taken out of torch.
 READIES = frozenset({"detach", "cpu", "data", "float", "contiguous"})
 # Values leave torch, or come back as a leaf: the numbers go on, what they were made by does not.
 REPLACES_DATA = frozenset({"__set__"})
@@ -71,8 +70,9 @@ def union(sets: list[int], values: Iterable[int]) -> int:
 
 def where_it_left(recording: Recording) -> tuple[list[Operation], tuple[int, ...]]:
     """Return the calls that took a result out of torch, and what they were given (before it was detached for that)."""
-    whole = [escape for escape in recording.escapes if escape.name in WHOLE]
-    left = whole or recording.escapes
+    escapes = [escape for escape in recording.escapes
+               if any(recording.values[value].differentiable for value in escape.inputs)]  # fmt: skip
+    left = [escape for escape in escapes if escape.name in WHOLE] or escapes
     made = {value: operation for operation in recording.operations for value in operation.outputs}
     sinks = []
     for given in (value for escape in left for value in escape.inputs):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import memory_of, reached_leaves, tag
+from gradscope.tracing.calls import WHOLE
 from gradscope.tracing.recording import Operation, Part, Place, Recording, Value, Write, form_in_words
 
 # Results nest rarely deeper; a cycle of objects ends here too.
@@ -33,6 +34,7 @@ class Provenance:
         self._written: dict[int, tuple[int, Operation]] = {}
         self._written_unseen: set[int] = set()
         self._escapes: list[Operation] = []
+        self._whole_numbers_left = False
         self._gathered: tuple[int, ...] = ()
         self._gathered_from = 0
         self._scalars: dict[int, tuple[float, int]] = {}
@@ -189,10 +191,10 @@ class Provenance:
             return self._link("Parameter" if isinstance(tensor, nn.Parameter) else "shared memory", (mate,), tensor)
         if tensor.grad_fn is not None or id(tensor) in self.lent:
             return self._of_its_graph(tensor)
-        if tensor.is_floating_point():
-            if self._escapes:
-                return self.entered(tensor)
-            self.strangers += not isinstance(tensor, nn.Parameter)  # one that is made in the run is known
+        if self.may_enter(tensor):
+            return self.entered(tensor)
+        # a parameter that is made in the run is known
+        self.strangers += tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
         return self.remember(tensor).id
 
     def _left_as_array(self, memory: int) -> bool:
@@ -247,19 +249,26 @@ class Provenance:
         return out.id
 
     def escaped(self, operation: Operation, result: Any) -> None:
-        """Note that an operation took floating-point numbers out of a tensor."""
-        if any(self._recording.values[number].differentiable for number in operation.inputs):
-            self._escapes.append(operation)
-            self._recording.escapes.append(operation)
-            if isinstance(result, float):
-                out = self._number()
-                self._record(Operation(0, operation.name, operation.inputs, (out,), operation.place, operation.scope))
-                self._scalars[id(result)] = (result, out)
+        """Note that an operation took floating-point numbers out of a tensor, or whole ones that were made of such."""
+        if not any(self._recording.values[number].differentiable for number in operation.inputs):
+            if operation.name not in WHOLE or not any(map(self._recording.comes_of_floats, operation.inputs)):
+                return
+            self._whole_numbers_left = True
+        self._escapes.append(operation)
+        self._recording.escapes.append(operation)
+        if isinstance(result, float):
+            out = self._number()
+            self._record(Operation(0, operation.name, operation.inputs, (out,), operation.place, operation.scope))
+            self._scalars[id(result)] = (result, out)
 
     @property
     def has_escapes(self) -> bool:
         """Whether numbers were taken out of tensors so far."""
         return bool(self._escapes)
+
+    def may_enter(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor of unknown origin may be made of numbers that were taken out of tensors before."""
+        return bool(self._escapes) and (tensor.is_floating_point() or self._whole_numbers_left)
 
     def scalars_in(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
         """Return the values of the Python numbers among the arguments that came straight out of a tensor."""

@@ -326,7 +326,7 @@ class Recorder(TorchFunctionMode):
     @_unwatched
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
-        if self.provenance.has_escapes and tensor.is_floating_point():
+        if self.provenance.may_enter(tensor):
             self.provenance.entered(tensor)
 
     def _new(self, name: str, inputs: tuple[int, ...], place: Place | None, *, custom: bool = False) -> Operation:

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeAlias
 
 # The scope in which a model is built, before it is called.
 CONSTRUCTOR = "constructor"
+# So many calls are looked through for what a whole number was made of.
+FURTHEST_BACK = 1000
 
 ScopeKind: TypeAlias = Literal["module", "region"]
 
@@ -227,6 +229,16 @@ class Recording:
             self.writes[number] = replace(self.writes[number], operation=since)
         taken = {value for operation in inside for value in operation.inputs if value < before}
         return sorted(taken.difference(value for operation in inside for value in operation.outputs))
+
+    def comes_of_floats(self, number: int) -> bool:
+        """Tell whether a value that has no derivative was worked out of one that may have, as far as looked back."""
+        wanted = {number}
+        for operation in self.operations[: -FURTHEST_BACK - 1 : -1]:
+            if wanted.intersection(operation.outputs):
+                if any(self.values[value].differentiable for value in operation.inputs):
+                    return True
+                wanted.update(operation.inputs)
+        return False
 
     def link_nested(self, sources: frozenset[str]) -> None:
         """Take in the sources that a custom function gave a gradient to without having been given them."""

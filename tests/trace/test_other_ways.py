@@ -205,6 +205,43 @@ def nested(x: torch.Tensor) -> torch.Tensor:
     return torch.nested.to_padded_tensor(torch.nested.as_nested_tensor(list(x)), 0.0)
 
 
+# --- whole numbers that leave torch ------------------------------------------------------------------------
+
+
+def through_bytes(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy((x * 255).byte().numpy()).float()
+
+
+def through_an_image(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.float32((x * 255).byte()))
+
+
+def through_a_list(x: torch.Tensor) -> torch.Tensor:
+    chosen = torch.tensor(x.argmax(-1).tolist())
+    return torch.nn.functional.one_hot(chosen, 4).float()
+
+
+@pytest.mark.parametrize(
+    ("between", "flat", "left"),
+    [(through_bytes, "GS403", "GS301"), (through_an_image, "GS403", "GS301"), (through_a_list, "GS401", "GS302")],
+    ids=["numpy", "array", "list"],
+)
+def test_rounded_numbers_are_followed_out_of_torch_and_back(between: Between, flat: str, left: str) -> None:
+    assert arriving(between)["first.weight"] is None
+    session = gradscope.trace(Two(between), given())
+    assert session.verdict == "blocked" and session.sources["first.weight"].status == "nondifferentiable"
+    assert [(each.rule, each.severity) for each in session.findings] == [(flat, "error"), (left, "warning")]
+
+
+def test_whole_numbers_that_were_none_of_the_models_lead_nowhere() -> None:
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        lengths = torch.tensor([4, 2, 1]).tolist()
+        mask = torch.from_numpy(np.array([[i < n for i in range(4)] for n in lengths], dtype=np.float32))
+        return mask + 0 * x.detach().sum()
+
+    assert gradscope.trace(Two(counted), given()).sources["first.weight"].status != "nondifferentiable"
+
+
 # --- sampling, torch.func, scripts ---------------------------------------------------------------------------
 
 

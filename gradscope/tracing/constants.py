@@ -1,4 +1,4 @@
-"""The tensors that a model and a loss hold besides parameters: there before a run, and some of them changed by it."""
+"""The tensors that a model and a loss hold besides what may be trained: there before a run, and perhaps changed by it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gradscope.tracing.restoring import OWN, attributes_of, tensors_of
 
 
 def constants_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
-    """Yield the tensors that a model holds besides its parameters: buffers (no name), and attributes by name."""
-    for buffer in tensors_of(model, ("_buffers",)):
-        yield buffer, ""
+    """Yield the tensors that a model holds besides: buffers and integers (no name), and attributes by name."""
+    for each in tensors_of(model):
+        yield each, ""
     for attributes in attributes_of(model):
         for name, value in attributes.items():
             if name not in OWN and KINDS[type(value)] and not name.startswith("_"):

@@ -53,7 +53,8 @@ def held_model(target: Any, entry: str | None) -> tuple[nn.Module, str | None]:
     if not callable(call):
         asked = f"has no method {entry!r}" if entry is not None else "is neither a module nor callable"
         raise UsageError(f"This {type(target).__name__} {asked}.", hint="Say which method to call: entry='name'.")
-    holder = Holder(call, _name_of(target), entry or "__call__")
+    name, _, method = _name_of(target).rpartition(".") if isinstance(target, MethodType) else ("", "", "")
+    holder = Holder(call, name or _name_of(target), entry or (method if name else "__call__"))
     _fill(holder, target)
     if next(holder.children(), None) is None:
         raise UsageError(

@@ -18,7 +18,7 @@ from gradscope.tracing.backward import run_backward
 from gradscope.tracing.constants import kept_with_history
 from gradscope.tracing.cuts import FREED
 from gradscope.tracing.propagation import linked_sources, where_it_left
-from gradscope.tracing.provenance import left_torch, results_in
+from gradscope.tracing.provenance import describe, left_torch, results_in
 from gradscope.tracing.recorder import Recorder
 from gradscope.tracing.recording import Recording
 from gradscope.tracing.subject import Built, Workshop
@@ -94,6 +94,7 @@ class Outcome:
             return
         recording.sinks = self._recorder.value_ids(sinks)
         self._note_kept()
+        recording.gave = () if sinks else tuple(map(describe, results_in(result)))
         try:
             graph, named = self._walked(sinks), self._named()
             recording.reached = self._reached(graph, named)

@@ -186,7 +186,7 @@ class Recording:
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
-    itself and is judged by what it goes backward from.
+    itself and is judged by what it goes backward from. ``gave`` describes a result in which nothing is floating.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -209,6 +209,7 @@ class Recording:
     left_open: tuple[Region, ...] = ()
     sinks: tuple[int, ...] = ()
     left: list[Operation] = field(default_factory=list)
+    gave: tuple[str, ...] = ()
     reached: frozenset[str] = frozenset()
     walked: bool = False
     went_back: bool = False

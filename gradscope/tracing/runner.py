@@ -19,6 +19,7 @@ from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.outcome import Outcome, Pass, Run
+from gradscope.tracing.provenance import DIFFERENTIABLE
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Site
 from gradscope.tracing.restoring import (
@@ -92,13 +93,13 @@ class Runner:
                     return run
 
     def _record(self, recorder: Recorder, origin: nn.Module, backward: Pass, as_given: bool) -> Run:
-        named = dict(origin.named_parameters())
+        named = parameters_of(origin)
         recorder.add_leaves(named, outside=True)
         with recorder.constructing():
             built = self.subject.build(self.workshop, origin)
         recorder.provenance.strangers = 0
         if built.model is not origin:
-            named = dict(built.model.named_parameters())
+            named = parameters_of(built.model)
         with torch._C.DisableTorchFunction():
             frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
         asked = self.subject.asked_for([*named, *built.inputs], set(named), frozen, built.wanted)
@@ -215,6 +216,11 @@ def _is_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, and without it there is none
     kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
     return isinstance(module, tuple(kind for kind in kinds if kind is not None))
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that may have a gradient: a quantised weight is kept as one, too."""
+    return {name: each for name, each in model.named_parameters() if each.dtype in DIFFERENTIABLE}
 
 
 @contextmanager

@@ -18,6 +18,8 @@ NEEDS_NUMBERS = frozenset({
 })  # fmt: skip
 # What a fake tensor says where its numbers are asked for: by torch.tensor([...]), by numpy().
 NO_MEMORY_THERE = ("its data is not allocated yet", ".numpy() is not supported for tensor subclasses")
+# So many tensors of a result are described.
+MOST_NAMED = 3
 # "... found at least two devices, cuda:0 and cpu!"; before torch 2.14 "... found two different devices cuda:0, cpu".
 TWO_DEVICES = re.compile(r"found (?:at least )?two (?:different )?devices,? (\w+(?::\d+)?)(?:,| and) (\w+(?::\d+)?)")
 
@@ -42,8 +44,9 @@ def refuse_unanalysed(subject: Subject, recording: Recording) -> None:
         raise _refusal(subject, error) from error
     if error is None and not recording.sinks:
         what = f"The loss of {subject.name}" if subject.loss is not None else f"{subject.name}.{subject.entry}"
+        instead = f", but {', '.join(recording.gave[:MOST_NAMED])}" if recording.gave else ""
         raise NotAnalysedError(
-            f"{what} returned no floating-point tensor: there is nothing to ask a gradient of.",
+            f"{what} returned no floating-point tensor{instead}: there is nothing to ask a gradient of.",
             hint="Let --loss, or a method named by --entry, return what is trained on.",
         )
 

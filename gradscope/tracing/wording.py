@@ -14,9 +14,11 @@ from gradscope.tracing.verify import Proof
 ADVICE = {
     "GS1": "Do not enter {mechanism} here when a gradient is wanted.",
     "GS107": "Switch it back before the call is over: {mechanism} as a block, which ends, or as a decorator.",
+    "set_grad_enabled": "Let what {mechanism} is given here be True when a gradient is wanted.",
     "GS2": "Keep the graph: leave out {mechanism} on the path that is trained.",
     "GS203": "Use the tensor as it is, and join several with torch.stack() or torch.cat(); put a computed weight to "
     "use with torch.func.functional_call.",
+    "GS204": "Leave requires_grad of what was computed as it is; detach() it where the gradient is meant to end.",
     "GS205": "Use rsample(): it draws the same and lets the gradient through, where the distribution has it.",
     "GS206": "Use torch.distributed.nn.functional, whose collectives have a backward.",
     "GS207": "Pass create_graph=True (or create_graph=self.training): then the derivative has a history of its own.",
@@ -26,7 +28,7 @@ ADVICE = {
     "GS402": "Put a differentiable surrogate in the place of {mechanism}: sigmoid(sharpness * (x - threshold)) for a "
     "threshold, straight-through for a rounding.",
     "GS403": "Keep it floating where it is trained: interpolate between what two indices give, or weigh all by a "
-    "softmax.",
+    "softmax; of token ids, ask about what is computed of them, the output of the embedding.",
     "GS404": "Look at the values here: saturated, masked, multiplied by zero, picked by the nearest? A layer that "
     "starts at zero does this in its first step only.",
     "GS5": "Give the function a backward, or register one for the operator.",
@@ -44,7 +46,7 @@ ADVICE = {
 
 # The names that a user knows calls by; a comparison may come back with its sides swapped.
 COMPARISONS = dict.fromkeys("eq ne lt le gt ge".split(), "the comparison")
-CALLED = {DERIVES: "autograd.grad", "CheckpointFunction": "checkpoint", **COMPARISONS}
+CALLED = {DERIVES: "autograd.grad", "__set__": "assignment", "CheckpointFunction": "checkpoint", **COMPARISONS}
 # What helps where the gradient is lost inside a function of torch, which is made to.
 ADVICE_INSIDE = {
     "state_dict": "Take dict(module.named_parameters()), or state_dict(keep_vars=True): otherwise it detaches.",
@@ -173,7 +175,8 @@ def _message(cut: Cut, crashed: bool) -> str:
 
 
 def _of_region(cut: Cut, crashed: bool) -> str:
-    region = f"{cut.site.function} runs under {cut.site.mechanism}"
+    given = "(False)" if cut.site.mechanism == "set_grad_enabled" else ""
+    region = f"{cut.site.function} runs under {cut.site.mechanism}{given}"
     if crashed and cut.site.mechanism == "inference_mode":
         return f"{region}: it returns inference tensors, which autograd refuses to save for backward."
     return f"{region}: autograd records nothing of what it computes.{_also(cut)}"
@@ -223,8 +226,8 @@ def _advice(cut: Cut) -> str:
         given = "self, ..." if owner and not owner.endswith("<locals>") else "..."
         return f"Call the undecorated function: {site.function}.__wrapped__({given}), or the modules inside it."
     family = "GS4" if cut.flat or cut.stepped else cut.rule[:3]
-    advice = cut.advice or ADVICE_INSIDE.get(cut.via) or ADVICE.get(cut.rule) or ADVICE.get(family, "")
-    return advice.format(mechanism=cut.via or _called(site.mechanism))
+    advice = cut.advice or ADVICE_INSIDE.get(cut.via) or ADVICE.get(cut.rule) or ADVICE.get(site.mechanism)
+    return (advice or ADVICE.get(family, "")).format(mechanism=cut.via or _called(site.mechanism))
 
 
 def _some(names: list[str]) -> str:

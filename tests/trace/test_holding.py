@@ -62,7 +62,9 @@ def test_a_pipeline_is_traced_through_its_call() -> None:
 
 def test_another_method_of_it_keeps_the_gradient() -> None:
     assert gradscope.trace(Pipeline(), X, entry="differentiable").verdict == "flows"
-    assert gradscope.trace(Pipeline().differentiable, X).verdict == "flows"
+    session = gradscope.trace(Pipeline().differentiable, X)
+    assert session.verdict == "flows"
+    assert (session.target["name"], session.target["entry"]) == ("Pipeline", "differentiable")
 
 
 @pytest.mark.parametrize("mode", ["structural", "real"])

@@ -235,3 +235,45 @@ def test_the_advice_passes_self_to_methods_only() -> None:
     assert "no_grad_decorator.__wrapped__(...)" in run(no_grad_decorator, "real").findings[0].fix
     method = gradscope.trace(Decorated(), torch.ones(2), mode="real").findings[0]
     assert "Decorated.forward.__wrapped__(self, ...)" in method.fix
+
+
+class Optional(nn.Module):
+    """A metric that lets a gradient through where it is asked to be a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.as_loss = nn.Linear(2, 2), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.as_loss):
+            return self.layer(x)
+
+
+def test_the_argument_of_a_switch_is_told_to_decide() -> None:
+    finding = gradscope.trace(Optional(), torch.ones(2)).findings[0]
+    assert finding.message.startswith("Optional.forward runs under set_grad_enabled(False): ")
+    assert finding.fix == "Let what set_grad_enabled is given here be True when a gradient is wanted."
+
+
+def test_a_number_that_picks_a_row_is_told_what_to_ask_about_instead() -> None:
+    rows = nn.Embedding(4, 2)
+    session = gradscope.trace(lambda x: rows(x.long()), torch.ones(3, requires_grad=True))
+    assert session.findings[0].rule == "GS403" and "the output of an embedding" in session.findings[0].fix
+
+
+class Quantised(nn.Module):
+    """Keeps its weight as integers that are no buffer, as quantised layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randint(0, 9, (2, 2), dtype=torch.uint8), requires_grad=False)
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) @ self.codes.view(2, 2).float()
+
+
+@pytest.mark.parametrize("mode", ["structural", "real"])
+def test_integers_are_no_source_whatever_they_are_kept_as(mode: str) -> None:
+    session = gradscope.trace(Quantised(), torch.ones(1, 2), mode=mode, wrt="*")
+    assert "codes" not in session.sources and session.verdict == "flows" and not session.findings

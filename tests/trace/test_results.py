@@ -47,6 +47,9 @@ class Model(nn.Module):
     def to_tokens(self, x: torch.Tensor) -> Any:
         return self.layer(x).argmax(-1).tolist()
 
+    def to_ids(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).argmax(-1)
+
 
 def line_of(method: str, text: str) -> int:
     code = getattr(Model, method).__wrapped__.__code__ if method == "to_numpy" else getattr(Model, method).__code__
@@ -80,8 +83,10 @@ def test_what_lies_in_front_of_it_is_named_and_proved_as_well() -> None:
 
 
 def test_tokens_never_had_a_gradient() -> None:
-    with pytest.raises(NotAnalysedError, match="no floating-point tensor"):
+    with pytest.raises(NotAnalysedError, match="no floating-point tensor: "):
         gradscope.trace(Model(), X, entry="to_tokens")
+    with pytest.raises(NotAnalysedError, match=r"Model\.to_ids returned no floating-point tensor, but 2 int64: "):
+        gradscope.trace(Model(), X, entry="to_ids")
 
 
 class Boxes:

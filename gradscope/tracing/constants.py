@@ -1,4 +1,4 @@
-"""The tensors that a model and a loss hold besides what may be trained: there before a run, and perhaps changed by it."""
+"""The tensors that a model and a loss hold besides what may be trained: a run may change them."""
 
 from __future__ import annotations
 

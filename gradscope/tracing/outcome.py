@@ -22,7 +22,7 @@ from gradscope.tracing.provenance import describe, left_torch, results_in
 from gradscope.tracing.recorder import Recorder
 from gradscope.tracing.recording import Recording
 from gradscope.tracing.subject import Built, Workshop
-from gradscope.tracing.unanalysed import CannotTell
+from gradscope.tracing.unanalysed import CannotTell, used_elsewhere
 from gradscope.tracing.unregistered import unregistered
 
 Pass: TypeAlias = Literal["none", "plain", "watched"]
@@ -111,12 +111,10 @@ class Outcome:
     def _walked(self, sinks: list[torch.Tensor]) -> AutogradGraph:
         graph = walk_graph(sinks, self._recording.later_writes())
         self._graphs.append(graph)
-        lent = self._recorder.provenance.lent if self._workshop.mode == "structural" else ()
-        if any(id(leaf) in lent for leaf in graph.leaves):
-            raise CannotTell(
-                "It goes on with a graph from before the run, which leads to the weights that have numbers.",
-                hint="Use --mode real.",
-            )
+        lent = self._recorder.provenance.lent
+        own = next((lent[id(leaf)] for leaf in graph.leaves if id(leaf) in lent), "")
+        if own and self._workshop.mode == "structural":  # it goes on with a graph from before the run
+            raise used_elsewhere(own)
         self._note_refusals(graph)
         self._note_unregistered(graph)
         return graph

@@ -32,7 +32,7 @@ from gradscope.tracing.restoring import (
     untouched_state,
 )
 from gradscope.tracing.subject import Built, Caller, Subject, Workshop
-from gradscope.tracing.unanalysed import CannotTell
+from gradscope.tracing.unanalysed import CannotTell, used_elsewhere
 
 # It logs a traceback for every call that it refuses; the refusal is reported.
 FAKE_TENSORS = "torch._subclasses.fake_tensor"
@@ -132,11 +132,7 @@ class Runner:
         """
         name = recorder.provenance.lent_in_use()
         if name and self.workshop.mode == "structural":
-            raise CannotTell(
-                f"{self.subject.name} uses {name}, or what was made of it before the run, from where it is not "
-                "registered, and structural mode does not follow it there.",
-                hint="Use --mode real.",
-            )
+            raise used_elsewhere(name)
         if name:
             recorder.recording.unseen.append(
                 f"The result uses {name}, or what was made of it before the run, from where it is not registered: "

@@ -37,6 +37,15 @@ def needs_numbers(error: BaseException) -> bool:
     return type(error).__name__ in NEEDS_NUMBERS or any(words in str(error) for words in NO_MEMORY_THERE)
 
 
+def used_elsewhere(name: str) -> CannotTell:
+    """Say that a run used a weight of the caller's own by another way than its place in the model."""
+    return CannotTell(
+        f"It uses {name}, or what was made of it before the run, from where it is not registered, and structural mode "
+        "does not follow it there.",
+        hint="Use --mode real.",
+    )
+
+
 def refuse_unanalysed(subject: Subject, recording: Recording) -> None:
     """Raise where a run failed for a reason that is not autograd's, or gave nothing to ask a gradient of."""
     error = recording.error

@@ -28,7 +28,7 @@ ADVICE = {
     "GS402": "Put a differentiable surrogate in the place of {mechanism}: sigmoid(sharpness * (x - threshold)) for a "
     "threshold, straight-through for a rounding.",
     "GS403": "Keep it floating where it is trained: interpolate between what two indices give, or weigh all by a "
-    "softmax; of token ids, ask about what is computed of them, the output of the embedding.",
+    "softmax; of ids, ask about what is computed of them: the output of an embedding.",
     "GS404": "Look at the values here: saturated, masked, multiplied by zero, picked by the nearest? A layer that "
     "starts at zero does this in its first step only.",
     "GS5": "Give the function a backward, or register one for the operator.",

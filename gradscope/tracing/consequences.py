@@ -8,6 +8,7 @@ import torch
 
 from gradscope.tracing.autograd import part_written
 from gradscope.tracing.calls import DERIVATIVES, DERIVES, ENTRANCES, ESCAPES, FILLS
+from gradscope.tracing.frames import is_constant
 from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import Operation, Place, Recording
 
@@ -30,10 +31,10 @@ class Consequences:
         if name in DERIVATIVES and kwargs.get("create_graph", name != DERIVES):
             pending.leads_to = tuple(map(self._provenance.leaves_behind, tensors_in(result)))
         if name in ESCAPES:
-            self._provenance.escaped(pending, result)
-        elif self._provenance.has_escapes and name in ENTRANCES and not pending.inputs:
-            for tensor in filter(self._provenance.may_enter, tensors_in(result)):
-                self._provenance.entered(tensor)
+            self._provenance.escapes.escaped(pending, result)
+        elif name in ENTRANCES and not pending.inputs and not is_constant(pending.place):
+            for tensor in tensors_in(result):
+                self._provenance.escapes.entered(tensor)
         for tensor in written:
             by_data = self._maker_of(pending).partition(".")[0] == "data"
             if by_data:  # x.data.mul_(...).add_(...): the numbers go into x, whose version counter does not move
@@ -51,9 +52,8 @@ class Consequences:
     def room(self, name: str, result: Any) -> Any:
         """Know what was made to be written into, or filled with a number that may have been a tensor's."""
         if isinstance(result, torch.Tensor):
-            if name in FILLS and self._provenance.may_enter(result):
-                self._provenance.entered(result)
-            else:
+            entered = self._provenance.escapes.entered(result) if name in FILLS else None
+            if entered is None:
                 self._provenance.remember(result).room = True
         return result
 

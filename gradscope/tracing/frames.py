@@ -253,6 +253,19 @@ def expression(place: Place) -> str:
     return source_line(place.code.co_filename, place.line)
 
 
+@functools.lru_cache(maxsize=1024)
+def is_constant(place: Place | None) -> bool:
+    """Tell whether a call makes a tensor of numbers that stand there: ``torch.tensor([0.5, 1.0])``."""
+    try:
+        call = ast.parse(expression(place) if place else "", mode="eval").body
+        if not isinstance(call, ast.Call):
+            return False
+        given = call.args[1:] if ast.unparse(call.func).endswith("full") else call.args  # full(size, number)
+        return bool(given) and all(isinstance(ast.literal_eval(each), (int, float, list, tuple)) for each in given)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return False
+
+
 def source_site(place: Place, mechanism: str) -> Site:
     """Return the site of a call that stops the gradient by itself."""
     return Site(place.code.co_filename, place.line, code_name(place.code), mechanism, "call")

@@ -68,6 +68,15 @@ def union(sets: list[int], values: Iterable[int]) -> int:
     return result
 
 
+def reaching(recording: Recording, calls: Iterable[Operation]) -> set[int]:
+    """Return the values whose numbers these calls were given, or what was computed of them."""
+    found = {value for call in calls for value in call.inputs}
+    for operation in reversed(recording.operations if found else ()):
+        if not found.isdisjoint(operation.outputs):
+            found.update(operation.inputs)
+    return found
+
+
 def where_it_left(recording: Recording) -> tuple[list[Operation], tuple[int, ...]]:
     """Return the calls that took a result out of torch, and what they were given (before it was detached for that)."""
     escapes = [escape for escape in recording.escapes

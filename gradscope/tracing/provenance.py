@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import memory_of, reached_leaves, tag
-from gradscope.tracing.calls import WHOLE
+from gradscope.tracing.escapes import Escapes
 from gradscope.tracing.recording import Operation, Part, Place, Recording, Value, Write, form_in_words
 
 # Results nest rarely deeper; a cycle of objects ends here too.
@@ -33,11 +33,7 @@ class Provenance:
         self._leaves: dict[int, int] = {}
         self._written: dict[int, tuple[int, Operation]] = {}
         self._written_unseen: set[int] = set()
-        self._escapes: list[Operation] = []
-        self._whole_numbers_left = False
-        self._gathered: tuple[int, ...] = ()
-        self._gathered_from = 0
-        self._scalars: dict[int, tuple[float, int]] = {}
+        self.escapes = Escapes(recording, self.remember)
         self._exposed: dict[int, Place | None] = {}
         self.made_by_function: dict[int, int] = {}
         self.lent: dict[int, str] = {}  # parameters, by id, in whose place the run has others
@@ -187,24 +183,16 @@ class Provenance:
         if base is not None and self.is_known(base):
             return self._link("view", (self.value_of(base),), tensor)
         mate = self._shares_memory(tensor)
-        if mate is not None and not self._left_as_array(memory_of(tensor)):
+        if mate is not None and not self.escapes.left_as_array(memory_of(tensor)):
             return self._link("Parameter" if isinstance(tensor, nn.Parameter) else "shared memory", (mate,), tensor)
         if tensor.grad_fn is not None or id(tensor) in self.lent:
             return self._of_its_graph(tensor)
-        if self.may_enter(tensor):
-            return self.entered(tensor)
+        entered = self.escapes.entered(tensor)
+        if entered is not None:
+            return entered
         # a parameter that is made in the run is known
         self.strangers += tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
         return self.remember(tensor).id
-
-    def _left_as_array(self, memory: int) -> bool:
-        """Tell whether an array was made of a memory: a tensor there may have come by way of that."""
-        values = self._recording.values
-        return any(
-            values[number].memory == memory
-            for escape in self._escapes if escape.name != "__dlpack__"  # torch.from_dlpack asks for it, too
-            for number in escape.inputs
-        )  # fmt: skip
 
     def _of_its_graph(self, tensor: torch.Tensor) -> int:
         """Link a tensor to the leaves that its own graph shows, and note those in whose place the run has others."""
@@ -228,54 +216,6 @@ class Provenance:
         reached = reached_leaves(_layers(tensor))
         return tuple(self._leaves[id(leaf)] for leaf in reached if id(leaf) in self._leaves)
 
-    def entered(self, tensor: torch.Tensor) -> int:
-        """Link a tensor made of Python's numbers to the calls that took numbers out of tensors before."""
-        number = self.remember(tensor).id
-        *before, last = self._escapes
-        for escape in before[self._gathered_from :]:
-            gathered = self._number()
-            self._record(
-                Operation(0, escape.name, (*self._gathered, *escape.inputs), (gathered,), escape.place, escape.scope)
-            )
-            self._gathered = (gathered,)
-        self._gathered_from = len(before)
-        self._record(Operation(0, last.name, (*self._gathered, *last.inputs), (number,), last.place, last.scope))
-        return number
-
-    def _number(self) -> int:
-        """Return a new value for a number that Python holds."""
-        out = Value(len(self._recording.values), None, float, differentiable=True)
-        self._recording.values.append(out)
-        return out.id
-
-    def escaped(self, operation: Operation, result: Any) -> None:
-        """Note that an operation took floating-point numbers out of a tensor, or whole ones that were made of such."""
-        if not any(self._recording.values[number].differentiable for number in operation.inputs):
-            if operation.name not in WHOLE or not any(map(self._recording.comes_of_floats, operation.inputs)):
-                return
-            self._whole_numbers_left = True
-        self._escapes.append(operation)
-        self._recording.escapes.append(operation)
-        if isinstance(result, float):
-            out = self._number()
-            self._record(Operation(0, operation.name, operation.inputs, (out,), operation.place, operation.scope))
-            self._scalars[id(result)] = (result, out)
-
-    @property
-    def has_escapes(self) -> bool:
-        """Whether numbers were taken out of tensors so far."""
-        return bool(self._escapes)
-
-    def may_enter(self, tensor: torch.Tensor) -> bool:
-        """Tell whether a tensor of unknown origin may be made of numbers that were taken out of tensors before."""
-        return bool(self._escapes) and (tensor.is_floating_point() or self._whole_numbers_left)
-
-    def scalars_in(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
-        """Return the values of the Python numbers among the arguments that came straight out of a tensor."""
-        if not self._scalars:
-            return ()
-        return tuple(self._scalars[id(item)][1] for item in arguments if id(item) in self._scalars)
-
     def _shares_memory(self, tensor: torch.Tensor) -> int | None:
         storage = memory_of(tensor)
         if not storage:
@@ -296,12 +236,8 @@ class Provenance:
     ) -> int:
         number = self.remember(tensor).id
         place, scope = (cause.place, cause.scope) if cause is not None else (place or self.place, None)
-        self._record(Operation(0, name, inputs, (number,), place, scope))
+        self._recording.add(Operation(0, name, inputs, (number,), place, scope))
         return number
-
-    def _record(self, operation: Operation) -> None:
-        operation.index = len(self._recording.operations)
-        self._recording.operations.append(operation)
 
 
 # --- pure functions ------------------------------------------------------------------------------------

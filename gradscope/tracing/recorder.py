@@ -321,13 +321,12 @@ class Recorder(TorchFunctionMode):
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that a tensor was written to bytes, from which another one may be made."""
         number = self.provenance.value_of(tensor)
-        self.provenance.escaped(self._new("pickle", (number,), place), None)
+        self.provenance.escapes.escaped(self._new("pickle", (number,), place), None)
 
     @_unwatched
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
-        if self.provenance.may_enter(tensor):
-            self.provenance.entered(tensor)
+        self.provenance.escapes.entered(tensor)
 
     def _new(self, name: str, inputs: tuple[int, ...], place: Place | None, *, custom: bool = False) -> Operation:
         """Return an operation that starts here and now."""
@@ -344,8 +343,8 @@ class Recorder(TorchFunctionMode):
             args = args[1:]
         given = (*args, *kwargs.values()) if kwargs else args
         inputs = provenance.values_of(given)
-        if provenance.has_escapes:
-            inputs += provenance.scalars_in(given)
+        if provenance.escapes.any:
+            inputs += provenance.escapes.scalars_in(given)
         operation = self._new(name, inputs, place)
         if name in RULE_OF_OPERATION:
             operation.chain, operation.via = call_chain(sys._getframe(2)), inside_of(sys._getframe(2), name)

@@ -18,6 +18,7 @@ from gradscope.session import Session
 from gradscope.tracing.confirm import confirm
 from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
+from gradscope.tracing.propagation import reaching
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.runner import Runner
 from gradscope.tracing.subject import Subject, Workshop
@@ -198,7 +199,7 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
                 "shows in real mode."
             )
     statuses = {source.status for source in sources}
-    if statuses == {"unused"}:
+    if statuses == {"unused"} and not proof.first.recording.counted:
         remarks.append("None of the sources asked about is used for the result: there is no gradient to arrive.")
     if proof.first.frozen and not proof.as_given:
         remarks.append(
@@ -210,10 +211,27 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
             'As given, nothing requires a gradient: backward() from the result raises "element 0 of tensors does not '
             'require grad and does not have a grad_fn".'
         )
-    unused = [source.name for source in sources if source.status == "unused" and source.kind == "parameter"]
-    if unused and statuses != {"unused"}:
+    return remarks + _on_unused(proof, sources)
+
+
+def _on_unused(proof: Proof, sources: Collection[Source]) -> list[str]:
+    """Say what nothing depends on, and of what a whole number (an index, a count) left torch, which may decide much."""
+    recording = proof.first.recording
+    unused = [source.name for source in sources if source.status == "unused"]
+    counted = reaching(recording, recording.counted) if unused else set()
+    remarks = []
+    chosen = [name for name in unused if recording.leaves[name] in counted]
+    if chosen:
+        last = next((call.place for call in reversed(recording.counted) if call.place is not None), None)
+        where = f" at {short_path(last.code.co_filename)}:{last.line}" if last else ""
         remarks.append(
-            f"The result does not depend on {_listed(unused)}: no gradient comes there, of which "
+            f"Whole numbers that {_listed(chosen)} decide left torch{where}: what Python did with them is not followed."
+        )
+    idle = [source.name for source in sources if source.name in unused and source.kind == "parameter"
+            and source.name not in chosen]  # fmt: skip
+    if idle and len(unused) < len(sources):
+        remarks.append(
+            f"The result does not depend on {_listed(idle)}: no gradient comes there, of which "
             "DistributedDataParallel complains (find_unused_parameters)."
         )
     return remarks
@@ -227,6 +245,6 @@ def _is_all_frozen(subject: Subject, proof: Proof) -> bool:
 
 def _listed(names: list[str]) -> str:
     """Name parameters by their modules, the first few."""
-    owners = Counter(name.rpartition(".")[0] or name for name in names)
+    owners = Counter(name if name.startswith("input.") else name.rpartition(".")[0] or name for name in names)
     some = [f"{owner} ({count})" if count > 1 else owner for owner, count in owners.items()]
     return ", ".join(some[:MOST_NAMED]) + (f" and {len(some) - MOST_NAMED} more" if len(some) > MOST_NAMED else "")

@@ -233,6 +233,49 @@ def test_rounded_numbers_are_followed_out_of_torch_and_back(between: Between, fl
     assert [(each.rule, each.severity) for each in session.findings] == [(flat, "error"), (left, "warning")]
 
 
+def one_by_one(x: torch.Tensor) -> torch.Tensor:
+    chosen = torch.tensor([row.argmax().item() for row in x])
+    return torch.nn.functional.one_hot(chosen, 4).float()
+
+
+def test_indices_that_leave_one_by_one_are_known_when_they_come_back() -> None:
+    assert arriving(one_by_one)["first.weight"] is None
+    session = gradscope.trace(Two(one_by_one), given())
+    assert [(each.rule, each.severity) for each in session.findings] == [("GS401", "error")]
+    assert session.sources["first.weight"].status == "nondifferentiable"
+
+
+class Logged(nn.Module):
+    """Counts what a head gets right, and goes on with numbers that have nothing to do with that."""
+
+    def __init__(self, numbers: Between) -> None:
+        super().__init__()
+        self.head, self.body, self.table = nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(900, 4)
+        self.numbers = numbers
+        self.right: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        guesses = self.head(x).argmax(-1)
+        self.right += [(guesses == 1).float().mean().item(), guesses.tolist(), guesses[0].item()]
+        return self.body(x) * self.numbers(x) + self.table(torch.tensor([len(x) + 800]))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        lambda x: torch.tensor([0.5, 1.0, 2.0, 4.0]),
+        lambda x: torch.full((4,), 0.5),
+        lambda x: torch.tensor([-1, 7, 8, 9]),
+    ],
+    ids=["floats", "filled", "whole"],
+)
+def test_constants_are_not_made_of_what_was_logged_before(numbers: Between) -> None:
+    session = gradscope.trace(Logged(numbers), given())
+    assert session.verdict == "flows" and session.sources["head.weight"].status == "unused"
+    assert any("Whole numbers that head (2) decide left torch" in text for text in session.remarks)
+    assert not any("does not depend" in text for text in session.remarks)
+
+
 def test_whole_numbers_that_were_none_of_the_models_lead_nowhere() -> None:
     def counted(x: torch.Tensor) -> torch.Tensor:
         lengths = torch.tensor([4, 2, 1]).tolist()

@@ -24,7 +24,7 @@ from gradscope.targets.inputs import make_input, parse_input
 from gradscope.targets.spec import Request
 from gradscope.tracing.borrowed import Question, sentence_about, subject_of
 from gradscope.tracing.frames import raised_at
-from gradscope.tracing.holding import held_model
+from gradscope.tracing.holding import Holder, goes_backward, held_model
 from gradscope.tracing.structural import hollow
 from gradscope.tracing.subject import Subject, Workshop
 
@@ -36,7 +36,7 @@ def module_subject(target: str, request: Request) -> Subject:
     """Return the subject of a target.
 
     The attribute is a module, a class of modules, or a factory that gives a module or ``(module, inputs)``; in the
-    place of a module also an object that holds some (a pipeline).
+    place of a module also an object that holds some (a pipeline), or a function that makes a step of training.
 
     Raises:
         UsageError: no such file, module or attribute, or it is none of these.
@@ -71,7 +71,8 @@ def _taken_apart(target: str, made: Any, request: Request) -> tuple[nn.Module, s
     except UsageError as error:
         raise UsageError(
             f"{target} gives no nn.Module, but {type(made).__name__}. {error.message}",
-            hint="Name a module, its class, or a function that returns one (or a module and its inputs).",
+            hint="Name a module, its class, a function that returns one (or a module and its inputs), or one that "
+            "makes a step of training.",
         ) from error
 
 
@@ -162,27 +163,30 @@ def _import_name(name: str) -> Any:
 
 
 def _is_factory(found: Any) -> bool:
-    return inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial)
+    makes = inspect.isclass(found) or inspect.isroutine(found) or isinstance(found, functools.partial)
+    return makes and not goes_backward(found)
 
 
 def _built(target: str, found: Any) -> Any:
     if not _is_factory(found):
         return found
-    try:
-        needed = [
-            name
-            for name, parameter in inspect.signature(found).parameters.items()
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-    except (TypeError, ValueError):
-        needed = []
+    needed = _needed(found)
     if needed:
         raise UsageError(
             f"{target} needs arguments to be built: {', '.join(needed)}.",
             hint="Write a function without arguments that returns the model, and name that.",
         )
     return _called(found, f"{target} cannot be built")
+
+
+def _needed(function: Any) -> list[str]:
+    """Return the names of the arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.items()
+    except (TypeError, ValueError):
+        return []
+    return [name for name, parameter in parameters if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]  # fmt: skip
 
 
 def _called(function: Any, failure: str) -> Any:
@@ -209,6 +213,8 @@ def _arguments(
         return (), inputs, ()
     if inputs is not None and not (isinstance(inputs, tuple) and not inputs):
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}, ()
+    if isinstance(model, Holder) and not _needed(model.call):
+        return (), {}, ()
     guessed = guess_inputs(model)
     if guessed is None:
         raise UsageError(

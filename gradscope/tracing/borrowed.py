@@ -79,7 +79,7 @@ def made_subject(
 
 def sentence_about(model: nn.Module, entry: str | None) -> str:
     """Return what the signature of the method entered says, in a sentence."""
-    method = getattr(model, entry or "forward", None)
+    method = model.call if isinstance(model, Holder) else getattr(model, entry or "forward", None)
     try:
         names = list(inspect.signature(method).parameters) if method is not None else []
     except (TypeError, ValueError):
@@ -94,6 +94,7 @@ def sentence_about(model: nn.Module, entry: str | None) -> str:
         shape = f"; its first linear layer takes [..., {first.in_features}]"
     elif isinstance(first, nn.Embedding):
         shape = f"; its first embedding takes integers below {first.num_embeddings}"
+    entry = model.entry if isinstance(model, Holder) else entry
     return f"Its {entry or 'forward'} takes ({', '.join(names)}){shape}."
 
 

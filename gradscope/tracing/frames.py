@@ -24,6 +24,8 @@ TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 MODULE_CALL = frozenset({"_wrapped_call_impl", "_call_impl", "inner"})
 # Where torch hands calls on to what overrides or decorates them.
 PASSING_ON = ("_contextlib.py", f"{os.sep}overrides.py")
+# Names that say nothing of what was called.
+WRAPPING = ("wrapper", "wrapped", "inner")
 # Torch's modules; what calls them is not meant.
 MODULES = os.path.join(TORCH_FOLDER, "nn", "modules") + os.sep
 CALLING = (f"{os.sep}module.py", f"{os.sep}container.py")
@@ -190,7 +192,8 @@ def inside_of(frame: FrameType | None, name: str) -> str:
     """Return torch's function that user code called and a call of ``name`` was made in; empty where it is that one."""
     user = user_frame(frame)
     called = _called(frame, user) if user is not None and is_user_file(user.f_code.co_filename) else ""
-    return "" if called.rpartition(".")[2] in (name, name.strip("_")) else called
+    own = called.rpartition(".")[2]
+    return "" if own in (name, name.strip("_"), *WRAPPING) or own.startswith("_") else called
 
 
 def _called(frame: FrameType | None, user: FrameType) -> str:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -28,12 +28,12 @@ class Holder(nn.Module):
         super().__init__()
         self.name = name
         self.entry = entry
-        self._call = call
+        self.call = call
         self.objects: list[Any] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call that the holder stands for."""
-        return self._call(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
 
 def held_model(target: Any, entry: str | None) -> tuple[nn.Module, str | None]:
@@ -112,11 +112,30 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, MethodType):
         yield "self", value.__self__
     elif isinstance(value, FunctionType):
-        variables = inspect.getclosurevars(value)
-        yield from {**variables.globals, **variables.nonlocals}.items()
+        yield from _variables(value).items()
     elif isinstance(value, (list, tuple)):
         yield from ((str(index), item) for index, item in enumerate(value))
     elif isinstance(value, dict):
         yield from ((str(name).replace(".", "_"), item) for name, item in value.items())
     elif not isinstance(value, (type, ModuleType, str, bytes)):
         yield from list(getattr(value, "__dict__", {}).items())
+
+
+def goes_backward(target: Any) -> bool:
+    """Tell a function that makes a step of training by the name ``backward`` in it, or in a function inside it."""
+    return isinstance(target, FunctionType) and any("backward" in code.co_names for code in _codes(target))
+
+
+def _variables(function: FunctionType) -> dict[str, Any]:
+    """Return the variables from outside that a function uses, or a function inside it does (a closure for LBFGS)."""
+    known = function.__globals__
+    names = dict.fromkeys(name for code in _codes(function) for name in code.co_names if name in known)
+    return {**{name: known[name] for name in names}, **inspect.getclosurevars(function).nonlocals}
+
+
+def _codes(function: FunctionType) -> list[CodeType]:
+    """Return the code of a function and of all functions inside it."""
+    codes = [function.__code__]
+    for code in codes:  # grows meanwhile
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return codes

@@ -16,6 +16,10 @@ ENABLE = "Take the derivative under torch.enable_grad(), of inputs that were det
 # Two backward passes in one call of the target.
 GOES_TWICE = "it goes backward from what another backward pass went through before, which freed its graph."
 KEEP_GRAPH = "Go backward once, from the sum; or compute the loss anew; or pass retain_graph=True to the first pass."
+SHARED = (
+    "Go backward once, from the sum of the losses; or pass retain_graph=True to the first pass; or detach() what this "
+    "loss is not to train."
+)
 
 # What autograd says when a forward pass offends it, the rule that this is, and where its cause lies: at the call
 # itself, where an inference tensor was made, where the gradient was lost before, where what backward needs was written,
@@ -45,7 +49,8 @@ REFUSED_CALLS = (
 # What helps where the rule's own advice would not, by what autograd says.
 ADVICE_BY_WORDS = (
     ("a leaf Variable that requires grad", "Where the write is an update of the weight (a clip, a step), make it under "
-     "torch.no_grad(); where it is part of the model, write into a clone(), or use the form that makes a new tensor."),
+     "torch.no_grad(); where it is part of the model, write into a clone(), or use the form that makes a new tensor. "
+     "A buffer that is written into needs no requires_grad=True."),
     ("support the deepcopy protocol", "The module keeps a tensor with a history: detach() it where it is kept, or set "
      "it to None before the copy."),
     ("Can't call numpy()", "Compute this with torch. Where it is for a log or a metric alone, detach() first: no "
@@ -143,7 +148,9 @@ def _blame_what_is_kept(cuts: dict[Site, Cut], recording: Recording, pending: Op
             first = operation if old and operation.place is not None else first
     if first is not None:
         cut = cut_at(cuts, recording, first)
-        cut.rule, cut.words, cut.advice = "GS603", USES_FREED, LET_GO
+        again = any(each.place == first.place for each in recording.operations[:since])  # in another round of a loop
+        cut.rule, cut.words = "GS603", USES_FREED
+        cut.advice = LET_GO if again else SHARED
 
 
 def _has_graph(recording: Recording, number: int) -> bool:

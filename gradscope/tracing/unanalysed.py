@@ -7,7 +7,7 @@ import re
 
 from gradscope.errors import NotAnalysedError, in_words
 from gradscope.paths import short_path
-from gradscope.tracing.frames import raised_at
+from gradscope.tracing.frames import raised_at, source_line
 from gradscope.tracing.recording import Recording
 from gradscope.tracing.refused import is_autograds
 from gradscope.tracing.subject import Subject
@@ -16,6 +16,10 @@ from gradscope.tracing.subject import Subject
 NEEDS_NUMBERS = frozenset({
     "CannotFollow", "DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode",
 })  # fmt: skip
+NO_GRAD = (
+    "Gradients gather at leaves: w = w - lr * w.grad makes a new tensor, x.to(device) too, and their .grad stays None. "
+    "Update in place under torch.no_grad(), or trace the loss alone to see whether the gradient arrives."
+)
 # What a fake tensor says where its numbers are asked for: by torch.tensor([...]), by numpy().
 NO_MEMORY_THERE = ("its data is not allocated yet", ".numpy() is not supported for tensor subclasses")
 # So many tensors of a result are described.
@@ -89,6 +93,8 @@ def _refusal(subject: Subject, error: BaseException) -> NotAnalysedError:
             f"{subject.name} needs computed numbers{where}, and structural mode computes none.",
             hint="Use --mode real.",
         )
+    if place is not None and "NoneType" in str(error) and ".grad" in source_line(*place):
+        return NotAnalysedError(f"{subject.name} uses a gradient that is None: {in_words(error)}{where}.", hint=NO_GRAD)
     fed = f" with {', '.join(subject.inputs)}" if subject.inputs else ""
     return NotAnalysedError(
         f"{subject.name} could not be run{fed}: {in_words(error)}{where}.",

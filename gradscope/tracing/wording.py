@@ -16,10 +16,13 @@ ADVICE = {
     "GS107": "Switch it back before the call is over: {mechanism} as a block, which ends, or as a decorator.",
     "set_grad_enabled": "Let what {mechanism} is given here be True when a gradient is wanted.",
     "GS2": "Keep the graph: leave out {mechanism} on the path that is trained.",
+    "GS202": "Keep the graph: leave out {mechanism} on the path that is trained; put a computed weight to use with "
+    "torch.func.functional_call.",
     "GS203": "Use the tensor as it is, and join several with torch.stack() or torch.cat(); put a computed weight to "
     "use with torch.func.functional_call.",
     "GS204": "Leave requires_grad of what was computed as it is; detach() it where the gradient is meant to end.",
-    "GS205": "Use rsample(): it draws the same and lets the gradient through, where the distribution has it.",
+    "GS205": "Use rsample(): it draws the same and lets the gradient through, where the distribution has it. Where the "
+    "log_prob of the sample is what trains (REINFORCE), sample() is right.",
     "GS206": "Use torch.distributed.nn.functional, whose collectives have a backward.",
     "GS207": "Pass create_graph=True (or create_graph=self.training): then the derivative has a history of its own.",
     "GS3": "Keep the value a tensor on this path: compute with torch, and join tensors with torch.stack() or "
@@ -41,7 +44,7 @@ ADVICE = {
     "GS604": "Pass use_reentrant=False, or let an input of the checkpoint require grad (enable_input_require_grads).",
     "GS606": "Look at what the hook returns: it takes the place of the gradient.",
     "GS607": "Keep what goes in where the derivative is finite, before the call and not by where() after it: away from "
-    "0 for sqrt, log, division and norm, small for exp, no row masked wholly for softmax.",
+    "0 for sqrt, log, division and norm, inside (-1, 1) for acos, small for exp, no row masked wholly for softmax.",
 }
 
 # The names that a user knows calls by; a comparison may come back with its sides swapped.

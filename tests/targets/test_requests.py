@@ -60,6 +60,16 @@ MODELS = """
             return self.net(x)
 
     pipe = Pipe()
+    trained = Net()
+
+    def step():
+        loss = trained(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        return loss.item()
+
+    def steps():
+        return step
+
     number = 3
 
     def raises():
@@ -195,6 +205,13 @@ def test_a_pipeline_is_a_target(ask) -> None:  # type: ignore[no-untyped-def]
     assert "GS102" in out and "Pipe.__call__" in out
     code, out, _ = ask("models.py:Pipe", "--input", "2x4")
     assert code == 1
+
+
+@pytest.mark.parametrize("name", ["step", "steps"])
+def test_a_step_of_training_is_a_target(ask, name: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = ask(f"models.py:{name}")
+    assert code == 0
+    assert "4 parameters: 4 flows" in out and "The target goes backward itself" in " ".join(out.split())
 
 
 LLAMA = """

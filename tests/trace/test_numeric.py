@@ -212,6 +212,32 @@ def test_a_surrogate_is_said_to_be_one_and_is_no_error(between: Between) -> None
     assert any("surrogate" in words for words in session.remarks)
 
 
+class Quantised(torch.autograd.Function):
+    """Rounds to steps of a size that it gives no gradient: straight-through for the one, and none for the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return torch.round(x / size) * size
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def test_each_operand_of_a_function_is_judged_by_itself() -> None:
+    class Layer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.size = nn.Parameter(torch.tensor(0.1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, Quantised.apply(self.weight, self.size))
+
+    session = gradscope.trace(Layer(), torch.randn(3, 4), wrt=["weight", "size"], numeric=True)
+    assert {name: source.status for name, source in session.sources.items()} == {"weight": "flows", "size": "blocked"}
+    assert any(words.startswith("weight: the gradient is a surrogate") for words in session.remarks)
+
+
 # --- the check itself ----------------------------------------------------------------------------------------
 
 

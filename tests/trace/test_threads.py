@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradscope
+from gradscope.errors import NotAnalysedError
 from gradscope.findings import Finding
 from gradscope.session import Session
 
@@ -150,6 +151,51 @@ def test_a_state_that_is_cut_off_before_it_is_used_is_fine(
     for _ in range(2):
         model(torch.ones(2, 4)).backward()
     assert not gradscope.trace(Recurrent(before), torch.ones(2, 4), mode=mode).unseen
+
+
+@MODES
+def test_two_losses_over_one_graph_are_no_kept_state(mode: str) -> None:
+    """https://discuss.pytorch.org/t/can-not-create-a-new-calculation-graph-after-the-backward-propagation/45026."""
+
+    def step() -> None:
+        hidden = body(torch.ones(2, 4))
+        first_head(hidden).square().sum().backward()
+        second_head(hidden).square().sum().backward()
+
+    body, first_head, second_head = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 1), nn.Linear(4, 1)
+    refused(step, "backward through the graph a second time")
+    cut = first(gradscope.trace(step, mode=mode), "GS603")
+    assert cut.source.startswith("second_head") and cut.fix.startswith("Go backward once, from the sum")
+
+
+@MODES
+def test_a_closure_for_an_optimizer_is_looked_into(mode: str) -> None:
+    layer = nn.Linear(4, 1)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=2)
+
+    def step() -> None:
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = layer(torch.ones(2, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    assert gradscope.trace(step, mode=mode).sources["layer.weight"].status == "flows"
+
+
+def test_a_gradient_that_is_none_says_where_gradients_gather() -> None:
+    def step() -> None:
+        w = layer.weight
+        for _ in range(2):
+            w.square().sum().backward()
+            w = w - 0.1 * w.grad
+
+    layer = nn.Linear(4, 1)
+    with pytest.raises(NotAnalysedError, match="uses a gradient that is None") as raised:
+        gradscope.trace(step)
+    assert raised.value.hint.startswith("Gradients gather at leaves")
 
 
 @MODES

@@ -52,6 +52,7 @@ RULES: dict[str, str] = {
     "GS605": "phantom-view",
     "GS606": "hook-alters-gradient",
     "GS607": "non-finite-gradient",
+    "GS608": "freed-graph",
     "GS701": "parameter-not-in-optimizer",
     "GS702": "parameter-unused",
     "GS801": "expectation-not-met",

@@ -212,5 +212,5 @@ def _cut_of_freed(cuts: dict[Site, Cut], recording: Recording, operation: Operat
     if derived is not None:
         cut.words, cut.advice = FREES, KEEP_IT
     else:
-        cut.rule, cut.words, cut.advice = "GS603", USES_FREED, LET_GO
+        cut.rule, cut.words, cut.advice = "GS608", USES_FREED, LET_GO
     return cut

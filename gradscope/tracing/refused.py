@@ -39,7 +39,7 @@ REFUSED_CALLS = (
     ("Can't detach views in-place", "GS201", "here"),
     ("only change requires_grad flags of leaf", "GS204", "here"),
     ("refusing to serialize non-leaf", "GS303", "here"),
-    (FREED, "GS603", "freed"),
+    (FREED, "GS608", "freed"),
     ("does not require grad", "GS201", "before"),
     ("doesn't require gradient", "GS201", "before"),
     ("can't retain_grad on Tensor that has requires_grad=False", "GS201", "before"),
@@ -136,7 +136,7 @@ def _blame_what_is_kept(cuts: dict[Site, Cut], recording: Recording, pending: Op
     if pending.place is None or set(pending.inputs) & set(earlier):
         if pending.place is not None:
             cut = cut_at(cuts, recording, pending)
-            cut.rule, cut.words, cut.advice = "GS603", GOES_TWICE, KEEP_GRAPH
+            cut.rule, cut.words, cut.advice = "GS608", GOES_TWICE, KEEP_GRAPH
         return
     made = {value for operation in recording.operations[since:] for value in operation.outputs}
     leads = set(pending.inputs)
@@ -149,7 +149,7 @@ def _blame_what_is_kept(cuts: dict[Site, Cut], recording: Recording, pending: Op
     if first is not None:
         cut = cut_at(cuts, recording, first)
         again = any(each.place == first.place for each in recording.operations[:since])  # in another round of a loop
-        cut.rule, cut.words = "GS603", USES_FREED
+        cut.rule, cut.words = "GS608", USES_FREED
         cut.advice = LET_GO if again else SHARED
 
 

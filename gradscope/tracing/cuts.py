@@ -41,6 +41,7 @@ GIVE_IT = "Pass each of them to {mechanism}.apply as an argument of its own, and
 
 # What a reentrant checkpoint does not connect.
 UNRECORDED = "no tensor that it is given requires a gradient, and then a reentrant checkpoint records nothing."
+GIVE_TENSORS = "Pass use_reentrant=False, or give back tensors, one or a tuple of them."
 UNLOOKED = "what it gives out lies in a list, a dict or an object, where a reentrant checkpoint does not look."
 
 # A derivative that torch does not have, the first or the second.
@@ -123,7 +124,7 @@ def _cut_of_call(cuts: dict[Site, Cut], recording: Recording, operation: Operati
     cut = cut_at(cuts, recording, operation)
     if cut.rule == "GS604":
         takes = any(recording.values[value].connected for value in operation.inputs[: operation.given])
-        cut.words = UNLOOKED if takes else UNRECORDED
+        cut.words, cut.advice = (UNLOOKED, GIVE_TENSORS) if takes else (UNRECORDED, "")
     elif operation.given is not None and any(recording.values[value].connected for value in operation.outputs):
         cut.words, cut.advice = NOT_GIVEN, GIVE_IT
     return cut

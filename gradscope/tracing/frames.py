@@ -190,8 +190,10 @@ def region_site(frame: FrameType, mechanism: str) -> Site:
 
 def inside_of(frame: FrameType | None, name: str) -> str:
     """Return torch's function that user code called and a call of ``name`` was made in; empty where it is that one."""
+    if frame is None or _SIDES[frame.f_code.co_filename] == "user":  # nearly always: user code made the call itself
+        return ""
     user = user_frame(frame)
-    called = _called(frame, user) if user is not None and is_user_file(user.f_code.co_filename) else ""
+    called = _called(frame, user) if user is not None and _SIDES[user.f_code.co_filename] == "user" else ""
     own = called.rpartition(".")[2]
     return "" if own in (name, name.strip("_"), *WRAPPING) or own.startswith("_") else called
 

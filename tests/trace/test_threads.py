@@ -338,7 +338,7 @@ def test_a_reentrant_checkpoint_connects_tensors_and_not_what_holds_some(
     assert session.sources["layer.weight"].status == status
     if status == "blocked":
         cut = first(session, "GS604")
-        assert "a list, a dict or an object" in cut.message and session.fix_verified
+        assert "a list, a dict or an object" in cut.message and "tuple" in cut.fix and session.fix_verified
 
 
 class Normed(nn.Module):

@@ -145,12 +145,19 @@ class Body(Regions):
         before, before_sometimes = dict(self.env), self.sometimes
         self.sometimes = before_sometimes or _asks_for_training(node.test)
         self.conditions.append((node.test, True))
+        before_body = len(self.calls)
         self._run(node.body)
+        after_calls = len(self.calls)
         after_body, self.env = self.env, before
         self.conditions[-1] = (node.test, False)
         self._run(node.orelse)
         self.conditions.pop()
         self.sometimes = before_sometimes
+        either = {call.target for call in self.calls[before_body:after_calls]}
+        either &= {call.target for call in self.calls[after_calls:]}
+        for number in range(before_body, len(self.calls) if either else 0):
+            if self.calls[number].target in either:  # made whatever the condition says
+                self.calls[number] = self.calls[number]._replace(sometimes=before_sometimes)
         for name, value in after_body.items():
             other = self.env.get(name)
             if other is not value:

@@ -235,7 +235,7 @@ class Judge:
         only = self._only_way.get((place, site))
         if only is not None and not site.conditional:
             through = only.steps[0].name.rpartition(".")[0]
-            message = f"{_where(site)}, and every public way through {through} leads here."
+            message = f"{where(site)}, and every public way through {through} leads here."
             return Judgement(facts, site, "error", "certain", message, only.steps)
         if way is not None:
             return self._in_forward(facts, site, place, way)
@@ -281,10 +281,10 @@ class Judge:
     def _in_forward(self, facts: FileFacts, site: Site, place: Place, way: list[Place]) -> Judgement:
         entry = self._entry_name(way[0], place)
         if site.conditional or place not in self._always_reached:
-            message = f"{_where(site)} when a condition known only at run time says so; {entry} computes with it."
+            message = f"{where(site)} when a condition known only at run time says so; {entry} computes with it."
             return Judgement(facts, site, "warning", "possible", message, way)
         if not site.depends:
-            message = f"{_where(site)} and keeps what it computes on self."
+            message = f"{where(site)} and keeps what it computes on self."
             return Judgement(facts, site, "warning", "possible", message, way)
         outside = _outside_atoms(self.reach.live(site.depends, place))
         if len(way) > 1 and not outside and meant_by_name(place):
@@ -293,9 +293,9 @@ class Judge:
             why = f"nothing that {place.name} gives back is made of it"
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
         if site.how == "block" and self.reach.gets_past(site.depends, place):
-            message = f"{_where(site)}; a gradient gets past it on another way, without the part that is lost here."
+            message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
             return Judgement(facts, site, "warning", "possible", message, way)
-        message = f"{_where(site)}: training through {entry} loses the gradient here."
+        message = f"{where(site)}: training through {entry} loses the gradient here."
         return Judgement(facts, site, "error", "likely", message, way)
 
     def _entry_name(self, entry: Place, place: Place) -> str:
@@ -312,7 +312,7 @@ class Judge:
         runs_model = any(atom.startswith(("call:", "attr:")) for atom in live)
         is_inner = place.name.rpartition(".")[0] in facts.functions
         if (name.startswith("_") and name not in FORWARDS) or is_inner or not (owner or runs_model):
-            return Judgement(facts, site, "note", "possible", f"{_where(site)}; no forward pass was seen to call it.")
+            return Judgement(facts, site, "note", "possible", f"{where(site)}; no forward pass was seen to call it.")
         report = self.report_of.get(owner) if owner else None
         entry = next((each for each in report.entries if each.place == place), None) if report else None
         advice = ""
@@ -321,10 +321,10 @@ class Judge:
         elif report and report.clean:
             advice = f"Call the modules inside it: {', '.join(report.clean[:6])}."
         if not (entry or runs_model):
-            return Judgement(facts, site, "note", "possible", f"{_where(site)}; no model is run in it.")
+            return Judgement(facts, site, "note", "possible", f"{where(site)}; no model is run in it.")
         is_part = name in FORWARDS or (site.how == "block" and self.reach.flows(place, owner))
         what = "what comes out of it carries no gradient" if is_part else "it is for inference only"
-        return Judgement(facts, site, "warning", "likely", f"{_where(site)}: {what}.", advice=advice)
+        return Judgement(facts, site, "warning", "likely", f"{where(site)}: {what}.", advice=advice)
 
     def _operation(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         if site.rule in ("GS501", "GS502"):
@@ -369,7 +369,8 @@ def _what(site: Site) -> str:
     return f"{site.mechanism.rpartition('.')[2]} {site.how}"
 
 
-def _where(site: Site) -> str:
+def where(site: Site) -> str:
+    """Say what a site does in its function."""
     name = site.mechanism.rpartition(".")[2]
     if site.how == "call":
         return f"{site.function} calls {name} and leaves gradients off"

@@ -20,7 +20,7 @@ from gradscope.rules import rule_name
 from gradscope.scanning.cache import Cache, default_folder, key_of
 from gradscope.scanning.collect import Collected, Collector, Settings, Text, default_jobs
 from gradscope.scanning.entries import Entry
-from gradscope.scanning.judge import ClassReport, Judge, Judgement
+from gradscope.scanning.judge import ClassReport, Judge, Judgement, where
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain
 from gradscope.scanning.reading import decode, headers
@@ -213,6 +213,8 @@ def _session(
     if wanted:
         on_the_way = {id(site) for _, _, entry in asked if entry.chain for _, site in entry.chain.sites}
         judgements = [each for each in judgements if id(each.site) in on_the_way]
+        _weigh_asked(judgements, [entry for _, _, entry in asked if entry.place.name in wanted])
+        judgements.sort(key=_order)
     ids: dict[int, str] = {}
     findings = []
     for number, each in enumerate(judgements, start=1):
@@ -264,6 +266,19 @@ def _without_ignored(findings: list[Finding], collected: Collected) -> tuple[lis
         hidden_ones = "1 finding is" if len(ignored) == 1 else f"{len(ignored)} findings are"
         remarks.insert(0, f"{hidden_ones} hidden by ignore comments.")
     return [finding for finding in findings if finding.id not in ignored], remarks
+
+
+def _weigh_asked(judgements: list[Judgement], methods: list[Entry]) -> None:
+    """Let what always stops a method that is asked about be an error: that it is meant for inference is no answer."""
+    stopped = {id(site): entry.place.name for entry in methods
+               if entry.chain and not (entry.chain.sometimes or entry.chain.partly)
+               for _, site in entry.chain.sites if not site.conditional}  # fmt: skip
+    for each in judgements:
+        name = stopped.get(id(each.site))
+        if name and each.severity != "error":
+            each.severity = "error"
+            what = "it" if name == each.site.function else name
+            each.message = f"{where(each.site)}: what comes out of {what} carries no gradient."
 
 
 def _order(each: Judgement) -> tuple[int, str, int, int]:

@@ -75,6 +75,7 @@ def test_the_report_says_where_why_and_what_to_do(folder: Path) -> None:
         (["--entry", "Model.forward"], 0, []),
         (["--entry", "Net.forward"], 1, ["GS104"]),
         (["--entry", "Model"], 0, ["GS101"]),
+        (["--entry", "Model.generate"], 1, ["GS101"]),
     ],
 )
 def test_the_gate(folder: Path, options: list[str], code: int, rules: list[str]) -> None:

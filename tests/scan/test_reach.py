@@ -276,6 +276,50 @@ def test_a_mode_opens_nothing_behind_a_switch_that_is_always_off(tmp_path: Path)
     assert offered["Net.run"] == ["run (in the other mode, train or eval)"]
 
 
+def test_a_method_that_is_asked_about_is_not_excused_by_its_purpose(tmp_path: Path) -> None:
+    source = """
+        import torch
+        from torch import nn
+
+        class Predictor:
+            def __init__(self, model: nn.Module):
+                self.model = model
+
+            @torch.no_grad()
+            def set_image(self, x):
+                self.features = self.model(x)
+        """
+    package = str(write(tmp_path, {"__init__": "", "net": source}))
+    assert [each.severity for each in scan(package, cache=False).findings] == ["note"]
+    session = scan(package, entry=("Predictor.set_image",), cache=False)
+    assert [each.severity for each in session.findings] == ["error"]
+    assert session.findings[0].message.endswith("runs under no_grad: what comes out of it carries no gradient.")
+
+
+def test_a_switch_in_both_branches_is_no_matter_of_the_mode(tmp_path: Path) -> None:
+    source = """
+        import torch
+        from torch import nn
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def predict(self, x, stream=False):
+                if stream:
+                    return self.stream_inference(x)
+                else:
+                    return list(self.stream_inference(x))
+
+            @torch.inference_mode()
+            def stream_inference(self, x):
+                return self.layer(x)
+        """
+    session = scan(str(write(tmp_path, {"__init__": "", "net": source})), cache=False)
+    assert {entry["function"]: entry["status"] for entry in session.entries}["Net.predict"] == "blocked"
+
+
 def test_targets_and_teachers_block_no_entry(tmp_path: Path) -> None:
     files = {"__init__": "", "net": """
         import torch

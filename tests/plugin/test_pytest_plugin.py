@@ -100,12 +100,13 @@ def test_a_failure_of_the_marker_reads_like_an_assertion(bench: pytest.Pytester)
     assert "blocked  test_model.py::test_marked  test_model.py:15: GS104 no-grad-block" in text
 
 
-def test_a_failure_of_the_fixture_shows_the_test_and_nothing_of_gradscope(bench: pytest.Pytester) -> None:
-    result = run(bench, "\n\ndef test_it(gradscope):\n    gradscope.assert_flows(Model(), X)\n")
+@pytest.mark.parametrize("call", ["assert_flows", "assert_gradients_flow"])
+def test_a_failure_of_the_fixture_shows_the_test_and_nothing_of_gradscope(bench: pytest.Pytester, call: str) -> None:
+    result = run(bench, f"\n\ndef test_it(gradscope):\n    gradscope.{call}(Model(), X)\n")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines([
         "    def test_it(gradscope):",
-        ">       gradscope.assert_flows(Model(), X)",
+        f">       gradscope.{call}(Model(), X)",
         "E       gradscope.GradientsDoNotFlow: the gradient does not arrive at encoder.bias, encoder.weight, input.0",
         "test_model.py:24: GradientsDoNotFlow",
     ])  # fmt: skip

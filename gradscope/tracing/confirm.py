@@ -23,7 +23,8 @@ LAST_SEEN = (
     "them from here (a kernel, another library) gives no gradient back."
 )
 SHARED_MEMORY = (
-    "the array shares its memory with the tensor; what is written into it changes values that backward still needs."
+    "what is computed of the array has no gradient; or something is written into it, whose memory is the tensor's, and "
+    "changes values that backward still needs."
 )
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from gradscope.tracing.calls import WHOLE
 from gradscope.tracing.cuts import RULE_OF_OPERATION, Cut, blamed, cut_at, cut_of_loss
+from gradscope.tracing.frames import source_site
 from gradscope.tracing.propagation import Walks, is_flat, union, walk
 from gradscope.tracing.recording import Operation, Recording, Site
 
@@ -23,7 +25,9 @@ _ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __ia
 
 @dataclass(slots=True)
 class Diagnosis:
-    """What one run showed: a status per source, and the cuts in the order met."""
+    """What one run showed: a status per source, and the cuts in the order met; ``untold`` are calls that took numbers
+    out of torch which no cut tells of and nobody follows.
+    """
 
     statuses: dict[str, str]
     cuts: dict[Site, Cut]
@@ -31,6 +35,7 @@ class Diagnosis:
     live: set[int]
     losses: list[tuple[Operation, int]] = field(default_factory=list)
     surrogates: set[str] = field(default_factory=set)
+    untold: list[Operation] = field(default_factory=list)
 
     def needs(self, site: Site) -> bool:
         """Tell whether some source is lost only where this region is active.
@@ -103,6 +108,7 @@ def _diagnose(recording: Recording) -> Diagnosis:
         live=walks.live,
         losses=losses,
         surrogates=surrogates,
+        untold=_untold(cuts, statuses, recording, walks, bits),
     )
 
 
@@ -252,6 +258,23 @@ def _add_escapes(cuts: dict[Site, Cut], recording: Recording, walks: Walks, want
             cut = cut_at(cuts, recording, operation)
             cut.escape = True
             cut.sources |= _named(lost, bits)
+
+
+def _untold(
+    cuts: dict[Site, Cut], statuses: dict[str, str], recording: Recording, walks: Walks, bits: dict[str, int]
+) -> list[Operation]:
+    """Return the calls after which the numbers of a source may matter unseen.
+
+    All numbers of a tensor that else gets its gradient went to numpy or a list; or whole numbers (which row, how
+    many) that were worked out of a source that seems unused went into Python.
+    """
+    flows, unused = (_bits_of(statuses, status, bits) for status in ("flows", "unused"))
+    found = []
+    for operation in recording.escapes:
+        whole = union(walks.smooth, operation.inputs) & flows if operation.name in WHOLE else 0
+        if operation.place is not None and (whole or union(walks.data, operation.inputs) & unused):
+            found.append(operation)
+    return [each for each in found if each.place and source_site(each.place, each.name) not in cuts]
 
 
 def _add_partial(

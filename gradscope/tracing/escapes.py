@@ -17,8 +17,6 @@ from gradscope.tracing.recording import Operation, Recording, Value
 
 # Of more numbers than these nobody's origin is looked up.
 MOST_NUMBERS = 65_536
-# What takes one number out.
-SINGLE = frozenset({"item", "__int__", "__index__"})
 
 
 class Escapes:
@@ -36,15 +34,14 @@ class Escapes:
 
     def escaped(self, operation: Operation, result: Any) -> None:
         """Note that an operation took floating-point numbers out of a tensor, or whole ones that were made of such."""
-        if not any(self._recording.values[number].differentiable for number in operation.inputs):
-            if operation.name not in WHOLE | SINGLE or not any(map(self._recording.comes_of_floats, operation.inputs)):
-                return
-            self._recording.counted.append(operation)
-            self._look_up(operation, result)
-            if operation.name in SINGLE:  # a count, an index: it rarely becomes a floating number
-                return
-        self._calls.append(operation)
+        are_floats = any(self._recording.values[number].differentiable for number in operation.inputs)
+        if not are_floats and not any(map(self._recording.comes_of_floats, operation.inputs)):
+            return
         self._recording.escapes.append(operation)
+        if not are_floats:
+            self._look_up(operation, result)
+        if are_floats or operation.name in WHOLE:  # one index, or count, rarely becomes a floating number
+            self._calls.append(operation)
         if isinstance(result, float):
             out = self._number()
             self._recording.add(

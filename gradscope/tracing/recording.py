@@ -185,7 +185,6 @@ class Recording:
     as a value. ``raised_in`` names the innermost custom function that an exception came out of.
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
-    ``counted`` are the calls that took a whole number that floating ones decided (an index) out of torch.
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
     itself and is judged by what it goes backward from. ``gave`` describes a result in which nothing is floating.
     """
@@ -196,7 +195,6 @@ class Recording:
     leaves: dict[str, int] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
     escapes: list[Operation] = field(default_factory=list)
-    counted: list[Operation] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
     hooks: dict[int, Place] = field(default_factory=dict)
     losses: list[Loss] = field(default_factory=list)

@@ -18,15 +18,18 @@ from gradscope.session import Session
 from gradscope.tracing.confirm import confirm
 from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
+from gradscope.tracing.frames import source_site
 from gradscope.tracing.propagation import reaching
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.runner import Runner
 from gradscope.tracing.subject import Subject, Workshop
 from gradscope.tracing.unanalysed import refuse_unanalysed
 from gradscope.tracing.verify import Proof, prove
-from gradscope.tracing.wording import finding_of, outside_findings, severity_of, unregistered_findings
+from gradscope.tracing.wording import called, finding_of, outside_findings, severity_of, unregistered_findings
 
 MOST_NAMED = 4
+# So many places at which numbers went out of sight are named.
+MOST_PLACES = 3
 
 
 def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, numeric: bool = False) -> Session:
@@ -65,7 +68,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
         crash=_crash(proof),
         remedy=subject.remedy,
         remarks=_remarks(subject, workshop, proof, sources.values()) + said,
-        unseen=list(dict.fromkeys([*recording.unseen, *_kept_from_before(proof)])),
+        unseen=list(dict.fromkeys([*recording.unseen, *_kept_from_before(proof), *_gone_unseen(proof)])),
     )
     session.stats = {"seconds": round(time.perf_counter() - started, 2), "runs": proof.runs,
                      "operations": len(recording.operations)}  # fmt: skip
@@ -168,6 +171,16 @@ def _crash(proof: Proof) -> dict[str, object] | None:
     }
 
 
+def _gone_unseen(proof: Proof) -> list[str]:
+    """Name the places where numbers left torch and no finding tells what that costs."""
+    sites = {source_site(each.place, each.name): each for each in proof.diagnosis.untold if each.place}
+    return [
+        f"{called(site.mechanism)} at {short_path(site.path)}:{site.line} takes numbers out of torch, where nothing "
+        "follows them: whether the result needs them is not known (--numeric asks it)."
+        for site in list(sites)[:MOST_PLACES]
+    ]
+
+
 def _kept_from_before(proof: Proof) -> list[str]:
     """Name the tensors that the model kept in an attribute and used in place of a parameter that came out unused."""
     values, diagnosis = proof.first.recording.values, proof.diagnosis
@@ -199,7 +212,7 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
                 "shows in real mode."
             )
     statuses = {source.status for source in sources}
-    if statuses == {"unused"} and not proof.first.recording.counted:
+    if statuses == {"unused"} and not proof.diagnosis.untold:
         remarks.append("None of the sources asked about is used for the result: there is no gradient to arrive.")
     if proof.first.frozen and not proof.as_given:
         remarks.append(
@@ -215,26 +228,17 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
 
 
 def _on_unused(proof: Proof, sources: Collection[Source]) -> list[str]:
-    """Say what nothing depends on, and of what a whole number (an index, a count) left torch, which may decide much."""
+    """Name the parameters that the result does not depend on, but for those whose numbers may matter unseen."""
     recording = proof.first.recording
-    unused = [source.name for source in sources if source.status == "unused"]
-    counted = reaching(recording, recording.counted) if unused else set()
-    remarks = []
-    chosen = [name for name in unused if recording.leaves[name] in counted]
-    if chosen:
-        last = next((call.place for call in reversed(recording.counted) if call.place is not None), None)
-        where = f" at {short_path(last.code.co_filename)}:{last.line}" if last else ""
-        remarks.append(
-            f"Whole numbers that {_listed(chosen)} decide left torch{where}: what Python did with them is not followed."
-        )
-    idle = [source.name for source in sources if source.name in unused and source.kind == "parameter"
-            and source.name not in chosen]  # fmt: skip
-    if idle and len(unused) < len(sources):
-        remarks.append(
-            f"The result does not depend on {_listed(idle)}: no gradient comes there, of which "
-            "DistributedDataParallel complains (find_unused_parameters)."
-        )
-    return remarks
+    gone = reaching(recording, recording.escapes)
+    unused = [source.name for source in sources if source.kind == "parameter" and source.status == "unused"
+              and recording.leaves[source.name] not in gone]  # fmt: skip
+    if not unused or all(source.status == "unused" for source in sources):
+        return []
+    return [
+        f"The result does not depend on {_listed(unused)}: no gradient comes there, of which "
+        "DistributedDataParallel complains (find_unused_parameters)."
+    ]
 
 
 def _is_all_frozen(subject: Subject, proof: Proof) -> bool:

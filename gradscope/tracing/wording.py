@@ -167,8 +167,8 @@ def _confidence(cut: Cut) -> Confidence:
 
 
 def _message(cut: Cut, crashed: bool) -> str:
-    called = _called(cut.site.mechanism)
-    place = f"{cut.via} ({called}) in {cut.site.function}" if cut.via else f"{called} in {cut.site.function}"
+    name = called(cut.site.mechanism)
+    place = f"{cut.via} ({name}) in {cut.site.function}" if cut.via else f"{name} in {cut.site.function}"
     if cut.words:
         return f"{place}: {cut.words}"
     if cut.rule.startswith("GS1") and cut.site.mechanism in SWITCHES:
@@ -231,14 +231,14 @@ def _advice(cut: Cut) -> str:
         return f"Call the undecorated function: {site.function}.__wrapped__({given}), or the modules inside it."
     family = "GS4" if cut.flat or cut.stepped else cut.rule[:3]
     advice = cut.advice or ADVICE_INSIDE.get(cut.via) or ADVICE.get(cut.rule) or ADVICE.get(site.mechanism)
-    return (advice or ADVICE.get(family, "")).format(mechanism=cut.via or _called(site.mechanism))
+    return (advice or ADVICE.get(family, "")).format(mechanism=cut.via or called(site.mechanism))
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _called(mechanism: str) -> str:
+def called(mechanism: str) -> str:
     """Return the name that a user knows a call by: ``deepcopy`` for ``__deepcopy__``."""
     if mechanism in CALLED:
         return CALLED[mechanism]

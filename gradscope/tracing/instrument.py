@@ -51,7 +51,7 @@ class Observer(Protocol):
 
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None: ...
     def unpickled(self, tensor: torch.Tensor) -> None: ...
-    def step(self, *, begins: bool) -> None: ...
+    def step(self, optimizer: torch.optim.Optimizer, place: Place | None, *, begins: bool) -> None: ...
 
 
 # Where torch makes a function for every custom operator, hundreds of them, that only it calls.
@@ -324,13 +324,13 @@ def _patch_threads(stack: ExitStack, observer: Observer) -> None:
 def _hook_steps(stack: ExitStack, observer: Observer) -> None:
     """Note which operations are an optimizer's step: torch has hooks for that."""
 
-    def begins(*_: Any) -> None:
+    def begins(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if observer.is_watching:
-            observer.step(begins=True)
+            observer.step(optimizer, user_place(sys._getframe(1)), begins=True)
 
-    def ends(*_: Any) -> None:
+    def ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if observer.is_watching:
-            observer.step(begins=False)
+            observer.step(optimizer, None, begins=False)
 
     stack.callback(register_optimizer_step_pre_hook(begins).remove)
     stack.callback(register_optimizer_step_post_hook(ends).remove)

@@ -84,7 +84,8 @@ class Outcome:
         """Write down what the result came to, and what a backward pass from it gives."""
         recording = self._recording
         sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
-        if self._own and not any(sink.requires_grad for sink in sinks):
+        given_out = self._recorder.value_ids([sink for sink in sinks if sink.requires_grad])
+        if self._own and set(given_out) <= set(self._own):  # nothing, or the loss that it has gone backward from
             recording.sinks, recording.reached = tuple(dict.fromkeys(self._own)), self._own_reached
             recording.walked = recording.went_back = True
             return

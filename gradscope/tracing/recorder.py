@@ -364,11 +364,13 @@ class Recorder(TorchFunctionMode):
             for tensor in made:
                 tag(tensor, pending.index, since)
 
-    def step(self, *, begins: bool) -> None:
-        """Note that an optimizer begins or ends its step."""
+    def step(self, optimizer: torch.optim.Optimizer, place: Place | None, *, begins: bool) -> None:
+        """Note that an optimizer begins its step, and what it holds; or that it ends it."""
         now, steps = len(self.recording.operations), self.recording.steps
         if begins:
             steps.append(range(now, now))
+            self.recording.held |= {id(each) for group in optimizer.param_groups for each in group["params"]}
+            self.recording.stepped = place
         elif steps:
             steps[-1] = range(steps[-1].start, now)
 

@@ -179,10 +179,12 @@ class Operation:
 class Recording:
     """Everything that one run showed. ``leaves`` maps source names to their first value.
 
-    ``steps`` are the steps of optimizers, each as the operations that it consists of; ``went_from`` are the backward
-    passes that the target made: how many operations there were, and from which values, and ``passes`` what each was
-    to reach. ``unregistered`` are the tensors that could be trained and are no parameters of the model, by name, each
-    as a value. ``raised_in`` names the innermost custom function that an exception came out of.
+    ``steps`` are the steps of optimizers, each as the operations that it consists of, ``held`` the tensors that these
+    hold, by ``id``, ``stepped`` where the last one is, and ``unheld`` what is reached and held by none. ``went_from``
+    are the backward passes that the target made: how many operations there were, and from which values, and
+    ``passes`` what each was to reach. ``unregistered`` are the tensors that could be trained and are no parameters of
+    the model, by name, each as a value. ``raised_in`` names the innermost custom function that an exception came out
+    of.
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
@@ -203,6 +205,9 @@ class Recording:
     raised_in: str = ""
     unregistered: dict[str, int] = field(default_factory=dict)
     steps: list[range] = field(default_factory=list)
+    held: set[int] = field(default_factory=set)
+    stepped: Place | None = None
+    unheld: list[str] = field(default_factory=list)
     passes: list[tuple[tuple[int, ...], frozenset[str]]] = field(default_factory=list)
     went_from: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     leaked: set[Site] = field(default_factory=set)

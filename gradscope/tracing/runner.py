@@ -47,6 +47,7 @@ class Runner:
         self._prepared: nn.Module | None = None
         self._loss = holder_of_loss(subject.loss)
         self._graphs: list[AutogradGraph] = []
+        self._own: dict[str, nn.Parameter] = {}
         self._runs = 0
 
     def run(
@@ -76,12 +77,10 @@ class Runner:
             torch.compiler.set_stance("force_eager"),
         ):
             origin = self._prepare()
-            own = dict(origin.named_parameters())
+            self._own = dict(origin.named_parameters(remove_duplicate=False))
             with self._lent(origin) as before_write, self._loss_kept(before_write) as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
-                now = dict(origin.named_parameters())
-                recorder.provenance.lent = {id(each): name for name, each in own.items() if now[name] is not each}
                 with ExitStack() as stack:
                     stack.enter_context(observe(recorder, neutralised))
                     stack.enter_context(torch.enable_grad())
@@ -94,6 +93,7 @@ class Runner:
 
     def _record(self, recorder: Recorder, origin: nn.Module, backward: Pass, as_given: bool) -> Run:
         named = parameters_of(origin)
+        recorder.provenance.lent = {id(self._own[name]): name for name in named if self._own[name] is not named[name]}
         recorder.add_leaves(named, outside=True)
         with recorder.constructing():
             built = self.subject.build(self.workshop, origin)
@@ -117,6 +117,7 @@ class Runner:
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
         self._refuse_lent(recorder)
+        self._note_unheld(run)
         run.strangers, run.guesses = recorder.provenance.strangers, recorder.modules.guesses
         if run.strangers:
             recorder.recording.unseen.append(
@@ -124,6 +125,13 @@ class Runner:
                 "(a kernel, another library): what they were made of is not known."
             )
         return run
+
+    def _note_unheld(self, run: Run) -> None:
+        """Note the sources that a step of training goes backward to and that its optimizers do not hold."""
+        recording = run.recording
+        if recording.held and recording.passes:
+            reached = (run.asked & recording.reached - run.frozen) & self._own.keys()
+            recording.unheld = sorted(name for name in reached if id(self._own[name]) not in recording.held)
 
     def _refuse_lent(self, recorder: Recorder) -> None:
         """Raise where the run used a parameter, or what was made of it before, that the model keeps elsewhere as well.

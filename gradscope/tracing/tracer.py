@@ -25,7 +25,7 @@ from gradscope.tracing.runner import Runner
 from gradscope.tracing.subject import Subject, Workshop
 from gradscope.tracing.unanalysed import refuse_unanalysed
 from gradscope.tracing.verify import Proof, prove
-from gradscope.tracing.wording import called, finding_of, outside_findings, severity_of, unregistered_findings
+from gradscope.tracing.wording import called, finding_of, optimizer_findings, outside_findings, severity_of
 
 MOST_NAMED = 4
 # So many places at which numbers went out of sight are named.
@@ -47,7 +47,7 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
     ids = {site: f"F{index}" for index, site in enumerate(_by_severity(proof), start=1)}
     findings = [finding_of(proof.cuts[site], ids, proof) for site in ids]
     findings += outside_findings(proof, len(findings))
-    findings += unregistered_findings(recording, len(findings))
+    findings += optimizer_findings(recording, len(findings))
     sources = _sources(proof, ids, subject)
     session = Session(
         kind="trace",

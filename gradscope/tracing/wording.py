@@ -57,6 +57,17 @@ ADVICE_INSIDE = {
     "stack_module_state": "It gives out new leaves: train those, or stack the parameters with torch.stack().",
 }
 
+UNREGISTERED = (
+    "used here, and no parameter of the model, since nothing registers what lies in a plain list, dict or attribute. "
+    "model.parameters() does not give it to an optimizer."
+)
+REGISTER = (
+    "Keep it in an nn.ModuleList, nn.ModuleDict or nn.ParameterList, or as an nn.Parameter that is not computed from "
+    "one (to() after it makes a plain tensor)."
+)
+UNHELD = "the gradient arrives, and no optimizer that steps in this call holds it."
+HOLD = "Make the optimizer last, when the model has its final layers, or add what is new with add_param_group()."
+
 
 def severity_of(cut: Cut, asked: frozenset[str], crashed: bool) -> Severity:
     """Return how grave a cut is: an error where something asked about loses its gradient."""
@@ -127,33 +138,38 @@ def outside_findings(proof: Proof, count: int) -> list[Finding]:
     return notes
 
 
-def unregistered_findings(recording: Recording, count: int) -> list[Finding]:
-    """Return notes on what could be trained and is no parameter of the model, at the calls that use it first."""
+def optimizer_findings(recording: Recording, count: int) -> list[Finding]:
+    """Return notes on what gets a gradient and that no optimizer will change.
+
+    It is no parameter of the model, told at the call that uses it first; or none of the optimizers that step holds it.
+    """
     names: dict[Site, list[str]] = {}
     for name, value in sorted(recording.unregistered.items()):
         user = next((each for each in recording.operations if value in each.inputs and each.place), None)
         if user is not None and user.place is not None:
             names.setdefault(source_site(user.place, "parameters"), []).append(name)
+    notes = [(site, found, f"{_some(found)}: {UNREGISTERED}", REGISTER) for site, found in names.items()]
+    if recording.unheld and recording.stepped is not None:
+        site = source_site(recording.stepped, "step")
+        notes.append((site, recording.unheld, f"{_some(recording.unheld)}: {UNHELD}", HOLD))
     return [
         Finding(
             id=f"F{count + number}",
             rule="GS701",
             name=rule_name("GS701"),
             severity="note",
-            message=f"{_some(found)}: used here, and no parameter of the model, since nothing registers what lies in a "
-            "plain list, dict or attribute. model.parameters() does not give it to an optimizer.",
+            message=message,
             path=short_path(site.path),
             line=site.line,
             function=site.function,
             mechanism=site.mechanism,
             how=site.how,
             cuts=tuple(sorted(found)),
-            fix="Keep it in an nn.ModuleList, nn.ModuleDict or nn.ParameterList, or as an nn.Parameter that is not "
-            "computed from one (to() after it makes a plain tensor).",
+            fix=advice,
             source=source_line(site.path, site.line),
             excerpt=excerpt(site.path, site.line),
         )
-        for number, (site, found) in enumerate(names.items(), start=1)
+        for number, (site, found, message, advice) in enumerate(notes, start=1)
     ]
 
 

@@ -439,6 +439,39 @@ def test_weights_that_are_used_and_not_registered_are_noted(
     assert not set(names) & {name for name, _ in model.named_parameters()}
 
 
+class Stale:
+    """https://github.com/facebookresearch/mmf/issues/104: the optimizer was made before the head."""
+
+    def __init__(self, *, returns: bool = False) -> None:
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+        self.returns = returns
+
+    def step(self) -> torch.Tensor | None:
+        self.optimizer.zero_grad()
+        loss = self.net(torch.ones(2, 4)).square().sum()
+        loss.backward(retain_graph=True)
+        self.optimizer.step()
+        return loss if self.returns else None
+
+
+@MODES
+@pytest.mark.parametrize("returns", [True, False])
+def test_what_no_optimizer_holds_is_noted_at_its_step(returns: bool, mode: str) -> None:
+    trainer = Stale(returns=returns)
+    assert not gradscope.trace(trainer.step, mode=mode).findings
+    trainer.net[1] = nn.Linear(4, 3)
+    before = trainer.net[1].weight.detach().clone()
+    trainer.step()
+    assert torch.equal(trainer.net[1].weight, before)
+    session = gradscope.trace(trainer.step, mode=mode)
+    (note,) = session.findings
+    assert (session.verdict, note.rule, note.severity) == ("flows", "GS701", "note")
+    assert note.cuts == ("self.net.1.bias", "self.net.1.weight") and note.source == "self.optimizer.step()"
+    trainer.net[1].requires_grad_(False)
+    assert not gradscope.trace(trainer.step, mode=mode).findings
+
+
 def test_a_layer_that_is_registered_under_another_name_is_not_noted() -> None:
     layer = nn.Linear(4, 4)
     model = Related(layer=layer, layers=[layer], weights=[layer.weight])

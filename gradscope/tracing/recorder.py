@@ -266,8 +266,8 @@ class Recorder(TorchFunctionMode):
         self._here.functions += 1
         try:
             result = call(*args)
-        except Exception:
-            self.recording.raised_in = self.recording.raised_in or name
+        except Exception as error:
+            self.recording.came_through(name, error)
             raise
         finally:
             self._here.functions -= 1

@@ -183,8 +183,8 @@ class Recording:
     hold, by ``id``, ``stepped`` where the last one is, and ``unheld`` what is reached and held by none. ``went_from``
     are the backward passes that the target made: how many operations there were, and from which values, and
     ``passes`` what each was to reach. ``unregistered`` are the tensors that could be trained and are no parameters of
-    the model, by name, each as a value. ``raised_in`` names the innermost custom function that an exception came out
-    of.
+    the model, by name, each as a value. ``raised_in`` names the innermost custom function that the last exception came
+    out of.
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
@@ -202,7 +202,7 @@ class Recording:
     losses: list[Loss] = field(default_factory=list)
     backward_error: str = ""
     reentrant: bool = False
-    raised_in: str = ""
+    raised_in: tuple[str, BaseException] | None = None
     unregistered: dict[str, int] = field(default_factory=dict)
     steps: list[range] = field(default_factory=list)
     held: set[int] = field(default_factory=set)
@@ -279,6 +279,11 @@ class Recording:
             return sorted(later, key=lambda write: write.operation)
 
         return after
+
+    def came_through(self, function: str, error: BaseException) -> None:
+        """Note that an exception came out of a custom function, the innermost one first."""
+        if self.raised_in is None or self.raised_in[1] is not error:
+            self.raised_in = function, error
 
     def is_step(self, number: int) -> bool:
         """Tell whether an operation is part of an optimizer's step."""

@@ -109,8 +109,8 @@ def _causes(recording: Recording, pending: Operation, where: str) -> dict[Site, 
     if where == "inference":
         for maker in _makers_of_inference(recording, pending):
             blamed(cuts, recording, maker)
-    elif where == "before" and recording.raised_in:
-        _blame_function(cuts, recording, pending)
+    elif where == "before" and recording.raised_in is not None and recording.raised_in[1] is recording.error:
+        _blame_function(cuts, recording, pending, recording.raised_in[0])
     elif where == "before":
         before = dataclasses.replace(recording, sinks=pending.inputs, error=None)
         cuts = {site: cut for site, cut in diagnose(before).cuts.items() if cut.sources}
@@ -123,11 +123,11 @@ def _causes(recording: Recording, pending: Operation, where: str) -> dict[Site, 
     return cuts
 
 
-def _blame_function(cuts: dict[Site, Cut], recording: Recording, pending: Operation) -> None:
+def _blame_function(cuts: dict[Site, Cut], recording: Recording, pending: Operation, function: str) -> None:
     if pending.place is not None:
         cut = cut_at(cuts, recording, pending)
         cut.rule, cut.advice = "GS501", ENABLE
-        cut.words = f"inside {recording.raised_in} nothing is recorded, as in every custom function."
+        cut.words = f"inside {function} nothing is recorded, as in every custom function."
 
 
 def _blame_what_is_kept(cuts: dict[Site, Cut], recording: Recording, pending: Operation) -> None:

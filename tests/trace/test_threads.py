@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -297,6 +298,20 @@ def test_nothing_is_recorded_inside_a_custom_function(mode: str) -> None:
     refused(lambda: Inside()(torch.ones(2, 4)), "does not require grad")
     cut = first(gradscope.trace(Inside(), torch.ones(2, 4), mode=mode), "GS501")
     assert "enable_grad" in cut.fix and cut.line == lines(Optimising.forward, "backward()")
+
+
+@MODES
+def test_a_function_whose_refusal_was_caught_is_not_blamed_for_the_next_one(mode: str) -> None:
+    class Tries(Inside):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with contextlib.suppress(RuntimeError):
+                super().forward(x)
+            hidden = self.layer(x).detach()
+            hidden.register_hook(print)
+            return hidden
+
+    cut = first(gradscope.trace(Tries(), torch.ones(2, 4), mode=mode), "GS201")
+    assert cut.mechanism == "detach"
 
 
 # --- what does not connect -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.findings import Finding
+from gradscope.findings import Finding, matches
 from gradscope.session import Session
 
 MOST_NAMES = 3
@@ -37,6 +37,13 @@ def unmet(session: Session) -> list[Finding]:
     return [each for each in session.findings if each.severity != "note" and each.state != "expected"]
 
 
+def asked_in_vain(session: Session) -> tuple[str, ...]:
+    """Return the sources that were asked about by name, where the result depends on none of them."""
+    wrt = session.target.get("wrt") or ()
+    asked = [source for name, source in session.sources.items() if matches(name, wrt)]
+    return tuple(source.name for source in asked) if all(source.status == "unused" for source in asked) else ()
+
+
 def require_flow(session: Session) -> Session:
     """Return the session if the gradient arrives wherever it is wanted and not allowed to stop.
 
@@ -44,7 +51,7 @@ def require_flow(session: Session) -> Session:
         GradientsDoNotFlow: it does not.
     """
     __tracebackhide__ = True  # pytest leaves out frames that say so
-    if unmet(session) or session.verdict == "crashes":
+    if unmet(session) or session.verdict == "crashes" or asked_in_vain(session):
         raise GradientsDoNotFlow(session)
     return session
 
@@ -64,6 +71,8 @@ def failure_text(session: Session) -> str:
         lines += [f"  {'behind it' if each.behind else 'and also'}: {_place(each)}" for each in others[:MOST_OTHERS]]
         lines += [f"  and {len(others) - MOST_OTHERS} more findings"] if len(others) > MOST_OTHERS else []
         lines += [f"  {_fix(session)}", f"  {first.fix}"]
+    if not lines and asked_in_vain(session):
+        lines = [f"the result does not depend on {_names(asked_in_vain(session))}: there is no gradient to arrive"]
     return "\n".join(line for line in lines if line.strip(" >"))
 
 

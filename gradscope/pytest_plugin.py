@@ -258,10 +258,10 @@ class _Run:
                 terminalreporter.section("gradscope")
                 terminalreporter.line("no test traced a model: no report was written")
             return
-        from gradscope.assertion import unmet
+        from gradscope.assertion import asked_in_vain, unmet
 
         failing = [(name, session, unmet(session)) for name, session in self.traces]
-        shown = [each for each in failing if each[2] or each[1].verdict == "crashes"]
+        shown = [each for each in failing if each[2] or each[1].verdict == "crashes" or asked_in_vain(each[1])]
         terminalreporter.section("gradscope")
         passed = len(failing) - len(shown)
         said = "1 trace" if len(failing) == 1 else f"{len(failing)} traces"
@@ -269,7 +269,8 @@ class _Run:
         for name, session, findings in shown[:MOST_LINES]:
             first = findings[0] if findings else None
             where = f"  {first.path}:{first.line}: {first.rule} {first.name}" if first else ""
-            terminalreporter.line(f"{session.verdict:<8} {name}{where}", red=True)
+            what = "unused" if asked_in_vain(session) and not first else session.verdict
+            terminalreporter.line(f"{what:<8} {name}{where}", red=True)
         if len(shown) > MOST_LINES:
             terminalreporter.line(f"and {len(shown) - MOST_LINES} more")
         for line in self.written:

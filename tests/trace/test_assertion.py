@@ -38,6 +38,22 @@ def test_what_is_allowed_is_not_held_against_an_input_that_nobody_asks_about() -
         gradscope.assert_gradients_flow(Encoded(), torch.ones(2, 4), allow="teacher", wrt=["teacher", "input.0"])
 
 
+def test_what_is_asked_about_by_name_has_to_matter() -> None:
+    class Edges(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    given = torch.ones(2, 4), torch.ones(3)
+    assert gradscope.assert_gradients_flow(Edges(), *given).verdict == "flows"
+    with pytest.raises(AssertionError, match=r"the result does not depend on input\.1: there is no gradient to arrive"):
+        gradscope.assert_gradients_flow(Edges(), *given, wrt="input.1")
+    gradscope.assert_gradients_flow(Edges(), *given, wrt=["input.1", "layer"])
+
+
 def test_the_failure_carries_the_session_through_a_pickle() -> None:
     with pytest.raises(GradientsDoNotFlow) as caught:
         gradscope.assert_gradients_flow(Cut(), torch.ones(2, 4))

@@ -89,7 +89,13 @@ class Calls(Expressions):
             self.report(node, "GS402", name, value)
         if name == "detach":
             return Value(self.report(node, "GS201", "torch.detach()", value), "tensor")
-        if name in ("tensor", "from_numpy") and given:
+        # as_tensor() of a tensor is that tensor
+        makes_anew = name in ("tensor", "from_numpy") or (
+            name in ("as_tensor", "asarray") and bool(node.args) and isinstance(node.args[0], (ast.List, ast.ListComp))
+        )
+        if name == "Parameter" and given and value.kind == "tensor" and value.atoms:
+            return Value(self.report(node, "GS203", "nn.Parameter", value), "tensor")
+        if makes_anew and given:
             value = given[0]  # the others say which dtype and device
             if value.kind == "tensor" and value.atoms:
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")

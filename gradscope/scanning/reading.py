@@ -29,7 +29,7 @@ RENAMED = re.compile(
 # Every alternative starts with a dot, so that the search may leap from dot to dot.
 TENSOR_OPS = re.compile(
     r"\.(?:detach_?\(|data\b|item\(|tolist\(|numpy\(|requires_grad(?:_\((?:requires_grad=)?| = )False|sample\(|"
-    r"(?:new_)?tensor\(|from_numpy\(|grad\(|jacobian\(|hessian\(|vjp\(|jvp\(|vhp\(|hvp\(|argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|"
+    r"(?:new_)?tensor\(|as(?:_tensor|array)\(\[|from_numpy\(|grad\(|jacobian\(|hessian\(|vjp\(|jvp\(|vhp\(|hvp\(|argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|"
     r"Function\b|(?:to|type)\((?:dtype=)?torch\.(?:u?int|long|bool|short)|(?<=\)\.)float\(\))"
 )
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
@@ -46,6 +46,15 @@ _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 # Weights are initialised without gradients nearly everywhere; that alone makes no class worth reading whole.
 INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
 _INITIALISER = re.compile(rf"(no_grad|inference_mode)(?:\(\))?\n[ \t]+def (?:{'|'.join(INITIALISERS)})\(")
+
+# ``self.scale = nn.Parameter(...)``, and where a parameter is made anywhere.
+_KEPT_PARAMETER = re.compile(r"self\.(\w+)(?:[ \t]*:[^=\n]*)?[ \t]*=[ \t]*(?:[\w.]+\.)?Parameter\(")
+_MAKES_PARAMETER = "Parameter("
+_DEF = re.compile(r"def[ \t]+(\w+)")
+# Where parameters are made once: constructors, and what prepares or converts a model.
+_MAKES_ONCE = re.compile(
+    r"init|reset|build|setup|load|convert|merge|add|from_|to_|set_|register|create|make|resize|tie"
+)
 
 # In a class: a method, its decorator, or any other statement of the class body.
 METHOD = re.compile(r"\n    (?=[^ \t\n)\]}#])")
@@ -146,7 +155,26 @@ def tensor_ops(source: str) -> list[int]:
             end = at + len(literal)
             if source[at - 1 : at] in before and not (literal == "float(" and source.startswith(('"', "'"), end)):
                 found.append(end - 1)  # not float("inf")
+    found += _parameters_made_in_passing(source)
     return sorted(at for at in found if not _is_remark(source, at))
+
+
+def kept_parameters(source: str) -> dict[str, list[str]]:
+    """Return the names of the parameters that each top-level class keeps, by its name, without parsing."""
+    kept: dict[str, list[str]] = {}
+    for match in _KEPT_PARAMETER.finditer(source) if _MAKES_PARAMETER in source else ():
+        owner = HEADER.match(source, max(source.rfind("\nclass ", 0, match.start()), 0))
+        if owner is not None:
+            kept.setdefault(owner[1], []).append(match[1])
+    return kept
+
+
+def _parameters_made_in_passing(source: str) -> Iterator[int]:
+    """Yield the offsets at which a parameter is made by a method that runs more than once, judged by its name."""
+    for at in _places(source, _MAKES_PARAMETER):
+        before = _DEF.match(source, max(source.rfind("def ", 0, at), 0))
+        if before is not None and not _MAKES_ONCE.search(before[1]) and not source[at - 1 : at].isalnum():
+            yield at
 
 
 def _may_compare(source: str, end: int) -> bool:

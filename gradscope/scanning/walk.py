@@ -11,7 +11,7 @@ from gradscope.scanning.body import Body, add_imports
 from gradscope.scanning.facts import Class, FileFacts, Site
 from gradscope.scanning.ignores import ignores
 from gradscope.scanning.lines import count_within, line_numbers, within
-from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, parse, tensor_ops
+from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, kept_parameters, parse, tensor_ops
 from gradscope.scanning.regions import FunctionNode
 from gradscope.scanning.switches import Names, Switch, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
@@ -29,6 +29,7 @@ class FileReader:
         self._switches: list[int] = []
         self._left_out: dict[str, list[str]] = {}
         self._source = ""
+        self._kept_parameters: dict[str, list[str]] = {}
         self._applied: list[tuple[Site, str, str]] = []
 
     def read(self, source: str, needles: Needles) -> FileFacts:
@@ -44,6 +45,7 @@ class FileReader:
             return self.facts
         self._left_out = parsed.left_out
         self._source = self.names.source = source
+        self._kept_parameters = kept_parameters(source)
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
         self._deep = line_numbers(source, deep)
@@ -214,6 +216,8 @@ class FileReader:
                 )  # fmt: skip
 
     def _attributes(self, node: ast.ClassDef, klass: Class, methods: list[FunctionNode], deep: bool) -> None:
+        if not deep:  # the constructor is not looked into
+            klass.attributes.update(dict.fromkeys(self._kept_parameters.get(klass.name, ()), "parameter"))
         for item in node.body:
             if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
                 dotted = self.names.dotted(item.value)

@@ -323,3 +323,28 @@ def test_an_autograd_function_without_backward(findings: Callable[[str], list[Fi
                 return grad, None
         """)
     assert [(each.rule, each.function) for each in findings(source)] == [("GS501", "Quiet")]
+
+
+def test_a_parameter_is_one_where_nothing_else_of_its_class_is_read(findings: Callable[[str], list[Finding]]) -> None:
+    source = HEAD + dedent("""
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(2))
+                self.shift: nn.Parameter = torch.nn.Parameter(torch.zeros(2))
+                self.step = torch.ones(2)
+
+            def forward(self, x):
+                kept = x * self.step.detach()
+                angles = torch.tensor([self.shift.cos(), self.shift.sin()])
+                return kept * self.scale.detach() + angles
+        """)
+    found = [(each.rule, each.severity, each.source[:7]) for each in findings(source) if each.severity != "note"]
+    assert found == [("GS203", "warning", "angles "), ("GS201", "warning", "return ")]
+
+
+def test_tensors_and_parameters_made_anew_in_passing(findings: Callable[[str], list[Finding]]) -> None:
+    body = "y = self.layer(x)\nboth = torch.as_tensor([y.mean(), y.sum()])\nweight = nn.Parameter(y)\nreturn both.sum() * weight"
+    assert [(each.rule, each.severity) for each in findings(method(body))] == [("GS203", "warning")] * 2
+    fine = "return torch.as_tensor(self.layer(x)), torch.as_tensor([x.shape[0]])"
+    assert findings(method(fine)) == []

@@ -117,7 +117,7 @@ class Runner:
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
         self._refuse_lent(recorder)
-        self._note_unheld(run)
+        self._note_unheld(run, named)
         run.strangers, run.guesses = recorder.provenance.strangers, recorder.modules.guesses
         if run.strangers:
             recorder.recording.unseen.append(
@@ -126,12 +126,17 @@ class Runner:
             )
         return run
 
-    def _note_unheld(self, run: Run) -> None:
-        """Note the sources that a step of training goes backward to and that its optimizers do not hold."""
+    def _note_unheld(self, run: Run, named: dict[str, nn.Parameter]) -> None:
+        """Note the sources that a step of training goes backward to and that its optimizers do not hold.
+
+        One that was made before the run holds the caller's own parameters, one made in it those of the run.
+        """
         recording = run.recording
         if recording.held and recording.passes:
             reached = (run.asked & recording.reached - run.frozen) & self._own.keys()
-            recording.unheld = sorted(name for name in reached if id(self._own[name]) not in recording.held)
+            recording.unheld = sorted(
+                name for name in reached if recording.held.isdisjoint((id(self._own[name]), id(named[name])))
+            )
 
     def _refuse_lent(self, recorder: Recorder) -> None:
         """Raise where the run used a parameter, or what was made of it before, that the model keeps elsewhere as well.

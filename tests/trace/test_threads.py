@@ -487,6 +487,27 @@ def test_what_no_optimizer_holds_is_noted_at_its_step(returns: bool, mode: str) 
     assert not gradscope.trace(trainer.step, mode=mode).findings
 
 
+class MakesItsOwn(nn.Module):
+    """A step as in Lightning's manual optimization, with an optimizer that is made in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        optimizer = torch.optim.Adam(self.parameters())
+        loss = self.net(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+
+@MODES
+def test_an_optimizer_that_is_made_in_the_step_holds_what_it_is_given(mode: str) -> None:
+    session = gradscope.trace(MakesItsOwn(), torch.ones(2, 4), entry="step", mode=mode)
+    assert session.verdict == "flows" and not session.findings
+
+
 def test_a_layer_that_is_registered_under_another_name_is_not_noted() -> None:
     layer = nn.Linear(4, 4)
     model = Related(layer=layer, layers=[layer], weights=[layer.weight])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from gradscope.assertion import asked_in_vain
 from gradscope.baseline import Baseline
 from gradscope.config import Config
 from gradscope.errors import ExitCode, UsageError
@@ -110,6 +111,8 @@ class Gate:
     def exit_code(self, session: Session) -> ExitCode:
         """Return 1 for a finding at or above the gate, 3 where what was asked could not be seen, else 0.
 
+        It is 1, too, where the result depends on nothing that was asked about by name: no gradient arrives there.
+
         What the baseline knows and what the configuration expects does not count. A check has the gravest code of
         its runs: 2 before all others, because then it did not check what it was to check.
         """
@@ -120,8 +123,9 @@ class Gate:
         grave = () if never else SEVERITIES[: SEVERITIES.index(self.fail_on) + 1]
         if any(finding.severity in grave for finding in session.findings if finding.counts):
             return ExitCode.FINDINGS
-        doubt = session.in_doubt and not never
-        return ExitCode.NOT_ANALYSED if doubt or ExitCode.NOT_ANALYSED in failures else ExitCode.CLEAN
+        if (session.in_doubt and not never) or ExitCode.NOT_ANALYSED in failures:
+            return ExitCode.NOT_ANALYSED
+        return ExitCode.FINDINGS if asked_in_vain(session) and not never else ExitCode.CLEAN
 
 
 def scan_verdict(findings: Iterable[Finding]) -> str:

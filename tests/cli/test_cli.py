@@ -128,3 +128,33 @@ def test_a_scan_of_one_file_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "1 file" in done.stdout
+
+
+SPARE = """
+from torch import nn
+
+class Spare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "first"),
+    [
+        ([], 0, "✓ flows  the gradient arrives"),
+        (["--wrt", "spare"], 1, "! flows  nothing asked about is used"),
+        (["--wrt", "spare", "--fail-on", "never"], 0, "! flows  nothing asked about is used"),
+        (["--wrt", "spare", "--wrt", "used"], 0, "✓ flows  the gradient arrives"),
+    ],
+)
+def test_no_gradient_arrives_where_nothing_asked_about_is_used(
+    options: list[str], code: int, first: str, tmp_path: Path
+) -> None:
+    (tmp_path / "models.py").write_text(SPARE)
+    done = gradscope("trace", "models.py:Spare", "--input", "2x4", *options, cwd=tmp_path)
+    assert done.returncode == code and done.stdout.startswith(first)

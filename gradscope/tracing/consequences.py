@@ -32,8 +32,8 @@ class Consequences:
             pending.leads_to = tuple(map(self._provenance.leaves_behind, tensors_in(result)))
         if name in ESCAPES:
             self._provenance.escapes.escaped(pending, result)
-        elif name in ENTRANCES and not pending.inputs and not is_constant(pending.place):
-            for tensor in tensors_in(result):
+        elif name in ENTRANCES and not pending.inputs and self._provenance.escapes.are_out:
+            for tensor in tensors_in(result) if not is_constant(pending.place) else ():
                 self._provenance.escapes.entered(tensor)
         for tensor in written:
             by_data = self._maker_of(pending).partition(".")[0] == "data"

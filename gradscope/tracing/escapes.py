@@ -55,9 +55,9 @@ class Escapes:
             (self._truths if isinstance(number, bool) else self._whole)[int(number)] = operation
 
     @property
-    def any(self) -> bool:
-        """Whether numbers that a floating tensor may be made of were taken out so far."""
-        return bool(self._calls)
+    def are_out(self) -> bool:
+        """Whether numbers were taken out so far."""
+        return bool(self._calls or self._whole or self._truths)
 
     def entered(self, tensor: torch.Tensor) -> int | None:
         """Return a value for a tensor of unknown origin, linked to the calls that took out what it may be made of.

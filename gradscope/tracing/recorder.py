@@ -343,7 +343,7 @@ class Recorder(TorchFunctionMode):
             args = args[1:]
         given = (*args, *kwargs.values()) if kwargs else args
         inputs = provenance.values_of(given)
-        if provenance.escapes.any:
+        if provenance.escapes.are_out:
             inputs += provenance.escapes.scalars_in(given)
         operation = self._new(name, inputs, place)
         if name in RULE_OF_OPERATION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 from collections import deque
@@ -122,8 +123,20 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def goes_backward(target: Any) -> bool:
-    """Tell a function that makes a step of training by the name ``backward`` in it, or in a function inside it."""
-    return isinstance(target, FunctionType) and any("backward" in code.co_names for code in _codes(target))
+    """Tell a function that makes a step of training: it calls ``backward()``, or steps with a closure that does.
+
+    One that defines a ``backward`` (of a custom function), or a function that calls one, may build a model.
+    """
+    if not isinstance(target, FunctionType):
+        return False
+    own, *inner = _codes(target)
+    return _asks_for(own, "backward") or (_asks_for(own, "step") and any(_asks_for(each, "backward") for each in inner))
+
+
+def _asks_for(code: CodeType, name: str) -> bool:
+    """Tell whether code reads an attribute of this name."""
+    reads = (each for each in dis.get_instructions(code) if each.opname in ("LOAD_ATTR", "LOAD_METHOD"))
+    return name in code.co_names and any(each.argval == name for each in reads)
 
 
 def _variables(function: FunctionType) -> dict[str, Any]:

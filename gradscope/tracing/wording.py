@@ -42,10 +42,10 @@ ADVICE = {
     "GS603": "Use the form that makes a new tensor (no trailing underscore, no inplace=True), or clone() before the "
     "write.",
     "GS604": "Pass use_reentrant=False, or let an input of the checkpoint require grad (enable_input_require_grads).",
-    "GS608": "detach() what is kept from call to call, or go backward once, from the sum of the losses.",
     "GS606": "Look at what the hook returns: it takes the place of the gradient.",
     "GS607": "Keep what goes in where the derivative is finite, before the call and not by where() after it: away from "
     "0 for sqrt, log, division and norm, inside (-1, 1) for acos, small for exp, no row masked wholly for softmax.",
+    "GS608": "detach() what is kept from call to call, or go backward once, from the sum of the losses.",
 }
 
 # The names that a user knows calls by; a comparison may come back with its sides swapped.

@@ -70,6 +70,38 @@ MODELS = """
     def steps():
         return step
 
+    def by_closure():
+        optimizer = torch.optim.LBFGS(trained.parameters())
+
+        def closure():
+            optimizer.zero_grad()
+            loss = trained(torch.ones(2, 4)).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    def with_its_own_backward():
+        class Twice(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad * 2
+
+        class Scaled(Net):
+            def forward(self, x):
+                return Twice.apply(super().forward(x))
+
+        return Scaled()
+
+    def with_a_trainer():
+        net = Net()
+        net.train_once = lambda x: net(x).sum().backward()
+        return net
+
     number = 3
 
     def raises():
@@ -207,7 +239,13 @@ def test_a_pipeline_is_a_target(ask) -> None:  # type: ignore[no-untyped-def]
     assert code == 1
 
 
-@pytest.mark.parametrize("name", ["step", "steps"])
+@pytest.mark.parametrize("name", ["with_its_own_backward", "with_a_trainer"])
+def test_a_builder_that_defines_a_backward_is_no_step(ask, name: str) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = ask(f"models.py:{name}", "--input", "2x4")
+    assert code == 0 and f"models.py:{name}.forward(2x4 float32)" in out and "goes backward itself" not in out
+
+
+@pytest.mark.parametrize("name", ["step", "steps", "by_closure"])
 def test_a_step_of_training_is_a_target(ask, name: str) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = ask(f"models.py:{name}")
     assert code == 0

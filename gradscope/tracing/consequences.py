@@ -33,7 +33,7 @@ class Consequences:
         if name in ESCAPES:
             self._provenance.escapes.escaped(pending, result)
         elif name in ENTRANCES and not pending.inputs and self._provenance.escapes.are_out:
-            for tensor in tensors_in(result) if not is_constant(pending.place) else ():
+            for tensor in tensors_in(result) if not is_constant(pending.place, name) else ():
                 self._provenance.escapes.entered(tensor)
         for tensor in written:
             by_data = self._maker_of(pending).partition(".")[0] == "data"

@@ -259,16 +259,19 @@ def expression(place: Place) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def is_constant(place: Place | None) -> bool:
-    """Tell whether a call makes a tensor of numbers that stand there: ``torch.tensor([0.5, 1.0])``."""
+def is_constant(place: Place | None, name: str) -> bool:
+    """Tell whether the calls of a name at a place are given numbers that stand there: ``torch.tensor([0.5, 1.0])``."""
     try:
-        call = ast.parse(expression(place) if place else "", mode="eval").body
-        if not isinstance(call, ast.Call):
-            return False
-        given = call.args[1:] if ast.unparse(call.func).endswith("full") else call.args  # full(size, number)
-        return bool(given) and all(isinstance(ast.literal_eval(each), (int, float, list, tuple)) for each in given)
+        parts = ast.walk(ast.parse(expression(place) if place else ""))
+        calls = [each for each in parts if isinstance(each, ast.Call) and ast.unparse(each.func).endswith(name)]
+        given = [each.args[1:] if name == "full" else each.args for each in calls]  # full(size, number)
+        return bool(calls) and all(map(_stand_there, given))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return False
+
+
+def _stand_there(nodes: list[ast.expr]) -> bool:
+    return bool(nodes) and all(isinstance(ast.literal_eval(each), (int, float, list, tuple)) for each in nodes)
 
 
 def source_site(place: Place, mechanism: str) -> Site:

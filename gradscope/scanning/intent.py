@@ -13,7 +13,7 @@ from gradscope.scanning.package import Package, Place
 _SETUP = re.compile(
     r"^(?:__init__|__post_init__|_?init(?:ialize|ialise)?(?:_.*)?|_?reset(?:_.*)?|_?load(?:_.*)?|from_.*|_?convert(?:_.*)?|"
     r"to_.*|_?fuse(?:_.*)?|_?merge(?:_.*)?|\w*_merge_(?:lora|adapter|weight)\w*|_?unmerge(?:_.*)?|_?(?:un)?freeze(?:_.*)?|_?resize_(?:token|position|pos).*|"
-    r"_?tie_.*|_?set_.*|_?register.*|_?copy_.*|_?quantize.*|_?dequantize.*|_?prune.*|_?smart_.*|_?reparametri[sz]e.*|"
+    r"_?tie_.*|_?set_(?!(?:\w+_)?(?:images?|video|audio|text|prompt)(?:_|$)).*|_?register.*|_?copy_.*|_?quantize.*|_?dequantize.*|_?prune.*|_?smart_.*|_?reparametri[sz]e.*|"
     r"switch_to_deploy|train|eval|to|half|cuda|cpu|float|apply|add_adapter|add_weighted_adapter|_?update_(?:layer|adapter).*|extra_repr|state_dict|_?save.*|"
     r"_?create_.*|_?build(?:_.*)?|_?make_.*|_?get_.*(?:pos|mask|anchor|grid|freq|table|coords?).*|_?compute_freqs.*|"
     r"_?precompute.*|_?dynamic_frequency_update|_?expand_.*)$"

@@ -311,9 +311,13 @@ class Judge:
         owner = self.reach.owner(place)
         runs_model = any(atom.startswith(("call:", "attr:")) for atom in live)
         is_inner = place.name.rpartition(".")[0] in facts.functions
-        if (name.startswith("_") and name not in FORWARDS) or is_inner or not (owner or runs_model):
-            return Judgement(facts, site, "note", "possible", f"{where(site)}; no forward pass was seen to call it.")
         report = self.report_of.get(owner) if owner else None
+        if (name.startswith("_") and name not in FORWARDS) or is_inner or not (owner or runs_model):
+            way = self._way_through(report, place, site) if report and not is_inner else None
+            if way is not None:
+                message = f"{where(site)}, and {way.steps[0].name} leads here: it is for inference only."
+                return Judgement(facts, site, "warning", "likely", message, way.steps)
+            return Judgement(facts, site, "note", "possible", f"{where(site)}; no forward pass was seen to call it.")
         entry = next((each for each in report.entries if each.place == place), None) if report else None
         advice = ""
         if entry and entry.alternatives:
@@ -325,6 +329,16 @@ class Judge:
         is_part = name in FORWARDS or (site.how == "block" and self.reach.flows(place, owner))
         what = "what comes out of it carries no gradient" if is_part else "it is for inference only"
         return Judgement(facts, site, "warning", "likely", f"{where(site)}: {what}.", advice=advice)
+
+    def _way_through(self, report: ClassReport, place: Place, site: Site) -> Chain | None:
+        """Return the way from a public method of an object that is no module (a predictor) to a method switched off.
+
+        A block may compute a part of the result only, and a module is trained by its forward pass.
+        """
+        if report.is_module or site.how != "decorator":
+            return None
+        chains = (entry.chain for entry in report.entries if entry.chain)
+        return next((chain for chain in chains if (place, site) in chain.sites), None)
 
     def _operation(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         if site.rule in ("GS501", "GS502"):

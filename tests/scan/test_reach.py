@@ -286,12 +286,12 @@ def test_a_method_that_is_asked_about_is_not_excused_by_its_purpose(tmp_path: Pa
                 self.model = model
 
             @torch.no_grad()
-            def set_image(self, x):
+            def set_reference(self, x):
                 self.features = self.model(x)
         """
     package = str(write(tmp_path, {"__init__": "", "net": source}))
     assert [each.severity for each in scan(package, cache=False).findings] == ["note"]
-    session = scan(package, entry=("Predictor.set_image",), cache=False)
+    session = scan(package, entry=("Predictor.set_reference",), cache=False)
     assert [each.severity for each in session.findings] == ["error"]
     assert session.findings[0].message.endswith("runs under no_grad: what comes out of it carries no gradient.")
 
@@ -483,3 +483,45 @@ def test_what_methods_on_a_cycle_do_depends_on_no_order(tmp_path: Path) -> None:
     ways = ["ahead", "back", "leaf"]
     assert {name: found[f"Walker.{name}"] for name in ways} == dict.fromkeys(ways, ("clean", []))
     assert found["Walker.forward"][0] == "blocked"
+
+
+PREDICTOR = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    class Predictor:
+        def __init__(self, net: Net):
+            self.net = net
+
+        @torch.no_grad()
+        def set_image(self, image: torch.Tensor):
+            self.features = self.net(image)
+
+        @torch.no_grad()
+        def set_threshold(self, value: torch.Tensor):
+            self.threshold = self.net(value)
+
+        def predict(self, points: torch.Tensor):
+            return self._predict(points)
+
+        @torch.no_grad()
+        def _predict(self, points: torch.Tensor):
+            return self.net(points)
+
+        @torch.no_grad()
+        def _unused(self, points: torch.Tensor):
+            return self.net(points)
+    """
+
+
+def test_a_predictor_is_for_inference_also_where_the_switch_is_inside_it(tmp_path: Path) -> None:
+    session = scan(str(write(tmp_path, {"predictor": PREDICTOR})), cache=False)
+    found = {each.function.rpartition(".")[2]: each for each in session.findings}
+    assert {name: each.severity for name, each in found.items()} == {
+        "set_image": "warning", "set_threshold": "note", "_predict": "warning", "_unused": "note",
+    }  # fmt: skip
+    assert found["_predict"].chain == ("Predictor.predict", "Predictor._predict")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from gradscope.findings import Finding, matches
+from gradscope.findings import Finding, listed
 from gradscope.session import Session
 
-MOST_NAMES = 3
 MOST_OTHERS = 4
 # What is wrong with a source, by its status; the gravest comes first.
 COMPLAINTS = {
@@ -39,9 +38,7 @@ def unmet(session: Session) -> list[Finding]:
 
 def asked_in_vain(session: Session) -> tuple[str, ...]:
     """Return the sources that were asked about by name, where the result depends on none of them."""
-    wrt = session.target.get("wrt") or ()
-    asked = [source for name, source in session.sources.items() if matches(name, wrt)]
-    return tuple(source.name for source in asked) if all(source.status == "unused" for source in asked) else ()
+    return tuple(session.sources) if session.target.get("wrt") and session.is_idle else ()
 
 
 def require_flow(session: Session) -> Session:
@@ -65,25 +62,20 @@ def failure_text(session: Session) -> str:
         first, others = findings[0], findings[1:]
         # The parameters first: an input may be there that nobody asked about.
         lost = sorted((n for n in first.cuts if n in session.sources), key=lambda n: session.sources[n].kind == "input")
-        lines += [] if crash else [f"{_complaint(session, first)} {_names(tuple(lost) or first.cuts)}"]
+        lines += [] if crash else [f"{_complaint(session, first)} {listed(tuple(lost) or first.cuts) or 'anything'}"]
         lines += [f"  {_place(first)}{f', in {first.function}' if first.function else ''}", f"  > {first.source}"]
         lines += [f"  {first.message}"]
         lines += [f"  {'behind it' if each.behind else 'and also'}: {_place(each)}" for each in others[:MOST_OTHERS]]
         lines += [f"  and {len(others) - MOST_OTHERS} more findings"] if len(others) > MOST_OTHERS else []
         lines += [f"  {_fix(session)}", f"  {first.fix}"]
     if not lines and asked_in_vain(session):
-        lines = [f"the result does not depend on {_names(asked_in_vain(session))}: there is no gradient to arrive"]
+        lines = [f"the result does not depend on {listed(asked_in_vain(session))}: there is no gradient to arrive"]
     return "\n".join(line for line in lines if line.strip(" >"))
 
 
 def _complaint(session: Session, finding: Finding) -> str:
     found = {session.sources[name].status for name in finding.cuts if name in session.sources}
     return next((words for status, words in COMPLAINTS.items() if status in found), "the gradient is lost for")
-
-
-def _names(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return (", ".join(names[:MOST_NAMES]) or "anything") + more
 
 
 def _place(finding: Finding) -> str:

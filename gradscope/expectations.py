@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from gradscope.findings import Excerpt, Finding, Source, matches
+from gradscope.findings import Excerpt, Finding, Source, listed, matches
 from gradscope.rules import rule_name
 from gradscope.session import Session
 
@@ -22,7 +22,6 @@ MET_BY = {
     "partial": {"partial"},
     "unused": {"unused"},
 }
-MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +152,7 @@ def _finding(expectation: Expectation, key: str, message: str, fix: str, cuts: t
 
 
 def _sources(sources: Sequence[Source]) -> str:
-    names = [source.name for source in sources]
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{', '.join(names[:MOST_NAMED])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{listed([source.name for source in sources])} {'is' if len(sources) == 1 else 'are'}"
 
 
 def _statuses(sources: Sequence[Source]) -> str:

@@ -24,6 +24,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names and how many there are beside them: ``a, b, c and 4 more``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Excerpt:
     """The lines of source around a finding; ``first`` is the number of the first one, counted from 1."""

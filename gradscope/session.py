@@ -107,8 +107,12 @@ class Session:
         """Tell whether the answer hangs on what could not be seen: files unread, or a result with no known origin."""
         if self.kind == "check":
             return any(run["in_doubt"] for run in self.runs)
-        unused = bool(self.sources) and self.count("unused") == len(self.sources)
-        return bool(self.unseen) and (self.kind == "scan" or unused)
+        return bool(self.unseen) and (self.kind == "scan" or self.is_idle)
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether the result depends on nothing that was asked about: no gradient is lost, and none arrives."""
+        return bool(self.sources) and self.count("unused") == len(self.sources)
 
     def count(self, status: str) -> int:
         """Return how many sources have this status."""

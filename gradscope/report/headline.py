@@ -32,7 +32,7 @@ def headline(session: Session) -> Headline:
     tone = TONES[session.verdict]
     if session.kind != "scan":
         words = terminal.words_for(session) or terminal.VERDICTS[session.verdict][1]
-        if "zero in places" in words or (tone == "good" and terminal.is_idle(session)):
+        if "zero in places" in words or (tone == "good" and session.is_idle):
             tone = "warn"
         return Headline(tone, SIGNS[tone], session.verdict, f"{words[0].upper()}{words[1:]}.")
     counts = Counter(finding.severity for finding in session.findings)

@@ -41,14 +41,9 @@ def words_for(session: Session) -> str:
         if "nondifferentiable" in found:
             return "there is no useful derivative on the way"
         return "the gradient arrives as NaN or infinite" if bad else "the gradient arrives and is wrong"
-    if is_idle(session):
+    if session.is_idle:
         return "nothing asked about is used for the result: there is no gradient to arrive"
     return "the gradient arrives, and is zero in places" if session.verdict == "flows" and "zero" in found else ""
-
-
-def is_idle(session: Session) -> bool:
-    """Tell whether the result depends on nothing that was asked about: no gradient is lost, and none arrives."""
-    return {source.status for source in session.sources.values()} == {"unused"}
 
 
 class _TracePage(Page):
@@ -69,7 +64,7 @@ class _TracePage(Page):
         session = self.session
         colour, words = VERDICTS[session.verdict]
         sign = self.sign("yes" if session.verdict == "flows" else "blocked")
-        if session.verdict == "flows" and is_idle(session):
+        if session.verdict == "flows" and session.is_idle:
             colour, sign = "yellow", self.sign("maybe")
         target = session.target
         words = words_for(session) or words

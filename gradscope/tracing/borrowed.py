@@ -79,7 +79,9 @@ def made_subject(
 
 def sentence_about(model: nn.Module, entry: str | None) -> str:
     """Return what the signature of the method entered says, in a sentence."""
-    method = model.call if isinstance(model, Holder) else getattr(model, entry or "forward", None)
+    method: Any = getattr(model, entry or "forward", None)
+    if isinstance(model, Holder):
+        method, entry = model.call, model.entry
     try:
         names = list(inspect.signature(method).parameters) if method is not None else []
     except (TypeError, ValueError):
@@ -94,7 +96,6 @@ def sentence_about(model: nn.Module, entry: str | None) -> str:
         shape = f"; its first linear layer takes [..., {first.in_features}]"
     elif isinstance(first, nn.Embedding):
         shape = f"; its first embedding takes integers below {first.num_embeddings}"
-    entry = model.entry if isinstance(model, Holder) else entry
     return f"Its {entry or 'forward'} takes ({', '.join(names)}){shape}."
 
 

@@ -11,14 +11,11 @@ import torch
 # ``torch.autograd.grad``; and the calls that give a derivative of what they take in (the other one in forward mode).
 DERIVES = "grad"
 DERIVATIVES = frozenset({DERIVES, "_unpack_dual"})
-# Calls that leave the tensor world with numbers in hand.
-ESCAPES = frozenset(
-    {"numpy", "tolist", "item", "__float__", "__int__", "__array__", "__index__", "__dlpack__", "pickle"}
-)
-# Of these, the ones that take all numbers of a tensor.
-WHOLE = frozenset({"numpy", "__array__", "__dlpack__", "tolist"})
-# And the ones after which others can write into the tensor.
+# Calls that hand out the memory of a tensor: others can read it, and write into it.
 SHARES_MEMORY = frozenset({"numpy", "__array__", "__dlpack__"})
+# Those, and the other one, that take all numbers of a tensor; and all that leave the tensor world with some in hand.
+WHOLE = SHARES_MEMORY | {"tolist"}
+ESCAPES = WHOLE | {"item", "__float__", "__int__", "__index__", "pickle"}
 # Calls that make a tensor of numbers that Python holds.
 ENTRANCES = frozenset("tensor new_tensor as_tensor asarray full linspace logspace scalar_tensor".split())
 # What is to be noted of beyond its result.

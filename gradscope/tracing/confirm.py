@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from gradscope.findings import listed
 from gradscope.tracing.cuts import Cut, cut_at
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.numeric import CannotCheck, Checked, check
@@ -51,9 +52,9 @@ def confirm(subject: Subject, proof: Proof) -> list[str]:
     wrong = {name for name, answer in checked.answers.items() if answer == "differs"
              and (diagnosis.statuses[name] in ("flows", "zero") or name in spoiled)}  # fmt: skip
     remarks += _blame_wrong(proof, wrong, checked) if wrong else []
-    unclear = [name for name, answer in checked.answers.items() if answer == "unclear"]
+    unclear = sorted(name for name, answer in checked.answers.items() if answer == "unclear")
     if unclear:
-        remarks.append(f"Finite differences do not converge for {_listed(unclear)}: a kink, or lower precision inside.")
+        remarks.append(f"Finite differences do not converge for {listed(unclear)}: a kink, or lower precision inside.")
     return remarks
 
 
@@ -138,7 +139,7 @@ def _blame_wrong(proof: Proof, wrong: set[str], checked: Checked) -> list[str]:
     if kept:
         where = sorted({f"{site.path}:{site.line}" for site in surrogates})
         remarks.append(
-            f"{_listed(kept)}: the gradient is a surrogate (straight-through), not the derivative."
+            f"{listed(sorted(kept))}: the gradient is a surrogate (straight-through), not the derivative."
             + (f" See {', '.join(where)}." if where else "")
         )
     return remarks
@@ -182,8 +183,3 @@ def _suspects(
     escapes = [op for op in recording.escapes if op.name == "numpy" and op.place and set(op.inputs) & values]
     return [cuts.setdefault(site, Cut(site, "GS603", words=SHARED_MEMORY))
             for site in dict.fromkeys(source_site(op.place, op.name) for op in escapes if op.place)]  # fmt: skip
-
-
-def _listed(names: Iterable[str]) -> str:
-    some = sorted(names)
-    return ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gradscope.tracing.calls import COLLECTIVES, DERIVES
+from gradscope.tracing.calls import COLLECTIVES, DERIVES, SHARES_MEMORY
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.recording import Loss, Operation, Recording, Refusal, Site
 
@@ -21,7 +21,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("sample",), "GS205"),
     **dict.fromkeys(COLLECTIVES, "GS206"),
     DERIVES: "GS207",
-    **dict.fromkeys(("numpy", "__array__", "__dlpack__"), "GS301"),
+    **dict.fromkeys(SHARES_MEMORY, "GS301"),
     **dict.fromkeys(_SCALARS.split(), "GS302"),
     **dict.fromkeys(_INDICES.split(), "GS401"),
     **dict.fromkeys(_COMPARISONS.split(), "GS402"),

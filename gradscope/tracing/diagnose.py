@@ -25,8 +25,9 @@ _ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __ia
 
 @dataclass(slots=True)
 class Diagnosis:
-    """What one run showed: a status per source, and the cuts in the order met; ``untold`` are calls that took numbers
-    out of torch which no cut tells of and nobody follows.
+    """What one run showed: a status per source, and the cuts in the order met.
+
+    ``untold`` are the places where numbers were taken out of torch that no cut tells of and nobody follows.
     """
 
     statuses: dict[str, str]
@@ -35,7 +36,7 @@ class Diagnosis:
     live: set[int]
     losses: list[tuple[Operation, int]] = field(default_factory=list)
     surrogates: set[str] = field(default_factory=set)
-    untold: list[Operation] = field(default_factory=list)
+    untold: list[Site] = field(default_factory=list)
 
     def needs(self, site: Site) -> bool:
         """Tell whether some source is lost only where this region is active.
@@ -262,19 +263,19 @@ def _add_escapes(cuts: dict[Site, Cut], recording: Recording, walks: Walks, want
 
 def _untold(
     cuts: dict[Site, Cut], statuses: dict[str, str], recording: Recording, walks: Walks, bits: dict[str, int]
-) -> list[Operation]:
-    """Return the calls after which the numbers of a source may matter unseen.
+) -> list[Site]:
+    """Return the places after which the numbers of a source may matter unseen.
 
     All numbers of a tensor that else gets its gradient went to numpy or a list; or whole numbers (which row, how
     many) that were worked out of a source that seems unused went into Python.
     """
     flows, unused = (_bits_of(statuses, status, bits) for status in ("flows", "unused"))
-    found = []
+    found: dict[Site, None] = {}
     for operation in recording.escapes:
         whole = union(walks.smooth, operation.inputs) & flows if operation.name in WHOLE else 0
         if operation.place is not None and (whole or union(walks.data, operation.inputs) & unused):
-            found.append(operation)
-    return [each for each in found if each.place and source_site(each.place, each.name) not in cuts]
+            found[source_site(operation.place, operation.name)] = None
+    return [site for site in found if site not in cuts]
 
 
 def _add_partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gradscope.errors import first_line
+from gradscope.findings import listed
 from gradscope.tracing.cuts import FREED, LET_GO, USES_FREED, Cut, blamed, cut_at
 from gradscope.tracing.diagnose import diagnose
 from gradscope.tracing.propagation import linked_sources
@@ -164,5 +165,4 @@ def _say_what_is_unused(recording: Recording, pending: Operation, cut: Cut) -> N
     derived = dataclasses.replace(recording, sinks=tuple(each for each in pending.inputs if each not in asked))
     unused = sorted(set(asked.values()) - linked_sources(derived))
     if unused and len(derived.sinks) < len(pending.inputs):
-        some = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-        cut.words = f"what is derived does not depend on {some}: {first_line(recording.error or Exception())}"
+        cut.words = f"what is derived does not depend on {listed(unused)}: {first_line(recording.error or Exception())}"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradscope.errors import UsageError
-from gradscope.findings import matches
+from gradscope.findings import listed, matches
 from gradscope.session import Remedy
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -120,7 +120,4 @@ def _refuse_unknown(patterns: tuple[str, ...], matching: dict[str, bool], option
     """Raise where a pattern names no source: what was asked about would silently be something else."""
     unknown = [pattern for pattern in patterns if not matching[pattern]]
     if unknown:
-        more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-        raise UsageError(
-            f"No source matches {option} {unknown[0]!r}.", hint=f"There are: {', '.join(names[:MOST_SHOWN])}{more}."
-        )
+        raise UsageError(f"No source matches {option} {unknown[0]!r}.", hint=f"There are: {listed(names, MOST_SHOWN)}.")

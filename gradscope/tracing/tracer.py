@@ -11,14 +11,13 @@ import torch
 
 from gradscope._version import __version__
 from gradscope.errors import first_line
-from gradscope.findings import SEVERITIES, Finding, Source, matches
+from gradscope.findings import SEVERITIES, Finding, Source, listed, matches
 from gradscope.flow import FlowGraph
 from gradscope.paths import short_path
 from gradscope.session import Session
 from gradscope.tracing.confirm import confirm
 from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
-from gradscope.tracing.frames import source_site
 from gradscope.tracing.propagation import reaching
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.runner import Runner
@@ -173,11 +172,10 @@ def _crash(proof: Proof) -> dict[str, object] | None:
 
 def _gone_unseen(proof: Proof) -> list[str]:
     """Name the places where numbers left torch and no finding tells what that costs."""
-    sites = {source_site(each.place, each.name): each for each in proof.diagnosis.untold if each.place}
     return [
         f"{called(site.mechanism)} at {short_path(site.path)}:{site.line} takes numbers out of torch, where nothing "
         "follows them: whether the result needs them is not known (--numeric asks it)."
-        for site in list(sites)[:MOST_PLACES]
+        for site in proof.diagnosis.untold[:MOST_PLACES]
     ]
 
 
@@ -236,7 +234,7 @@ def _on_unused(proof: Proof, sources: Collection[Source]) -> list[str]:
     if not unused or all(source.status == "unused" for source in sources):
         return []
     return [
-        f"The result does not depend on {_listed(unused)}: no gradient comes there, of which "
+        f"The result does not depend on {_by_module(unused)}: no gradient comes there, of which "
         "DistributedDataParallel complains (find_unused_parameters)."
     ]
 
@@ -247,8 +245,8 @@ def _is_all_frozen(subject: Subject, proof: Proof) -> bool:
     return not (subject.wrt or subject.trainable or first.parameters - first.frozen) and first.parameters <= first.asked
 
 
-def _listed(names: list[str]) -> str:
+def _by_module(names: list[str]) -> str:
     """Name parameters by their modules, the first few."""
     owners = Counter(name if name.startswith("input.") else name.rpartition(".")[0] or name for name in names)
     some = [f"{owner} ({count})" if count > 1 else owner for owner, count in owners.items()]
-    return ", ".join(some[:MOST_NAMED]) + (f" and {len(some) - MOST_NAMED} more" if len(some) > MOST_NAMED else "")
+    return listed(some, MOST_NAMED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.findings import Confidence, Finding, Severity
+from gradscope.findings import Confidence, Finding, Severity, listed
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.tracing.calls import DERIVES
@@ -148,10 +148,10 @@ def optimizer_findings(recording: Recording, count: int) -> list[Finding]:
         user = next((each for each in recording.operations if value in each.inputs and each.place), None)
         if user is not None and user.place is not None:
             names.setdefault(source_site(user.place, "parameters"), []).append(name)
-    notes = [(site, found, f"{_some(found)}: {UNREGISTERED}", REGISTER) for site, found in names.items()]
+    notes = [(site, found, f"{listed(found)}: {UNREGISTERED}", REGISTER) for site, found in names.items()]
     if recording.unheld and recording.stepped is not None:
         site = source_site(recording.stepped, "step")
-        notes.append((site, recording.unheld, f"{_some(recording.unheld)}: {UNHELD}", HOLD))
+        notes.append((site, recording.unheld, f"{listed(recording.unheld)}: {UNHELD}", HOLD))
     return [
         Finding(
             id=f"F{count + number}",
@@ -248,10 +248,6 @@ def _advice(cut: Cut) -> str:
     family = "GS4" if cut.flat or cut.stepped else cut.rule[:3]
     advice = cut.advice or ADVICE_INSIDE.get(cut.via) or ADVICE.get(cut.rule) or ADVICE.get(site.mechanism)
     return (advice or ADVICE.get(family, "")).format(mechanism=cut.via or called(site.mechanism))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def called(mechanism: str) -> str:

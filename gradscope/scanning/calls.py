@@ -89,15 +89,11 @@ class Calls(Expressions):
             self.report(node, "GS402", name, value)
         if name == "detach":
             return Value(self.report(node, "GS201", "torch.detach()", value), "tensor")
-        # as_tensor() of a tensor is that tensor
-        makes_anew = name in ("tensor", "from_numpy") or (
-            name in ("as_tensor", "asarray") and bool(node.args) and isinstance(node.args[0], (ast.List, ast.ListComp))
-        )
-        if name == "Parameter" and given and value.kind == "tensor" and value.atoms:
+        if name == "Parameter" and _carries(value):
             return Value(self.report(node, "GS203", "nn.Parameter", value), "tensor")
-        if makes_anew and given:
+        if given and _makes_anew(node, name):
             value = given[0]  # the others say which dtype and device
-            if value.kind == "tensor" and value.atoms:
+            if _carries(value):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
             return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "tensor")
         if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
@@ -118,7 +114,7 @@ class Calls(Expressions):
     def _hard_mask(self, node: ast.Compare) -> None:
         """``(score > 0.5).float()``: numbers again, and no gradient into the score."""
         compared = joined(self._silently([node.left, *node.comparators]))
-        if compared.kind == "tensor" and compared.atoms:
+        if _carries(compared):
             self.report(node, "GS402", "comparison", compared)
 
     def _function(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
@@ -136,7 +132,7 @@ class Calls(Expressions):
             return INDEX
         if last[:1].isupper():
             self.hand_out(given)
-        if last == "Parameter" and given and value.kind == "tensor" and value.atoms:
+        if last == "Parameter" and _carries(value):
             self.report(node, "GS203", "nn.Parameter", value)
         if isinstance(node.func, ast.Name) and node.func.id in self.env:
             return self._local(node, node.func.id, value)
@@ -191,7 +187,7 @@ class Calls(Expressions):
         if name in ("to", "type") and any(map(self._is_integer_type, (*node.args, *(k.value for k in node.keywords)))):
             self._index_valued(node, "long", base)
             return INDEX
-        if name == "new_tensor" and given and given[0].kind == "tensor" and given[0].atoms:
+        if name == "new_tensor" and given and _carries(given[0]):
             return Value(self.report(node, "GS203", ".new_tensor()", given[0]), "tensor")
         if name in ("float", "to", "type_as", "double", "half") and isinstance(func.value, ast.Compare):
             self._hard_mask(func.value)
@@ -240,6 +236,17 @@ _ESCAPES = {
 
 
 FROZEN = "frozen, and frozen is not blocked"
+
+
+def _carries(value: Value) -> bool:
+    """Tell whether a value is a tensor that was computed of something."""
+    return value.kind == "tensor" and bool(value.atoms)
+
+
+def _makes_anew(node: ast.Call, name: str) -> bool:
+    """Tell whether torch makes a new tensor of what it is given; ``as_tensor`` of a tensor is that tensor."""
+    is_listed = bool(node.args) and isinstance(node.args[0], (ast.List, ast.ListComp))
+    return name in ("tensor", "from_numpy") or (name in ("as_tensor", "asarray") and is_listed)
 
 
 def _switches_off(node: ast.Call) -> bool:

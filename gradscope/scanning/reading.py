@@ -47,9 +47,9 @@ _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
 _INITIALISER = re.compile(rf"(no_grad|inference_mode)(?:\(\))?\n[ \t]+def (?:{'|'.join(INITIALISERS)})\(")
 
-# ``self.scale = nn.Parameter(...)``, and where a parameter is made anywhere.
-_KEPT_PARAMETER = re.compile(r"self\.(\w+)(?:[ \t]*:[^=\n]*)?[ \t]*=[ \t]*(?:[\w.]+\.)?Parameter\(")
+# Where a parameter is made, and the line up to there: ``self.scale = nn.Parameter(...)``.
 _MAKES_PARAMETER = "Parameter("
+_KEEPS = re.compile(r"[ \t]*self\.(\w+)(?:[ \t]*:[^=\n]*)?[ \t]*=[ \t]*(?:[\w.]+\.)?$")
 _DEF = re.compile(r"def[ \t]+(\w+)")
 # Where parameters are made once: constructors, and what prepares or converts a model.
 _MAKES_ONCE = re.compile(
@@ -162,9 +162,10 @@ def tensor_ops(source: str) -> list[int]:
 def kept_parameters(source: str) -> dict[str, list[str]]:
     """Return the names of the parameters that each top-level class keeps, by its name, without parsing."""
     kept: dict[str, list[str]] = {}
-    for match in _KEPT_PARAMETER.finditer(source) if _MAKES_PARAMETER in source else ():
-        owner = HEADER.match(source, max(source.rfind("\nclass ", 0, match.start()), 0))
-        if owner is not None:
+    for at in _places(source, _MAKES_PARAMETER):
+        match = _KEEPS.match(source[source.rfind("\n", 0, at) + 1 : at])
+        owner = HEADER.match(source, max(source.rfind("\nclass ", 0, at), 0)) if match else None
+        if match is not None and owner is not None:
             kept.setdefault(owner[1], []).append(match[1])
     return kept
 

@@ -140,7 +140,7 @@ def _cut_of_refusal(cuts: dict[Site, Cut], recording: Recording, operation: Oper
     cut.advice = refusal.advice
     if culprit.name == DERIVES and refusal.write is None:
         cut.words, cut.advice = SECOND, DERIVABLE
-    if recording.is_step(culprit.index):
+    if recording.training.has_step(culprit.index):
         cut.via, cut.advice = "optimizer.step", STEP_LATER
     cut.raises = cut.raises or refusal.raises
     return cut

@@ -60,7 +60,7 @@ class Diagnosis:
 def diagnose(recording: Recording) -> Diagnosis:
     """Return the status of every source and the cuts that explain the lost ones."""
     diagnosis = _diagnose(recording)
-    if recording.went_back and len(recording.passes) > 1 and "partial" in diagnosis.statuses.values():
+    if recording.went_back and len(recording.training.judged) > 1 and "partial" in diagnosis.statuses.values():
         _excuse(diagnosis, recording)
     return diagnosis
 
@@ -70,7 +70,8 @@ def _excuse(diagnosis: Diagnosis, recording: Recording) -> None:
 
     A discriminator is trained on what a generator gave out, detached, and the generator in a pass of its own.
     """
-    each = [_diagnose(replace(recording, sinks=sinks, reached=reached)).statuses for sinks, reached in recording.passes]
+    passes = [(each.values, each.reached or frozenset()) for each in recording.training.judged]
+    each = [_diagnose(replace(recording, sinks=sinks, reached=reached)).statuses for sinks, reached in passes]
     for name in [name for name, status in diagnosis.statuses.items() if status == "partial"]:
         found = {statuses[name] for statuses in each}
         if "flows" in found and "partial" not in found:

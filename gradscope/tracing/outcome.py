@@ -60,33 +60,29 @@ class Outcome:
         self._workshop = workshop
         self._built = built
         self._graphs = graphs
-        self._own: list[int] = []
-        self._own_reached: frozenset[str] = frozenset()
 
-    def note_own(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Take note of what the target is about to go backward from; return the leaves that it arrives at.
+    def look_ahead(self, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], frozenset[str]]:
+        """Return the leaves, and the sources, that the target is about to reach by going backward itself.
 
         Without numbers an optimizer's step changes nothing: whether it spoils this backward pass is not known.
         """
-        if self._recording.steps and self._workshop.mode == "structural":
+        if self._recording.training.steps and self._workshop.mode == "structural":
             raise CannotTell(
                 "It goes backward after an optimizer's step: what that spoils is seen only by computing.",
                 hint="Use --mode real.",
             )
-        self._own += self._recorder.value_ids(tensors)
         graph = self._walked(tensors)
-        reached = self._reached(graph, self._named())
-        self._own_reached |= reached
-        self._recording.passes.append((self._recorder.value_ids(tensors), reached))
-        return graph.leaves
+        return graph.leaves, self._reached(graph, self._named())
 
     def read(self, result: Any, run: Run, backward: Pass) -> None:
         """Write down what the result came to, and what a backward pass from it gives."""
         recording = self._recording
         sinks = [tensor for tensor in results_in(result) if tensor.is_floating_point() or tensor.is_complex()]
+        own = dict.fromkeys(value for each in recording.training.judged for value in each.values)
         given_out = self._recorder.value_ids([sink for sink in sinks if sink.requires_grad])
-        if self._own and set(given_out) <= set(self._own):  # nothing, or the loss that it has gone backward from
-            recording.sinks, recording.reached = tuple(dict.fromkeys(self._own)), self._own_reached
+        if own and own.keys() >= set(given_out):  # nothing, or the loss that it has gone backward from
+            recording.sinks = tuple(own)
+            recording.reached = frozenset().union(*(each.reached or () for each in recording.training.judged))
             recording.walked = recording.went_back = True
             return
         if not sinks and left_torch(result):
@@ -198,7 +194,7 @@ class Outcome:
             said = in_words(result.error)
             run.recording.unseen.append(f"Gradients were not measured, since the backward pass ended with {said}")
             return
-        if self._own and result.error is not None and FREED in str(result.error):
+        if run.recording.training.judged and result.error is not None and FREED in str(result.error):
             run.recording.unseen.append(
                 "The target goes backward itself, which frees the graph: what gradients are worth was not measured."
             )

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -39,10 +39,12 @@ from gradscope.tracing.cuts import RULE_OF_OPERATION
 from gradscope.tracing.frames import Places, call_chain, function_place, inside_of, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
 from gradscope.tracing.provenance import Provenance, hides_tensors, tensors_in
-from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Region, Site
+from gradscope.tracing.recording import CONSTRUCTOR, BackwardPass, Operation, Place, Recording, Region, Site
 from gradscope.tracing.scopes import OpenScopes, Threads
 from gradscope.tracing.subject import Caller
 
+# What tells, of tensors that the target is about to go backward from, the leaves and the sources that it will reach.
+LookAhead: TypeAlias = Callable[[list[torch.Tensor]], tuple[list[torch.Tensor], frozenset[str]]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -60,11 +62,6 @@ def _unwatched(method: Callable[P, R]) -> Callable[P, R]:
 
 def nothing_written(tensor: torch.Tensor) -> None:
     """Take no notice of a tensor that is about to change in place."""
-
-
-def nothing_behind(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Take no notice of a backward pass that the target makes, and of what it arrives at."""
-    return []
 
 
 class Recorder(TorchFunctionMode):
@@ -88,7 +85,7 @@ class Recorder(TorchFunctionMode):
         self.modules = ModuleCalls(self.recording, self.provenance, self._record_module)
         self._run = run
         self._before_write = before_write
-        self.goes_back = nothing_behind
+        self.look_ahead: LookAhead | None = None
         self._cuts_removed = bool(neutralised)
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in MENDABLE)
         self._threads = Threads(self.recording)
@@ -181,7 +178,7 @@ class Recorder(TorchFunctionMode):
         if name == "backward":
             return self._go_back(func, args, kwargs, place)
         pending = self._begin(name, args, kwargs, place)
-        if self._cuts_removed and name in ("numpy", "__array__") and args[0].requires_grad:
+        if self._cuts_removed and name in SHARES_MEMORY and args[0].requires_grad:
             args = (args[0].detach(), *args[1:])  # with a gradient it would raise; the way out is known by now
         here = self._threads.here
         here.calls += 1
@@ -199,10 +196,7 @@ class Recorder(TorchFunctionMode):
             self._before_write(tensor)
 
     def _is_taken_away(self, func: Any, name: str, place: Place | None) -> bool:
-        """Tell whether a call is at a neutralised site.
-
-        An operator comes from below autograd, out of a script function: there it is too late.
-        """
+        """Tell whether a call is at a neutralised site; of an operator out of a script function it is too late."""
         return self._is_neutralised(place, name) and not isinstance(func, torch._ops.OpOverload)
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,10 +220,10 @@ class Recorder(TorchFunctionMode):
 
     def _go_back(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Any:
         """Let the target go backward itself; from what is told before, and the gradients are known after."""
-        leaves = self.goes_back(tensors_in(args[:1]))
+        leaves, reached = self.look_ahead(tensors_in(args[:1])) if self.look_ahead is not None else ([], None)
         pending = self._begin("backward", args[:1], {}, place)
         result = self._run(func, args, kwargs)
-        self.recording.went_from.append((len(self.recording.operations), pending.inputs))
+        self.recording.training.passes.append(BackwardPass(len(self.recording.operations), pending.inputs, reached))
         self.recording.pending = None
         for leaf in leaves:
             if leaf.grad is not None:
@@ -257,7 +251,7 @@ class Recorder(TorchFunctionMode):
                 if not hides_tensors(result) or self._is_neutralised(place, name):
                     return result
         if name == "BackwardHookFunction":  # torch's way of running a module's full backward hooks
-            place = self._place_of_module_hook() or place
+            place = self._here.place_of_hook() or place
         with torch._C.DisableTorchFunction():
             pending = self._begin(name, args, {}, place)
             given = dict.fromkeys(self.provenance.value_of(each) for each in args if isinstance(each, torch.Tensor))
@@ -279,20 +273,14 @@ class Recorder(TorchFunctionMode):
         self.provenance.made_by_function.update(dict.fromkeys(pending.outputs, pending.index))
         return result
 
-    def _place_of_module_hook(self) -> Place | None:
-        module = self._here.module_calls[-1][0] if self._here.module_calls else None
-        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()] if module is not None else []
-        return next(filter(None, map(function_place, hooks)), None)
-
     def _runs_through(self, args: tuple[Any, ...], place: Place | None) -> bool:
         """Tell whether to run the body of a reentrant checkpoint as it is.
 
         Its gradient is then the one that the checkpoint would give, since an input requires one; where none
         does, the checkpoint gives none, unless its site is neutralised.
         """
-        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in args):
-            return True
-        return self._is_neutralised(place, "CheckpointFunction")
+        takes = any(isinstance(each, torch.Tensor) and each.requires_grad for each in args)
+        return takes or self._is_neutralised(place, "CheckpointFunction")
 
     def _is_neutralised(self, place: Place | None, name: str) -> bool:
         return place is not None and source_site(place, name) in self._neutralised
@@ -365,14 +353,9 @@ class Recorder(TorchFunctionMode):
                 tag(tensor, pending.index, since)
 
     def step(self, optimizer: torch.optim.Optimizer, place: Place | None, *, begins: bool) -> None:
-        """Note that an optimizer begins its step, and what it holds; or that it ends it."""
-        now, steps = len(self.recording.operations), self.recording.steps
-        if begins:
-            steps.append(range(now, now))
-            self.recording.held |= {id(each) for group in optimizer.param_groups for each in group["params"]}
-            self.recording.stepped = place
-        elif steps:
-            steps[-1] = range(steps[-1].start, now)
+        """Note that an optimizer begins its step, or that it ends it."""
+        now, training = len(self.recording.operations), self.recording.training
+        training.begin_step(optimizer.param_groups, place, now) if begins else training.end_step(now)
 
     # --- regions and modules ----------------------------------------------------------------
 

@@ -175,16 +175,59 @@ class Operation:
     via: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardPass:
+    """A backward pass that a target made: after how many operations, from which values, and what it was to reach.
+
+    ``reached`` is None where the target is not judged by it: a forward pass takes a derivative on its way.
+    """
+
+    since: int
+    values: tuple[int, ...]
+    reached: frozenset[str] | None
+
+
+@dataclass(slots=True)
+class Training:
+    """What a target that trains does by itself: its backward passes, in order, and the steps of its optimizers.
+
+    ``steps`` are these, each as the operations that it consists of, ``held`` the tensors that the optimizers hold, by
+    ``id``, ``stepped`` where the last step is, and ``unheld`` the sources that are reached and held by none.
+    """
+
+    passes: list[BackwardPass] = field(default_factory=list)
+    steps: list[range] = field(default_factory=list)
+    held: set[int] = field(default_factory=set)
+    stepped: Place | None = None
+    unheld: list[str] = field(default_factory=list)
+
+    @property
+    def judged(self) -> list[BackwardPass]:
+        """The passes that the target is judged by."""
+        return [each for each in self.passes if each.reached is not None]
+
+    def begin_step(self, groups: list[dict[str, Any]], place: Place | None, now: int) -> None:
+        """Note that an optimizer with these parameter groups begins its step."""
+        self.steps.append(range(now, now))
+        self.held |= {id(each) for group in groups for each in group["params"]}
+        self.stepped = place
+
+    def end_step(self, now: int) -> None:
+        """Note that it ends it."""
+        if self.steps:
+            self.steps[-1] = range(self.steps[-1].start, now)
+
+    def has_step(self, number: int) -> bool:
+        """Tell whether an operation is part of an optimizer's step."""
+        return any(number in step for step in self.steps)
+
+
 @dataclass(slots=True)
 class Recording:
     """Everything that one run showed. ``leaves`` maps source names to their first value.
 
-    ``steps`` are the steps of optimizers, each as the operations that it consists of, ``held`` the tensors that these
-    hold, by ``id``, ``stepped`` where the last one is, and ``unheld`` what is reached and held by none. ``went_from``
-    are the backward passes that the target made: how many operations there were, and from which values, and
-    ``passes`` what each was to reach. ``unregistered`` are the tensors that could be trained and are no parameters of
-    the model, by name, each as a value. ``raised_in`` names the innermost custom function that the last exception came
-    out of.
+    ``unregistered`` are the tensors that could be trained and are no parameters of the model, by name, each as a value.
+    ``raised_in`` names the innermost custom function that the last exception came out of.
 
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
@@ -204,12 +247,7 @@ class Recording:
     reentrant: bool = False
     raised_in: tuple[str, BaseException] | None = None
     unregistered: dict[str, int] = field(default_factory=dict)
-    steps: list[range] = field(default_factory=list)
-    held: set[int] = field(default_factory=set)
-    stepped: Place | None = None
-    unheld: list[str] = field(default_factory=list)
-    passes: list[tuple[tuple[int, ...], frozenset[str]]] = field(default_factory=list)
-    went_from: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    training: Training = field(default_factory=Training)
     leaked: set[Site] = field(default_factory=set)
     left_open: tuple[Region, ...] = ()
     sinks: tuple[int, ...] = ()
@@ -284,10 +322,6 @@ class Recording:
         """Note that an exception came out of a custom function, the innermost one first."""
         if self.raised_in is None or self.raised_in[1] is not error:
             self.raised_in = function, error
-
-    def is_step(self, number: int) -> bool:
-        """Tell whether an operation is part of an optimizer's step."""
-        return any(number in step for step in self.steps)
 
     def ancestors(self, scope: int | None) -> list[Scope]:
         """Return the chain of scopes from the outermost to this one."""

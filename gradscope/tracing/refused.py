@@ -133,7 +133,8 @@ def _blame_function(cuts: dict[Site, Cut], recording: Recording, pending: Operat
 
 def _blame_what_is_kept(cuts: dict[Site, Cut], recording: Recording, pending: Operation) -> None:
     """Blame the first call that goes on with what an earlier backward pass went through; else this pass itself."""
-    since, earlier = recording.went_from[-1] if recording.went_from else (0, ())
+    passes = recording.training.passes
+    since, earlier = (passes[-1].since, passes[-1].values) if passes else (0, ())
     if pending.place is None or set(pending.inputs) & set(earlier):
         if pending.place is not None:
             cut = cut_at(cuts, recording, pending)

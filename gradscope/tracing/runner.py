@@ -131,11 +131,11 @@ class Runner:
 
         One that was made before the run holds the caller's own parameters, one made in it those of the run.
         """
-        recording = run.recording
-        if recording.held and recording.passes:
-            reached = (run.asked & recording.reached - run.frozen) & self._own.keys()
-            recording.unheld = sorted(
-                name for name in reached if recording.held.isdisjoint((id(self._own[name]), id(named[name])))
+        training = run.recording.training
+        if training.held and training.judged:
+            reached = (run.asked & run.recording.reached - run.frozen) & self._own.keys()
+            training.unheld = sorted(
+                name for name in reached if training.held.isdisjoint((id(self._own[name]), id(named[name])))
             )
 
     def _refuse_lent(self, recorder: Recorder) -> None:
@@ -199,7 +199,7 @@ class Runner:
         recording = recorder.recording
         outcome = Outcome(recorder, self.workshop, built, self._graphs)
         if self.subject.loss is None and (self.subject.entry != "forward" or isinstance(built.model, Holder)):
-            recorder.goes_back = outcome.note_own
+            recorder.look_ahead = outcome.look_ahead
         try:
             result = built.call()
             recording.left_open = recorder.open_regions

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from gradscope.tracing.frames import is_running
-from gradscope.tracing.recording import Recording, Region, Scope, ScopeKind
+from gradscope.tracing.frames import function_place, is_running
+from gradscope.tracing.recording import Place, Recording, Region, Scope, ScopeKind
 
 
 class Threads(threading.local):
@@ -68,6 +68,12 @@ class OpenScopes:
             if self.regions[index][0] is key:
                 self.pop(self.regions.pop(index)[2])
                 return
+
+    def place_of_hook(self) -> Place | None:
+        """Return where the innermost module's first hook of the backward pass is defined."""
+        module = self.module_calls[-1][0] if self.module_calls else None
+        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()] if module is not None else []
+        return next(filter(None, map(function_place, hooks)), None)
 
     @property
     def active(self) -> tuple[Region, ...]:

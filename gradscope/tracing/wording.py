@@ -149,9 +149,10 @@ def optimizer_findings(recording: Recording, count: int) -> list[Finding]:
         if user is not None and user.place is not None:
             names.setdefault(source_site(user.place, "parameters"), []).append(name)
     notes = [(site, found, f"{listed(found)}: {UNREGISTERED}", REGISTER) for site, found in names.items()]
-    if recording.unheld and recording.stepped is not None:
-        site = source_site(recording.stepped, "step")
-        notes.append((site, recording.unheld, f"{listed(recording.unheld)}: {UNHELD}", HOLD))
+    training = recording.training
+    if training.unheld and training.stepped is not None:
+        site = source_site(training.stepped, "step")
+        notes.append((site, training.unheld, f"{listed(training.unheld)}: {UNHELD}", HOLD))
     return [
         Finding(
             id=f"F{count + number}",

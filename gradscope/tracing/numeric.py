@@ -223,19 +223,19 @@ class _Function:
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        """Give the sources back their values, and the model its buffers and caches."""
-        with ExitStack() as stack:
-            for model in (self._built.model, self._loss):
-                if model is None:
-                    continue
-                before_write = stack.enter_context(kept(model))
-                for tensor in (*model.buffers(), *loose_tensors(model)):
-                    before_write(tensor)
-            try:
+        """Give the model its buffers and caches back, and then the sources their values."""
+        try:
+            with ExitStack() as stack:
+                for model in (self._built.model, self._loss):
+                    if model is None:
+                        continue
+                    before_write = stack.enter_context(kept(model))
+                    for tensor in (*model.buffers(), *loose_tensors(model)):
+                        before_write(tensor)
                 yield
-            finally:
-                for name, tensor in self.sources.items():
-                    tensor.data.copy_(self._values[name])
+        finally:  # last: a list of weights beside the table of parameters (nn.LSTM) was put back as it was moved
+            for name, tensor in self.sources.items():
+                tensor.data.copy_(self._values[name])
 
     def _outputs(self) -> list[torch.Tensor]:
         self.evaluations += 1

@@ -107,6 +107,13 @@ def logged_only(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_weights_that_a_module_lists_beside_its_table_are_moved_like_others(kind: type[nn.RNNBase]) -> None:
+    session = gradscope.trace(kind(4, 4, 2), torch.randn(3, 2, 4), mode="real", numeric=True)
+    assert session.verdict == "flows"
+    assert {source.status for source in session.sources.values()} == {"flows"}
+
+
 @pytest.mark.parametrize(
     "between",
     [

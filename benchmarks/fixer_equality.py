@@ -2,12 +2,14 @@
 
 The tests do this on tiny towers and, at full size, for one size and dtype; this does the whole grid
 (float32 and float64, frozen and trainable, square and not, batch of two) and prints the worst relative
-difference of each case. Needs about 16 GB and ten minutes on two cores. Run: ``python benchmarks/fixer_equality.py``.
+difference of each case. Needs about 16 GB and ten minutes on two cores. Run: ``python benchmarks/fixer_equality.py``;
+with GRADSCOPE_DEVICE=cuda both run on the GPU (a minute).
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import time
 
 import torch
@@ -25,6 +27,7 @@ CASES = [
     (torch.float64, (2, 320, 448)),
     (torch.float64, (1, 512, 512)),
 ]
+DEVICE = os.environ.get("GRADSCOPE_DEVICE", "cpu")
 UNDECORATED = DeepSeekOCREncoder._forward_core.__wrapped__
 LIMIT = {torch.float32: 2e-5, torch.float64: 1e-9}
 
@@ -35,7 +38,7 @@ def gradients(call, module: nn.Module, pixels: torch.Tensor) -> dict[str, torch.
     pixels = pixels.clone().requires_grad_()
     output = call(pixels)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=output.dtype)
-    (output * weights).sum().backward()
+    (output * weights.to(output.device)).sum().backward()
     found = {"output": output.detach(), "pixels": pixels.grad}
     found |= {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
     module.zero_grad(set_to_none=True)
@@ -53,10 +56,11 @@ def main() -> None:
     for dtype, (batch, height, width) in CASES:
         for freeze in (True, False):
             started = time.perf_counter()
-            encoder = DeepSeekOCREncoder(build_towers("full", dtype=dtype), device="cpu", dtype=dtype, freeze=freeze)
-            fixed = DifferentiableEncoder(encoder)
+            towers = build_towers("full", dtype=dtype).to(DEVICE)
+            encoder = DeepSeekOCREncoder(towers, device=DEVICE, dtype=dtype, freeze=freeze)
+            fixed = DifferentiableEncoder(encoder, device=None)
             generator = torch.Generator().manual_seed(1)
-            pixels = torch.randn(batch, 3, height, width, generator=generator, dtype=dtype)
+            pixels = torch.randn(batch, 3, height, width, generator=generator, dtype=dtype).to(DEVICE)
             reference = gradients(lambda x, e=encoder: UNDECORATED(e, x), encoder, pixels)
             ours = gradients(fixed.forward_features, fixed, pixels)
             assert ours.keys() == reference.keys()

@@ -49,6 +49,10 @@ IN_PLACE = frozenset(
     "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
     "__ior__ __ixor__ __ilshift__ __irshift__".split()
 )
+# What leaves nothing of the numbers that were there.
+OVERWRITES = frozenset({"copy_", "fill_", "zero_", "__setitem__"})
+# Calls that make memory of their own, into which others may write.
+ROOMS = frozenset({"empty", "empty_strided", "zeros", "ones", "full"})
 # Collectives write into their first argument and give out nothing (``torch.distributed``; its ``nn`` has gradients).
 COLLECTIVES = frozenset(
     "all_gather all_gather_into_tensor all_gather_single all_reduce broadcast reduce_scatter reduce_scatter_tensor "
@@ -99,6 +103,12 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     if "out" in kwargs:
         written += kwargs["out"] if isinstance(kwargs["out"], (tuple, list)) else [kwargs["out"]]
     return [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
+
+
+def overwrites(name: str, args: tuple[Any, ...]) -> bool:
+    """Tell whether a call writes its first argument from end to end, whatever was there."""
+    where = args[1] if name == "__setitem__" else Ellipsis
+    return name in OVERWRITES and (where is Ellipsis or (isinstance(where, slice) and where == slice(None)))
 
 
 def _flattened(args: tuple[Any, ...]) -> list[Any]:

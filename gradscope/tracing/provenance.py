@@ -102,7 +102,7 @@ class Provenance:
         _, value, version = known
         if version != _version(tensor) or (self._written_unseen and memory_of(tensor) in self._written_unseen):
             value = self._recording.values[self._rewritten(tensor, value)]
-        if value.room and self._exposed:
+        if value.room and value.id in self._exposed:
             return self._filled(tensor, value.id)
         if not value.connected and (tensor.requires_grad or value.id in self._wrapped):
             self._judge_again(tensor, value)
@@ -163,14 +163,24 @@ class Provenance:
     def exposed(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that the memory itself was handed out: a kernel may read it, or write into it where it is room."""
         if tensor.is_floating_point():
-            self._exposed[self.value_of(tensor)] = place
+            known = self._known.get(id(tensor))  # told twice of the same room (to check it, to run): nothing ran yet
+            is_room = known is not None and known[0]() is tensor and known[1].room
+            self._exposed[known[1].id if known and is_room else self.value_of(tensor)] = place
+
+    def overwritten(self, tensor: torch.Tensor) -> None:
+        """Note that all of a tensor is about to be written: a kernel that was told its memory left nothing in it."""
+        known = self._known.get(id(tensor)) if self._exposed else None
+        if known is not None:
+            self._exposed.pop(known[1].id, None)
 
     def _filled(self, tensor: torch.Tensor, number: int) -> int:
         """Link room whose memory was handed out to the other memory that was: a kernel ran from these into that."""
-        place = self._exposed.pop(number, None)
         given = tuple(value for value in self._exposed if not self._recording.values[value].room)
+        if not given:  # so far nobody was told where there is something to read
+            return number
+        place = self._exposed.pop(number)
         self._recording.values[number].room = False
-        return self._link("kernel", given, tensor, place=place) if place is not None and given else number
+        return self._link("kernel", given, tensor, place=place)
 
     # --- strangers ------------------------------------------------------------------------------
 

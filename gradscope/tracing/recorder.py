@@ -25,12 +25,14 @@ from gradscope.tracing.calls import (
     MAY_BE_REFUSED,
     MENDABLE,
     NOTED,
+    ROOMS,
     ROUNDING,
     SHAPE_ONLY,
     SHARES_MEMORY,
     instead_of,
     made_by,
     operation_name,
+    overwrites,
     with_graph,
     writes,
 )
@@ -172,7 +174,7 @@ class Recorder(TorchFunctionMode):
             kwargs = with_graph(kwargs)
         in_place = writes(name, args, kwargs)
         if in_place or name in SHARES_MEMORY:
-            self._keep(in_place or args[:1])
+            self._keep(name, args, in_place)
         if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
             return self._run(func, args, kwargs)
         if name == "backward":
@@ -191,9 +193,12 @@ class Recorder(TorchFunctionMode):
             self.consequences.note(pending, args, kwargs, result, in_place)
         return result
 
-    def _keep(self, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
+    def _keep(self, name: str, args: tuple[Any, ...], written: list[torch.Tensor]) -> None:
+        """Keep what is about to change in place, or may be changed by whoever is handed its memory."""
+        for tensor in written or args[:1]:
             self._before_write(tensor)
+        if written and overwrites(name, args):
+            self.provenance.overwritten(args[0])
 
     def _is_taken_away(self, func: Any, name: str, place: Place | None) -> bool:
         """Tell whether a call is at a neutralised site; of an operator out of a script function it is too late."""
@@ -343,7 +348,7 @@ class Recorder(TorchFunctionMode):
         self.recording.pending = None
         made = tensors_in(produced)
         pending.outputs = tuple([self.provenance.remember(tensor).id for tensor in made])
-        if pending.name == "empty":
+        if pending.name in ROOMS:
             self.recording.values[pending.outputs[0]].room = True
         made_for_inference = bool(self._threads.here.regions) and any(tensor.is_inference() for tensor in made)
         if (pending.inputs and (pending.outputs or pending.name in ESCAPES)) or made_for_inference:

@@ -148,6 +148,21 @@ def kernel(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def kernel_told_of_its_input_first(x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(3, 4)
+    assert all(each.data_ptr() % 4 == 0 for each in (x, out))
+    source, target = x.data_ptr(), out.data_ptr()
+    ctypes.memmove(target, source, x.numel() * x.element_size())
+    return out
+
+
+def written_after_a_look_at_its_address(x: torch.Tensor) -> torch.Tensor:
+    out, whole = torch.empty_like(x), torch.empty_like(x)
+    assert len({x.data_ptr(), out.data_ptr(), whole.data_ptr()}) == 3
+    whole[:] = x
+    return out.copy_(x) + whole
+
+
 def address_only(x: torch.Tensor) -> torch.Tensor:
     assert x.data_ptr() or True
     return x * 2
@@ -371,14 +386,16 @@ COMPILED = torch.compile(lambda x: x * 2)
 CUTS = [
     (detached_in_a_thread, "GS201", 2), (detached_in_a_pool, "GS201", 2),
     (leaking_generator, "GS107", 2), (decorated_generator, "GS102", 1), (coroutine_block, "GS104", 2),
-    (bound_without_gradient, "GS501", 1), (kernel, "GS503", 2), (exported, "GS201", 1), (capsule, "GS201", 1),
+    (bound_without_gradient, "GS501", 1), (kernel, "GS503", 2),
+    (kernel_told_of_its_input_first, "GS503", 3), (exported, "GS201", 1), (capsule, "GS201", 1),
     (through_another_library, "GS201", 1), (counted_before, "GS201", 2), (shallow_copy, "GS203", 1),
     (variable, "GS201", 1), (loaded, "GS203", 2), (sparse_values, "GS503", 1), (sampled, "GS205", 1),
     (gradient_without_graph, "GS207", 1), (script_function, "GS503", 1),
 ]  # fmt: skip
 LOOK_ALIKES = [
     started_under_no_grad, row_by_row, careful_generator, decorated_consumed_outside, decorated_coroutine,
-    bound_straight_through, address_only, beside_another_library, called_with, sparse, nested, resampled,
+    bound_straight_through, address_only, written_after_a_look_at_its_address,
+    beside_another_library, called_with, sparse, nested, resampled,
     gradient_with_graph, function_gradient, mapped, mapped_beside_another, forward_mode, plain_script_function,
     compiled,
 ]  # fmt: skip

@@ -11,8 +11,10 @@ import torch
 # ``torch.autograd.grad``; and the calls that give a derivative of what they take in (the other one in forward mode).
 DERIVES = "grad"
 DERIVATIVES = frozenset({DERIVES, "_unpack_dual"})
+# How CuPy, Numba and others ask for the memory of a tensor on the GPU: an attribute.
+CUDA_ARRAY = "__cuda_array_interface__"
 # Calls that hand out the memory of a tensor: others can read it, and write into it.
-SHARES_MEMORY = frozenset({"numpy", "__array__", "__dlpack__"})
+SHARES_MEMORY = frozenset({"numpy", "__array__", "__dlpack__", CUDA_ARRAY})
 # Those, and the other one, that take all numbers of a tensor; and all that leave the tensor world with some in hand.
 WHOLE = SHARES_MEMORY | {"tolist"}
 ESCAPES = WHOLE | {"item", "__float__", "__int__", "__index__", "pickle"}
@@ -60,6 +62,8 @@ COLLECTIVES = frozenset(
 )
 # What gives out nothing: the result is the first argument.
 WRITES_FIRST = COLLECTIVES | {"__setitem__", "__set__"}
+# What writes into more than its first argument: fused optimizers into their state, a gradient scaler into its own.
+SEVERAL = ("_fused_", "_amp_")
 # With a rounding mode these are piecewise constant.
 ROUNDING = frozenset({"div", "div_", "divide", "true_divide"})
 _STATISTICS = frozenset({"batch_norm", "instance_norm"})
@@ -91,7 +95,7 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     if not kwargs and not _may_write(name):
         return written
     if is_in_place(name) or kwargs.get("inplace") is True:
-        written = _flattened(args if name.startswith("_fused_") else args[:1])
+        written = _flattened(args if name.startswith(SEVERAL) else args[:1])
     elif name in COLLECTIVES:
         written = _flattened(args[:1])
     elif name in _STATISTICS and _takes_statistics(name, args, kwargs):  # running mean and variance
@@ -155,7 +159,7 @@ def _name_of(func: Any) -> str | None:
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__":
             return name if attribute == "data" else None
-        return attribute if attribute in DATA_PROPERTIES else None
+        return attribute if attribute in DATA_PROPERTIES or attribute == CUDA_ARRAY else None
     return None if name in SHAPE_ONLY else str(name)
 
 

@@ -49,6 +49,7 @@ class Observer(Protocol):
     ) -> Any: ...
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter: ...
 
+    def replayed(self, graph: Any, place: Place | None, replay: Callable[[], None]) -> None: ...
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None: ...
     def unpickled(self, tensor: torch.Tensor) -> None: ...
     def step(self, optimizer: torch.optim.Optimizer, place: Place | None, *, begins: bool) -> None: ...
@@ -79,6 +80,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_copying(stack, observer)
         _patch_pickling(stack, observer)
         _patch_dlpack(stack)
+        _patch_replays(stack, observer)
         _patch_threads(stack, observer)
         _patch_modules(stack, observer)
         _hook_steps(stack, observer)
@@ -292,6 +294,18 @@ def _patch_dlpack(stack: ExitStack) -> None:
         return tensor
 
     _replace(stack, torch._C, "_from_dlpack", _from_dlpack)
+
+
+def _patch_replays(stack: ExitStack, observer: Observer) -> None:
+    """Patch the replay of CUDA graphs, which runs kernels and calls nothing."""
+    original: Callable[[Any], None] = torch.cuda.CUDAGraph.replay
+
+    def replay(self: Any) -> None:
+        if observer.is_watching:
+            return observer.replayed(self, user_place(sys._getframe(1)), functools.partial(original, self))
+        return original(self)
+
+    _replace(stack, torch.cuda.CUDAGraph, "replay", replay)
 
 
 def _patch_threads(stack: ExitStack, observer: Observer) -> None:

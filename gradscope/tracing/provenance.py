@@ -167,6 +167,10 @@ class Provenance:
             is_room = known is not None and known[0]() is tensor and known[1].room
             self._exposed[known[1].id if known and is_room else self.value_of(tensor)] = place
 
+    def changed_in_run(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a recorded call has written into the memory of a tensor."""
+        return memory_of(tensor) in self._written
+
     def overwritten(self, tensor: torch.Tensor) -> None:
         """Note that all of a tensor is about to be written: a kernel that was told its memory left nothing in it."""
         known = self._known.get(id(tensor)) if self._exposed else None

@@ -42,6 +42,7 @@ from gradscope.tracing.frames import Places, call_chain, function_place, inside_
 from gradscope.tracing.module_calls import ModuleCalls
 from gradscope.tracing.provenance import Provenance, hides_tensors, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, BackwardPass, Operation, Place, Recording, Region, Site
+from gradscope.tracing.replays import Replays
 from gradscope.tracing.scopes import OpenScopes, Threads
 from gradscope.tracing.subject import Caller
 
@@ -84,6 +85,7 @@ class Recorder(TorchFunctionMode):
         self.recording = Recording()
         self.provenance = Provenance(self.recording)
         self.consequences = Consequences(self.recording, self.provenance)
+        self.replays = Replays(self.recording, self.provenance)
         self.modules = ModuleCalls(self.recording, self.provenance, self._record_module)
         self._run = run
         self._before_write = before_write
@@ -120,6 +122,7 @@ class Recorder(TorchFunctionMode):
 
     def forward_is_over(self) -> None:
         """Record nothing from now on; what is written in place is still told."""
+        self.replays.forward_is_over()
         self._over = True
 
     # --- leaves -----------------------------------------------------------------------------
@@ -309,6 +312,15 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 self._finish(self._new("Parameter", (self.provenance.value_of(data),), place), made)
         return made
+
+    def replayed(self, graph: Any, place: Place | None, replay: Callable[[], None]) -> None:
+        """Record the replay of a CUDA graph; inside a custom function it is that function's own business."""
+        if self.is_in_function:
+            return replay()
+        with torch._C.DisableTorchFunction():
+            written = self.replays.begin(graph, self._before_write)
+            replay()
+            self.replays.end(written, functools.partial(self._new, place=place))
 
     @_unwatched
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:

@@ -25,6 +25,7 @@ from gradscope.tracing.recording import Site
 from gradscope.tracing.restoring import (
     hushed,
     kept,
+    loose_tensors,
     modules_of,
     put_back,
     tensors_of,
@@ -113,6 +114,7 @@ class Runner:
             recorder.add_constant(constant, name)
         for constant in constants_of_loss(self._loss) if self._loss is not None else ():
             recorder.add_constant(constant)
+        recorder.replays.held = lambda: loose_tensors(built.model)
         recorder.modules.name(built.model)
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
@@ -121,8 +123,8 @@ class Runner:
         run.strangers, run.guesses = recorder.provenance.strangers, recorder.modules.guesses
         if run.strangers:
             recorder.recording.unseen.append(
-                f"{recorder.provenance.strangers} tensors came from where no torch function looks "
-                "(a kernel, another library): what they were made of is not known."
+                f"{run.strangers} tensor{'s' * (run.strangers > 1)} came from where no torch function looks (a kernel, "
+                "another library): what made them is not known."
             )
         return run
 

@@ -37,6 +37,8 @@ ADVICE = {
     "GS5": "Give the function a backward, or register one for the operator.",
     "GS501": "Let the function's backward return a gradient, not None, for each input that is trained; a derivative "
     "that is taken inside it needs torch.enable_grad().",
+    "CUDAGraph.replay": "Call the module itself where it is trained, or capture it with "
+    "torch.cuda.make_graphed_callables(), which captures a backward pass as well.",
     "GS601": "Make the tensor outside of inference_mode, or clone() it after.",
     "GS602": "Empty the cache, or clone() what comes out of it; fill it outside of inference_mode.",
     "GS603": "Use the form that makes a new tensor (no trailing underscore, no inplace=True), or clone() before the "

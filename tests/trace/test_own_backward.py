@@ -117,6 +117,22 @@ def test_a_step_of_training_leaves_nothing(step: str, mode: str) -> None:
     assert all(map(torch.equal, [each.grad for each in trainer.net.parameters()], gradients))
 
 
+def test_a_gradient_scaler_counts_no_step_that_was_traced() -> None:
+    trainer, scaler = Trainer(), torch.amp.GradScaler("cpu")
+
+    def step() -> float:
+        loss = F.cross_entropy(trainer.net(trainer.x), trainer.y)
+        scaler.scale(loss).backward()
+        scaler.step(trainer.optimizer)
+        scaler.update()
+        return loss.item()
+
+    step()
+    before = scaler.state_dict()
+    assert gradscope.trace(step).verdict == "flows"
+    assert scaler.state_dict() == before != (step(), scaler.state_dict())[1]
+
+
 @MODES
 def test_a_result_with_a_gradient_counts_before_a_backward_pass_on_the_way(mode: str) -> None:
     """An adversarial example is made by a backward pass of its own: what is trained on is the result."""

@@ -121,9 +121,7 @@ def trace_target(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             subject = load_target(target, request)
-            return trace_in_mode(
-                subject, mode, "cpu" if device == "auto" else device, dtype, verify=verify, numeric=numeric
-            )
+            return trace_in_mode(subject, mode, device, dtype, verify=verify, numeric=numeric)
     preset = load_preset(model or "")
     with warnings.catch_warnings():
         # The traced libraries' own warnings are not about the gradient and would bury the report.

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,6 +20,8 @@ from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.recording import Loss
 
+# A word, or two truth values that still lie where the gradient did.
+Look: TypeAlias = "str | torch.Tensor"
 # What may have arrived where a gradient turns into something: 0 times infinity is NaN, too.
 SOUND_BEFORE = {"zero": ("sound",), "nonfinite": ("sound", "zero"), "none": ("sound", "zero")}
 
@@ -156,16 +158,18 @@ class _Watch:
         self.arrived: dict[Any, str] = {}
         self.given: dict[Any, list[str]] = {}
         self.last: Any = None
+        self._before: dict[Any, list[Look]] = {}
+        self._after: dict[Any, list[Look]] = {}
 
     def hooks(self, node: Any) -> list[Any]:
         """Install both hooks on a node; ``AccumulateGrad`` gives nothing on."""
 
         def before(grads: Any) -> None:
             self.last = node
-            self.arrived[node] = _worst(_state(grad, self.measured) for grad in grads)
+            self._before[node] = [_look(grad, self.measured) for grad in grads]
 
         def after(grad_inputs: Any, grad_outputs: Any) -> None:
-            self.given[node] = [_state(grad, self.measured) for grad in grad_inputs]
+            self._after[node] = [_look(grad, self.measured) for grad in grad_inputs]
 
         installed = [node.register_prehook(before)]
         if not hasattr(node, "variable"):
@@ -175,11 +179,11 @@ class _Watch:
     def losses(self, reached: Mapping[str, torch.Tensor], result: Backward) -> list[Loss]:
         """Return where the gradients were lost."""
         if result.error is not None:
-            # A hook on the output runs before anything else: what it stops is everything.
-            node = self.graph.nodes[0] if self.last is None else self.last
+            node = self.last if self._is_running(self.last) else self._next()
             behind = self._behind(node)
             names = frozenset(name for name, tensor in reached.items() if id(tensor) in behind)
-            return [Loss(self.graph.operations.get(node), "hook raises" if self.last is None else "raises", names)]
+            return [Loss(self.graph.operations.get(node), "raises" if node is self.last else "hook raises", names)]
+        self._read()
         found: dict[tuple[int | None, str], set[str]] = {}
         above = self._above()
         for name, tensor in reached.items():
@@ -188,6 +192,31 @@ class _Watch:
                 for operation in self._frontier(id(tensor), what, above):
                     found.setdefault(operation, set()).add(name)
         return [Loss(operation, what, frozenset(names)) for (operation, what), names in found.items()]
+
+    def _is_running(self, node: Any) -> bool:
+        """Tell whether a node was begun and not ended; ``AccumulateGrad`` tells only that it was begun, and ends."""
+        return node is not None and node not in self._after and not hasattr(node, "variable")
+
+    def _next(self) -> Any:
+        """Return the node that would have come next: a hook on a tensor runs before its node is begun.
+
+        Of those that have all their gradients, the engine takes the one that was made last.
+        """
+        above = self._above()
+        ready = [node for node in self.graph.nodes if node not in self._before
+                 and all(upper in self._after for upper, _ in above.get(node, ()))]  # fmt: skip
+        return max(
+            ready, key=lambda node: (hasattr(node, "variable"), node._sequence_nr()), default=self.graph.nodes[0]
+        )
+
+    def _read(self) -> None:
+        """Read what was seen of all gradients, in one transfer from a GPU: it would wait for each one asked alone."""
+        looks = [look for seen in (self._before, self._after) for each in seen.values() for look in each]
+        tensors = [look for look in looks if isinstance(look, torch.Tensor)]
+        read = iter(torch.stack([each.to(tensors[0].device) for each in tensors]).tolist() if tensors else ())
+        states = iter([look if isinstance(look, str) else _state(*next(read)) for look in looks])
+        self.arrived = {node: _worst([next(states) for _ in each]) for node, each in self._before.items()}
+        self.given = {node: [next(states) for _ in each] for node, each in self._after.items()}
 
     def _behind(self, node: Any) -> set[int]:
         """Return the leaves behind a node, by ``id``."""
@@ -236,16 +265,21 @@ class _Watch:
         return given[index] if given is not None and index < len(given) else "none"
 
 
-def _state(grad: torch.Tensor | None, measured: bool) -> str:
+def _look(grad: torch.Tensor | None, measured: bool) -> Look:
+    """Return the state of a gradient where it is known without its numbers; else whether it is finite, and not zero."""
     if grad is None:
         return "none"
     if not measured:
         return "sound"
     with torch.no_grad():
         values = grad._values() if grad.layout == torch.sparse_coo else grad
-        if not bool(values.isfinite().all()):
-            return "nonfinite"
-        return "sound" if bool(values.any()) else "zero"
+        return torch.stack([values.isfinite().all(), values.any()])
+
+
+def _state(finite: bool, any_number: bool) -> str:
+    if not finite:
+        return "nonfinite"
+    return "sound" if any_number else "zero"
 
 
 def _worst(states: Iterable[str]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,19 +19,26 @@ from gradscope.tracing.subject import Built, Subject, Workshop
 # Where a class has no forward: what its users call, most likely first.
 USUAL_ENTRIES = ("encode", "encode_image", "predict", "generate", "transform", "extract_features")
 
+# Brings an input to where the run has it.
+Moving: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
+
 # Parts of a list or a dict that are named where an input is described.
 MOST_PARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of a model: where to enter, which sources, which of them train, what the loss is."""
+    """What is asked of a model: where to enter, which sources, which of them train, what the loss is.
+
+    ``given``: the inputs are the caller's, who has put them on a device; others follow the model.
+    """
 
     entry: str | None = None
     wrt: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     loss: Callable[[Any], Any] | None = None
     remarks: tuple[str, ...] = field(default=())
+    given: bool = False
 
 
 def subject_of(
@@ -57,8 +65,9 @@ def made_subject(
     def build(workshop: Workshop, prepared: nn.Module) -> Built:
         inputs: dict[str, torch.Tensor] = {}
         wanted: set[str] = set()
-        given = [_taken(f"input.{index}", value, workshop, inputs, wanted) for index, value in enumerate(args)]
-        named = {key: _taken(f"input.{key}", value, workshop, inputs, wanted) for key, value in kwargs.items()}
+        like = functools.partial(workshop.like, given=question.given)
+        given = [_taken(f"input.{index}", value, like, inputs, wanted) for index, value in enumerate(args)]
+        named = {key: _taken(f"input.{key}", value, like, inputs, wanted) for key, value in kwargs.items()}
         call = prepared if entry == "forward" else getattr(prepared, entry)
         return Built(prepared, lambda: call(*given, **named), inputs, frozenset(wanted))
 
@@ -116,21 +125,19 @@ def _entry(kind: type[nn.Module], asked: str | None) -> tuple[str, tuple[str, ..
     raise UsageError(f"{kind.__name__} has no forward.", hint="Say which method to call: --entry NAME.")
 
 
-def _taken(name: str, value: Any, workshop: Workshop, inputs: dict[str, torch.Tensor], wanted: set[str]) -> Any:
+def _taken(name: str, value: Any, like: Moving, inputs: dict[str, torch.Tensor], wanted: set[str]) -> Any:
     """Return an argument as the run takes it; floating tensors in it become sources."""
     if isinstance(value, torch.Tensor):
-        taken = workshop.like(value)
+        taken = like(value)
         if taken.is_floating_point() or taken.is_complex():
             inputs[name] = taken
             if value.requires_grad:
                 wanted.add(name)
         return taken
     if isinstance(value, dict):
-        return type(value)(
-            {key: _taken(f"{name}.{key}", item, workshop, inputs, wanted) for key, item in value.items()}
-        )
+        return type(value)({key: _taken(f"{name}.{key}", item, like, inputs, wanted) for key, item in value.items()})
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_taken(f"{name}.{i}", item, workshop, inputs, wanted) for i, item in enumerate(value))
+        return type(value)(_taken(f"{name}.{i}", item, like, inputs, wanted) for i, item in enumerate(value))
     return value
 
 

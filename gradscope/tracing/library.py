@@ -52,7 +52,8 @@ def trace(
         wrt: patterns of source names to ask about (``input.0``, ``encoder.*``); all that train by default.
         trainable: patterns of the parameters that count as trained; by default those that require a gradient.
         mode: ``structural`` computes nothing (fake tensors), ``real`` computes, ``auto`` tries them in this order.
-        device: ``auto`` is the model's own; in structural mode any other one is pretended.
+        device: ``auto`` leaves the model and the inputs on the devices that they are on, which may be several; the
+            name of one moves copies of all there, pretended ones in structural mode.
         numeric: also compare autograd with finite differences, in float64 on a copy.
         verify: prove the smallest fix by running it.
         loss: turns the result into what is differentiated; by default every floating output is.
@@ -63,11 +64,9 @@ def trace(
         NotAnalysedError: the forward pass failed for a reason that is not autograd's.
     """
     module, entry = held_model(model, entry)
-    question = Question(entry, _patterns(wrt), _patterns(trainable), loss)
+    question = Question(entry, _patterns(wrt), _patterns(trainable), loss, given=True)
     subject = subject_of(module, inputs, kwargs, question)
-    first = next(module.parameters(), None)
-    home = first.device.type if first is not None else "cpu"
-    return trace_in_mode(subject, mode, home if device == "auto" else device, verify=verify, numeric=numeric)
+    return trace_in_mode(subject, mode, device, verify=verify, numeric=numeric)
 
 
 def trace_in_mode(
@@ -79,7 +78,9 @@ def trace_in_mode(
         if chosen == "real":
             refuse_too_big(subject, why)
         # Nobody asked for a dtype: the model and its inputs have theirs.
-        workshop = open_workshop(chosen, place, dtype or "float32", casts=dtype is not None)
+        stays = place == "auto"
+        place = "cpu" if stays else place
+        workshop = open_workshop(chosen, place, dtype or "float32", casts=dtype is not None, stays=stays)
         return trace_subject(asked, workshop, verify=verify, numeric=numeric)
 
     with warnings.catch_warnings():

@@ -239,7 +239,7 @@ class _Function:
 
     def _outputs(self) -> list[torch.Tensor]:
         self.evaluations += 1
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed every GPU as well
         random.seed(self.seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(self.seed)

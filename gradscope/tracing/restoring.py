@@ -41,14 +41,22 @@ def untouched_state() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_grad_enabled, grad)
         stack.callback(torch.set_rng_state, torch.get_rng_state())
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        else:  # not to be done for the sake of a state that nothing has drawn from: it takes a second, and memory
+            stack.callback(_seed_cuda_as_new, torch.initial_seed())
         stack.callback(random.setstate, random.getstate())
         if "numpy" in sys.modules:
             numpy_random = sys.modules["numpy"].random
             stack.callback(numpy_random.set_state, numpy_random.get_state())
         stack.enter_context(torch.inference_mode(False))
         yield
+
+
+def _seed_cuda_as_new(seed: int) -> None:
+    """Give the GPUs, if the run was the first to use one, the random states that they would begin with."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class PretendedDevice:
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
+        self.kinds = frozenset({self.device.type})  # those on which tensors have no values; the CPU may be among them
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,12 +88,12 @@ class PretendedDevice:
                         owner.__dict__[store][name] = made.setdefault(id(tensor), self.pretend(tensor, dtype))
         return module
 
-    def pretend(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def pretend(self, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
         """Return a fake tensor of the same shape and strides on the device; integers keep their dtype."""
         dtype = dtype if tensor.is_floating_point() else tensor.dtype
         with torch.inference_mode(tensor.is_inference()):  # one that was made for inference stays one
             with self._mode:
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=self.device)
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device or self.device)
             if isinstance(tensor, nn.Parameter):
                 return nn.Parameter(fake, requires_grad=tensor.requires_grad)
             return fake
@@ -100,23 +101,24 @@ class PretendedDevice:
     def _refuse_mixed_dtypes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise as the device would: fake tensors multiply matrices of any two dtypes."""
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors_in((args, kwargs))}
-        if len(dtypes) > 1 and not torch.is_autocast_enabled(self.device.type):
+        if len(dtypes) > 1 and not any(map(torch.is_autocast_enabled, self.kinds)):
             raise RuntimeError(
                 f"matrices are multiplied that are {' and '.join(sorted(dtypes))}: expected the same dtype"
             )
 
     def _makes_room(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Tell ``torch.zeros(...)`` and the like on a pretended CPU: made to be written into, so it is made fake."""
-        if self.device.type != "cpu" or getattr(func, "__name__", "") not in ROOM or kwargs.get("device") is not None:
+        if "cpu" not in self.kinds or getattr(func, "__name__", "") not in ROOM or kwargs.get("device") is not None:
             return False
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
     def _asks_for_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if self.device.type == "cpu":
+        kinds = tuple(self.kinds - {"cpu"})
+        if not kinds:
             return False
         wanted = [kwargs.get("device"), *args[:2]]
-        return any(isinstance(item, (str, torch.device)) and str(item).startswith(self.device.type) for item in wanted)
+        return any(isinstance(item, (str, torch.device)) and str(item).startswith(kinds) for item in wanted)
 
 
 def hollow(factory: Callable[[], Made]) -> Made:

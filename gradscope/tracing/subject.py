@@ -41,8 +41,8 @@ class Workshop(Protocol):
         """Bring an input tensor to the device and dtype of the run."""
         ...
 
-    def like(self, real: torch.Tensor) -> torch.Tensor:
-        """Bring an input tensor to the run as it is, with its own dtype."""
+    def like(self, real: torch.Tensor, *, given: bool = False) -> torch.Tensor:
+        """Bring an input tensor to the run as it is, with its own dtype; one that a caller has given may stay there."""
         ...
 
     def lent(

@@ -25,20 +25,18 @@ def _is_there(kind: str) -> bool:
 
 
 class RealWorkshop:
-    """Builds models that compute; the device has to be there."""
+    """Builds models that compute; the device has to be there.
+
+    ``stays``: a caller's model, and what the caller gives it, remain on the devices that they are on.
+    """
 
     mode: Literal["real", "structural"] = "real"
 
-    def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False) -> None:
-        kind = torch.device(device).type
-        if not _is_there(kind):
-            raise UsageError(
-                f"Real mode on {device} needs that device, and torch {torch.__version__} finds none here.",
-                hint="Use `--device cpu`, or leave out `--mode real`: structural mode pretends the device.",
-            )
-        self.device = torch.device(device)
+    def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False, stays: bool = False) -> None:
+        self.device = _present(torch.device(device))
         self.dtype = dtype
         self._casts = casts
+        self._stays = stays
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function."""
@@ -52,10 +50,10 @@ class RealWorkshop:
         """Move an input to the device and dtype of the run."""
         return real.to(device=self.device, dtype=self.dtype)
 
-    def like(self, real: torch.Tensor) -> torch.Tensor:
+    def like(self, real: torch.Tensor, *, given: bool = False) -> torch.Tensor:
         """Return the tensor on the device of the run, without its history; in its dtype where one was asked for."""
         dtype = self.dtype if self._casts and real.is_floating_point() else real.dtype
-        return real.detach().to(self.device, dtype)
+        return real.detach().to(self._where(real, given), dtype)
 
     def lent(
         self, model: nn.Module, given: tuple[Any, ...] = ()
@@ -64,12 +62,17 @@ class RealWorkshop:
 
         Elsewhere the model is lent copies.
         """
+        if self._stays:
+            self.device = _present(_home_of(model))
         home = self.device.type
-        at_home = all(tensor.device.type == home for tensor in tensors_of(model))
+        at_home = self._stays or all(tensor.device.type == home for tensor in tensors_of(model))
         return kept(model, given) if at_home and not self._casts else swapped(model, self._moved, given)
 
+    def _where(self, tensor: torch.Tensor, given: bool) -> torch.device:
+        return tensor.device if given and self._stays else self.device
+
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        moved = self.like(tensor)
+        moved = self.like(tensor, given=True)
         return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
@@ -78,7 +81,7 @@ class StructuralWorkshop:
 
     mode: Literal["real", "structural"] = "structural"
 
-    def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False, stays: bool = False) -> None:
         # torch would end the whole process.
         if torch.device(device).type == "mps" and not torch.backends.mps.is_built():
             raise UsageError(
@@ -86,6 +89,7 @@ class StructuralWorkshop:
                 hint="Use `--device cuda` or `--device cpu`: gradients flow the same way on all of them.",
             )
         self._casts = casts
+        self._stays = stays
         self._pretended = PretendedDevice(device)
         self.run = self._pretended.run
         self.device = self._pretended.device
@@ -99,11 +103,12 @@ class StructuralWorkshop:
         """Return a fake tensor of the same shape on the pretended device."""
         return self._pretended.pretend(real, self.dtype)
 
-    def like(self, real: torch.Tensor) -> torch.Tensor:
+    def like(self, real: torch.Tensor, *, given: bool = False) -> torch.Tensor:
         """Return a fake of a floating tensor; integers and masks stay, so that branches on them run as they would."""
-        if self.device.type == "cpu" and not real.is_floating_point():
-            return real
-        return self._pretended.pretend(real, self.dtype if self._casts else real.dtype)
+        device = self._where(real, given)
+        if device.type == "cpu" and not (real.is_floating_point() and "cpu" in self._pretended.kinds):
+            return real.detach() if real.is_floating_point() else real
+        return self._pretended.pretend(real, self.dtype if self._casts else real.dtype, device)
 
     @contextmanager
     def lent(self, model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[torch.Tensor], None]]:
@@ -112,19 +117,44 @@ class StructuralWorkshop:
             raise CannotTell(
                 "The model holds a scripted module, which keeps its own weights and computes.", hint="Use --mode real."
             )
+        if self._stays:
+            self.device = _home_of(model)
+            self._pretended.kinds = frozenset({self.device.type, *(each.device.type for each in tensors_of(model))})
         with swapped(model, self._fake, given) as before_write:
             yield before_write
 
+    def _where(self, tensor: torch.Tensor, given: bool) -> torch.device:
+        """Return where an input goes; to a model without any memory (meta) everything follows."""
+        return tensor.device if given and self._stays and self.device.type != "meta" else self.device
+
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu" and not tensor.is_floating_point():
+        device = tensor.device if self._stays else self.device
+        if device.type == "cpu" and not tensor.is_floating_point():
             return tensor
-        return self._pretended.pretend(tensor, self.dtype if self._casts else tensor.dtype)
+        return self._pretended.pretend(tensor, self.dtype if self._casts else tensor.dtype, device)
 
 
-def open_workshop(mode: str, device: str, dtype: str | None = None, *, casts: bool = False) -> Workshop:
+def _present(device: torch.device) -> torch.device:
+    if not _is_there(device.type):
+        raise UsageError(
+            f"Real mode on {device} needs that device, and torch {torch.__version__} finds none here.",
+            hint="Use `--device cpu`, or leave out `--mode real`: structural mode pretends the device.",
+        )
+    return device
+
+
+def _home_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU where it has none."""
+    first = next(tensors_of(model), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def open_workshop(
+    mode: str, device: str, dtype: str | None = None, *, casts: bool = False, stays: bool = False
+) -> Workshop:
     """Return the workshop for a mode and a device; ``auto`` means structural on pretended CUDA.
 
-    ``casts``: a caller's own model and inputs are brought to the dtype as well.
+    ``casts``: a caller's own model and inputs are brought to the dtype as well; ``stays``: they stay where they are.
 
     Without a wish for the dtype it is bfloat16 on an accelerator and float32 on the CPU, as the
     libraries traced here choose themselves.
@@ -133,5 +163,5 @@ def open_workshop(mode: str, device: str, dtype: str | None = None, *, casts: bo
         device = "cuda" if mode != "real" or torch.cuda.is_available() else "cpu"
     chosen: torch.dtype = getattr(torch, dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16"))
     if mode == "real":
-        return RealWorkshop(device, chosen, casts=casts)
-    return StructuralWorkshop(device, chosen, casts=casts)
+        return RealWorkshop(device, chosen, casts=casts, stays=stays)
+    return StructuralWorkshop(device, chosen, casts=casts, stays=stays)

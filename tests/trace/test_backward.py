@@ -411,6 +411,21 @@ def watched(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def hook_that_raises(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.register_hook(lambda grad: grad.no_such_thing)
+    return y.tanh()
+
+
+def test_a_hook_on_the_way_that_raises_stops_what_lies_behind_it() -> None:
+    with pytest.raises(AttributeError):
+        arriving(hook_that_raises)
+    session = traced(hook_that_raises)
+    assert session.verdict == "crashes" and named(session, hook_that_raises) == [("error", "GS606", 2)]
+    lost = {name for name, source in session.sources.items() if source.status == "blocked"}
+    assert lost == {"first.weight", "first.bias", "input.0"}
+
+
 def test_a_hook_that_takes_the_gradient_away_is_named() -> None:
     assert not arriving(hooked)["first.weight"].any()
     session = traced(hooked)

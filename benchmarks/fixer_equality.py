@@ -52,6 +52,8 @@ def scale_of(name: str, reference: dict[str, torch.Tensor]) -> float:
 
 def main() -> None:
     """Compare every case and print one row each."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # on a GPU sums are taken in any order otherwise
+    torch.backends.cudnn.allow_tf32 = False
     print(f"{'dtype':<10}{'pixels':<16}{'freeze':<8}{'tensors':>8}{'worst':>11}{'limit':>9}{'seconds':>9}")
     for dtype, (batch, height, width) in CASES:
         for freeze in (True, False):

@@ -156,7 +156,8 @@ def _name_of(func: Any) -> str | None:
         return str(func.overloadpacket.__name__)
     name = getattr(func, "__name__", None) or type(func).__name__
     if name in ("__get__", "__set__"):
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        owner = getattr(func, "__self__", None)  # of C, or a property, which has a name from Python 3.13 on
+        attribute = getattr(owner, "__name__", "") or getattr(getattr(owner, "fget", None), "__name__", "")
         if name == "__set__":
             return name if attribute == "data" else None
         return attribute if attribute in DATA_PROPERTIES or attribute == CUDA_ARRAY else None

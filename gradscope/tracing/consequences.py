@@ -39,7 +39,9 @@ class Consequences:
             by_data = self._maker_of(pending).partition(".")[0] == "data"
             if by_data:  # x.data.mul_(...).add_(...): the numbers go into x, whose version counter does not move
                 pending.name = f"data.{name}"
-            self._provenance.wrote(tensor, pending, part_written(name, args) if by_data else None, unseen=by_data)
+            part = part_written(name, args) if by_data else None
+            # A fused optimizer moves no version counter, so that autograd goes on with weights that have changed.
+            self._provenance.wrote(tensor, pending, part, unseen=by_data or name.startswith("_fused_"))
 
     def _maker_of(self, pending: Operation) -> str:
         """Return the call that gave out the first input, if it was the one before."""

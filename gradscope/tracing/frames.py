@@ -37,6 +37,8 @@ FIXER_FOLDER = os.path.join(OWN_FOLDER, "fix") + os.sep
 CALLERS = frozenset(os.path.join(OWN_FOLDER, "tracing", name) for name in ("runner.py", "numeric.py"))
 
 
+# Libraries that run kernels; the line that launches one is meant. A folder of that name may be anybody's.
+LAUNCHERS = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("triton", "cupy", "numba"))
 # Libraries whose frames only pass a call on.
 WRAPPERS = frozenset({"typing_extensions.py", "decorator.py", "wrapt", "beartype", "jaxtyping", "typeguard"})
 
@@ -48,9 +50,9 @@ def is_user_file(filename: str) -> bool:
         return True
     if filename.startswith(STDLIB_FOLDER) and "site-packages" not in filename:
         return False
-    return not filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<")) and not WRAPPERS.intersection(
-        filename.split(os.sep)
-    )
+    if filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<")) or any(name in filename for name in LAUNCHERS):
+        return False
+    return not WRAPPERS.intersection(filename.split(os.sep)) and not filename.startswith("cupy" + os.sep)
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:

@@ -78,6 +78,8 @@ def check(subject: Subject, groups: Iterable[frozenset[str]], *, requiring: froz
     with ExitStack() as stack:
         stack.enter_context(untouched_state())
         stack.enter_context(_default_dtype(torch.float64))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         if subject.borrowed:  # a copy may share parameters with the caller's model, where a registry holds them (Pyro)
             stack.enter_context(kept(subject.prepare(workshop)))
         if loss is not None:

@@ -169,13 +169,13 @@ class Outcome:
         *,
         watched: bool,
     ) -> None:
-        """Run the backward pass where it can be run: with numbers, or on a pretended CPU for custom functions."""
+        """Run the backward pass where it can be run: with numbers; of custom functions, on devices that are there."""
         measured = self._workshop.mode == "real"
         if run.recording.hooks and not measured:
             run.recording.unseen.append("What hooks make of a gradient is seen only by computing (--mode real).")
         if not measured and not graph.custom:
             return
-        if not measured and self._workshop.device.type != "cpu":
+        if not self._workshop.goes_backward:
             _refuse_hidden(run)
             run.recording.unseen.append("What custom backward functions give is seen only by computing (--mode real).")
             return

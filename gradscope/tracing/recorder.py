@@ -30,6 +30,7 @@ from gradscope.tracing.calls import (
     SHAPE_ONLY,
     SHARES_MEMORY,
     instead_of,
+    is_in_place,
     made_by,
     operation_name,
     overwrites,
@@ -362,8 +363,9 @@ class Recorder(TorchFunctionMode):
         pending.outputs = tuple([self.provenance.remember(tensor).id for tensor in made])
         if pending.name in ROOMS:
             self.recording.values[pending.outputs[0]].room = True
+        gives = pending.outputs or pending.name in ESCAPES or is_in_place(pending.name)  # a write has to be there
         made_for_inference = bool(self._threads.here.regions) and any(tensor.is_inference() for tensor in made)
-        if (pending.inputs and (pending.outputs or pending.name in ESCAPES)) or made_for_inference:
+        if (pending.inputs and gives) or made_for_inference:
             since, pending.index = pending.index, len(self.recording.operations)
             self.recording.operations.append(pending)
             for tensor in made:

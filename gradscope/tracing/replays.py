@@ -15,6 +15,7 @@ import torch
 from gradscope.tracing.autograd import memory_of
 from gradscope.tracing.provenance import Provenance
 from gradscope.tracing.recording import Operation, Recording
+from gradscope.tracing.structural import CannotFollow
 
 NAME = "CUDAGraph.replay"
 
@@ -27,9 +28,16 @@ class Replays:
         self._provenance = provenance
         self._noted: list[Operation] = []
         self.held: Callable[[], Iterable[torch.Tensor]] = tuple
+        self.computes = True
 
     def begin(self, graph: Any, before_write: Callable[[torch.Tensor], None]) -> list[torch.Tensor]:
-        """Return the tensors that the graph is about to write, told to ``before_write`` as well."""
+        """Return the tensors that the graph is about to write, told to ``before_write`` as well.
+
+        Raises:
+            CannotFollow: nothing is computed in this run, and its tensors are none of the graph's.
+        """
+        if not self.computes:
+            raise CannotFollow("a CUDA graph is replayed")
         spans = _spans(graph.pool())
         written = [tensor for tensor in self._static() if _lies_in(memory_of(tensor), spans)]
         for tensor in written:
@@ -40,8 +48,8 @@ class Replays:
         """Note that they hold something else now, made of what the run has put in place for it."""
         provenance = self._provenance
         changed = {id(tensor): tensor for tensor in self._static() if provenance.changed_in_run(tensor)}
-        inputs = tuple(provenance.value_of(tensor) for key, tensor in changed.items() if key not in map(id, written))
-        operation = new(NAME, inputs)
+        read = [*changed.values(), *written]  # one captured in this run was made of what it is made of again
+        operation = new(NAME, tuple(dict.fromkeys(provenance.value_of(tensor) for tensor in read)))
         operation.outputs = tuple(provenance.remember(tensor).id for tensor in written)
         self._recording.add(operation)
         self._noted.append(operation)

@@ -115,6 +115,7 @@ class Runner:
         for constant in constants_of_loss(self._loss) if self._loss is not None else ():
             recorder.add_constant(constant)
         recorder.replays.held = lambda: loose_tensors(built.model)
+        recorder.replays.computes = self.workshop.mode == "real"
         recorder.modules.name(built.model)
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)

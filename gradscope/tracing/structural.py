@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from gradscope.tracing.calls import is_in_place
+from gradscope.tracing.calls import is_in_place, operation_name
 from gradscope.tracing.provenance import is_wrapped, tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -55,14 +55,17 @@ class PretendedDevice:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, under fake tensors where it takes one or asks for the device."""
-        if getattr(func, "__name__", "") in MEMORY and _has_fake(args, kwargs):
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and args[0].is_cuda:  # elsewhere a tensor has no such attribute
+            name = operation_name(func) or name
+        if name in MEMORY and _has_fake(args, kwargs):
             raise CannotFollow("the memory of a tensor that has none is asked for")
-        if getattr(func, "__name__", "") in SAME_DTYPE:
+        if name in SAME_DTYPE:
             self._refuse_mixed_dtypes(args, kwargs)
         # The memo of a deepcopy holds all copies made so far: a real tensor is not pretended for their sake.
-        given = args[:1] if getattr(func, "__name__", "") == "__deepcopy__" else args
+        given = args[:1] if name == "__deepcopy__" else args
         if self._asks_for_device(given, kwargs) or _has_fake(given, kwargs) or self._makes_room(func, kwargs):
-            if args and _is_real(args[0]) and is_in_place(getattr(func, "__name__", "")):
+            if args and _is_real(args[0]) and name and is_in_place(name):
                 raise CannotFollow("numbers that do not exist are written into a tensor that does")
             with self._mode:
                 if args and _is_real(args[0]) and not args[0].requires_grad:

@@ -29,6 +29,11 @@ class Workshop(Protocol):
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def goes_backward(self) -> bool:
+        """Whether a backward pass can be run here."""
+        ...
+
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one torch function as the mode has it."""
         ...

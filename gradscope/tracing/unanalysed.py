@@ -24,8 +24,12 @@ NO_GRAD = (
 NO_MEMORY_THERE = ("its data is not allocated yet", ".numpy() is not supported for tensor subclasses")
 # So many tensors of a result are described.
 MOST_NAMED = 3
-# "... found at least two devices, cuda:0 and cpu!"; before torch 2.14 "... found two different devices cuda:0, cpu".
-TWO_DEVICES = re.compile(r"found (?:at least )?two (?:different )?devices,? (\w+(?::\d+)?)(?:,| and) (\w+(?::\d+)?)")
+# "... found at least two devices, cuda:0 and cpu!"; before torch 2.14 "... found two different devices cuda:0, cpu"; of
+# a kernel of CUDA's "... but got mat1 is on cpu, different from other tensors on cuda:0".
+TWO_DEVICES = re.compile(
+    r"(?:found (?:at least )?two (?:different )?devices,?|but got \w+ is on) (\w+(?::\d+)?)"
+    r"(?:, different from other tensors on|,| and) (\w+(?::\d+)?)"
+)
 
 
 class CannotTell(NotAnalysedError):

@@ -31,6 +31,7 @@ class RealWorkshop:
     """
 
     mode: Literal["real", "structural"] = "real"
+    goes_backward = True
 
     def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False, stays: bool = False) -> None:
         self.device = _present(torch.device(device))
@@ -94,6 +95,11 @@ class StructuralWorkshop:
         self.run = self._pretended.run
         self.device = self._pretended.device
         self.dtype = dtype
+
+    @property
+    def goes_backward(self) -> bool:
+        """Whether the devices pretended are there: autograd starts a thread for each, which asks its driver."""
+        return all(map(_is_there, self._pretended.kinds))
 
     def materialise(self, factory: Callable[[bool], Module]) -> Module:
         """Build the module without memory for its weights."""

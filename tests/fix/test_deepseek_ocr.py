@@ -30,6 +30,11 @@ def make(dtype: Any = torch.float32, size: Any = "tiny", **options: Any) -> Any:
     return Encoder(build_towers(size, dtype=dtype), device="cpu", dtype=dtype, **options)
 
 
+def fixer(encoder: Any, **options: Any) -> DifferentiableEncoder:
+    """Leave the towers on the CPU, also where there is a GPU: the two ways are compared, and that one does not move."""
+    return DifferentiableEncoder(encoder, device=None, **options)
+
+
 def pixels(*size: int, batch: int = 1, dtype: Any = torch.float32, seed: int = 1) -> Any:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, *size, generator=generator, dtype=torch.float64).to(dtype)
@@ -73,7 +78,7 @@ def assert_same(ours: Any, reference: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_outputs_and_every_gradient_equal_the_undecorated_path(size: Any, freeze: bool, dtype: Any) -> None:
     encoder = make(dtype, freeze=freeze)
-    fixed = DifferentiableEncoder(encoder)
+    fixed = fixer(encoder)
     x = pixels(*size, batch=2, dtype=dtype)
     reference = run(oracle(encoder), encoder, x)
     ours = run(fixed.forward_features, fixed, x)
@@ -84,7 +89,7 @@ def test_outputs_and_every_gradient_equal_the_undecorated_path(size: Any, freeze
 
 def test_full_size() -> None:
     encoder = make(size="full", freeze=False)
-    fixed = DifferentiableEncoder(encoder)
+    fixed = fixer(encoder)
     x = pixels(256, 256)
     assert_same(run(fixed.forward_features, fixed, x), run(oracle(encoder), encoder, x), 2e-5)
 
@@ -93,7 +98,7 @@ def test_finite_difference_along_a_direction(monkeypatch: Any) -> None:
     # transformers 4.47 drops to float32 in SAM (softmax, norm), which would drown the difference.
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: x.softmax(dim))
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-    fixed = DifferentiableEncoder(make(torch.float64))
+    fixed = fixer(make(torch.float64))
     x = pixels(128, 192, dtype=torch.float64).requires_grad_()
     direction = pixels(128, 192, dtype=torch.float64, seed=2)
     loss = lambda value: fixed.forward_features(value).square().sum()  # noqa: E731
@@ -112,7 +117,7 @@ def test_the_encoder_is_left_as_it_was(monkeypatch: Any) -> None:
     attributes = {name: id(value) for name, value in vars(encoder).items()}
     flags = [p.requires_grad for p in encoder.parameters()]
     for mode in ("none", "all"):
-        fixed = DifferentiableEncoder(encoder, checkpoint=mode)
+        fixed = fixer(encoder, checkpoint=mode)
         x = pixels(128, 128).requires_grad_()
         fixed.forward_features(x).sum().backward()
     assert {name: id(value) for name, value in vars(encoder).items()} == attributes
@@ -127,19 +132,19 @@ def test_the_encoder_is_left_as_it_was(monkeypatch: Any) -> None:
 @pytest.mark.parametrize("trainable", ["keep", "all", "none", "clip_tr.*"])
 def test_trainable(trainable: str) -> None:
     encoder = make(freeze=False)
-    fixed = DifferentiableEncoder(encoder, trainable=trainable)
+    fixed = fixer(encoder, trainable=trainable)
     expected = {"keep": lambda n: True, "all": lambda n: True, "none": lambda n: False}
     wanted = expected.get(trainable, lambda n: n.startswith("clip_tr."))
     assert all(p.requires_grad == wanted(name) for name, p in fixed.named_parameters())
-    assert DifferentiableEncoder(make(freeze=True)).sam.net_2.weight.requires_grad is False
+    assert fixer(make(freeze=True)).sam.net_2.weight.requires_grad is False
 
 
 @pytest.mark.parametrize("size", [(256, 256), (1024, 1024)])
 def test_positions_can_be_trained(size: Any) -> None:
     encoder = make(torch.float64)
-    frozen = DifferentiableEncoder(encoder)
+    frozen = fixer(encoder)
     assert "position_table" in dict(frozen.named_buffers())
-    fixed = DifferentiableEncoder(encoder, train_positions=True)
+    fixed = fixer(encoder, train_positions=True)
     assert dict(fixed.named_parameters())["position_table"].requires_grad
     x = pixels(*size, dtype=torch.float64)
     fixed.forward_features(x).square().sum().backward()
@@ -175,7 +180,7 @@ def test_checkpointing_gives_the_same_gradients(mode: str, scripted: bool) -> No
     plain = make(torch.float64, freeze=False)
     reference = run(oracle(plain), plain, x)
     encoder = make(torch.float64, freeze=False)
-    fixed = DifferentiableEncoder(cold(encoder) if scripted else encoder, checkpoint=mode)
+    fixed = fixer(cold(encoder) if scripted else encoder, checkpoint=mode)
     for _ in range(2):
         assert_same(run(fixed.forward_features, fixed, x), reference, 1e-9)
 
@@ -196,7 +201,7 @@ def test_plain_checkpointing_of_a_cold_script_is_wrong() -> None:
 def test_checkpointing_keeps_less() -> None:
     kept = {}
     for mode in ("none", "sam", "all"):
-        fixed = DifferentiableEncoder(make(), checkpoint=mode)
+        fixed = fixer(make(), checkpoint=mode)
         weights = {p.untyped_storage().data_ptr() for p in fixed.parameters()}
         total = [0]
 
@@ -217,7 +222,7 @@ def test_a_first_call_in_inference_mode_poisons_nothing() -> None:
     encoder = make(freeze=False)
     with torch.inference_mode():
         encoder._forward_core(pixels(256, 256))
-        fixed = DifferentiableEncoder(encoder, train_positions=True)
+        fixed = fixer(encoder, train_positions=True)
         inferred = fixed.forward_features(pixels(256, 256))
     assert inferred.is_inference() and not fixed.position_table.is_inference()
     x = pixels(256, 256)
@@ -232,16 +237,16 @@ def test_an_encoder_built_in_inference_mode() -> None:
     towers = build_towers("tiny")
     with torch.inference_mode():
         encoder = Encoder(towers, device="cpu", dtype=torch.float32, eager_to_device=False, freeze=False)
-    fixed = DifferentiableEncoder(encoder)
+    fixed = fixer(encoder)
     run(fixed.forward_features, fixed, pixels(256, 256))
     with torch.inference_mode():
         poisoned = Encoder(build_towers("tiny"), device="cpu", dtype=torch.float32)
     with pytest.raises(UsageError, match=r"inference tensor.*outside"):
-        DifferentiableEncoder(poisoned)
+        fixer(poisoned)
 
 
 def test_dtype_autocast_channels_last_and_copies() -> None:
-    fixed = DifferentiableEncoder(make())
+    fixed = fixer(make())
     x = pixels(256, 256)
     with torch.no_grad():
         expected = fixed.forward_features(x)
@@ -258,7 +263,7 @@ def test_compiled(monkeypatch: Any) -> None:
     real, made = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f: made.append(f) or real(f, backend="aot_eager"))
     encoder = make(freeze=False)
-    fixed = DifferentiableEncoder(encoder, compile=True)
+    fixed = fixer(encoder, compile=True)
     assert not made
     x = pixels(128, 128)
     assert_same(run(fixed.forward_features, fixed, x), run(oracle(encoder), encoder, x), 2e-5)
@@ -301,14 +306,14 @@ def page() -> Image.Image:
 
 def test_images_are_prepared_as_the_package_does(page: Image.Image, tmp_path: Path) -> None:
     encoder = make()
-    fixed = DifferentiableEncoder(encoder)
+    fixed = fixer(encoder)
     expected = encoder._preproc_1024(page).unsqueeze(0)
     path = tmp_path / "page.png"
     page.save(path)
     for given in (page, path, str(path), [path]):
         assert torch.equal(fixed.preprocess(given), expected)
     assert torch.equal(fixed.preprocess([page, path]), torch.cat([expected, expected]))
-    official = DifferentiableEncoder(encoder, normalization="official").preprocess(page)
+    official = fixer(encoder, normalization="official").preprocess(page)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in fixed._constants)
     assert torch.allclose(official, ((expected * std + mean) - 0.5) / 0.5, atol=1e-5)
 
@@ -317,7 +322,7 @@ def test_tensors_keep_their_size_and_their_gradient(page: Image.Image) -> None:
     import numpy
 
     encoder = make()
-    fixed = DifferentiableEncoder(encoder)
+    fixed = fixer(encoder)
     square = page.resize((1024, 1024))
     whole = torch.from_numpy(numpy.array(square)).permute(2, 0, 1)
     expected = encoder._preproc_1024(square).unsqueeze(0)
@@ -336,7 +341,7 @@ def test_every_page_of_a_pdf(tmp_path: Path, page: Image.Image) -> None:
     pytest.importorskip("pymupdf")
     path = tmp_path / "two.pdf"
     page.save(path, save_all=True, append_images=[page])
-    assert DifferentiableEncoder(make()).preprocess(path).shape == (2, 3, 1024, 1024)
+    assert fixer(make()).preprocess(path).shape == (2, 3, 1024, 1024)
 
 
 BAD = [
@@ -367,7 +372,7 @@ def bad_images(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("message", BAD)
 def test_bad_images(message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        DifferentiableEncoder(make())(bad_images(tmp_path)[message])
+        fixer(make())(bad_images(tmp_path)[message])
     assert "\n" not in caught.value.message and caught.value.hint
 
 

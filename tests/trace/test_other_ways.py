@@ -677,6 +677,7 @@ def test_what_a_custom_function_is_not_given_is_judged_by_its_backward(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that is not there")
 def test_a_backward_of_its_own_needs_numbers_on_a_device_that_is_not_there() -> None:
     with pytest.raises(NotAnalysedError, match="not given"):
         gradscope.trace(Held(Reversible), torch.ones(4, 4), mode="structural", device="cuda")

@@ -49,11 +49,11 @@ def lines(function: Callable[..., Any], holding: str) -> int:
 class Gan:
     """https://github.com/pytorch/pytorch/issues/39141."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         torch.manual_seed(0)
         self.g, self.d = nn.Linear(5, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.opt_g = torch.optim.Adam(self.g.parameters(), lr=0.1)
-        self.opt_d = torch.optim.Adam(self.d.parameters(), lr=0.1)
+        self.opt_g = torch.optim.Adam(self.g.parameters(), lr=0.1, **options)
+        self.opt_d = torch.optim.Adam(self.d.parameters(), lr=0.1, **options)
 
     def step(self) -> None:
         fake = self.d(self.g(torch.randn(6, 5))).sigmoid()
@@ -75,9 +75,10 @@ class Gan:
 
 
 @MODES
-def test_an_optimizer_that_steps_before_a_backward_pass_is_the_cause(mode: str) -> None:
-    refused(Gan().step, "modified by an inplace operation")
-    session = gradscope.trace(Gan().step, mode=mode)
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}], ids=str)
+def test_an_optimizer_that_steps_before_a_backward_pass_is_the_cause(mode: str, options: dict[str, bool]) -> None:
+    refused(Gan(**options).step, "modified by an inplace operation")
+    session = gradscope.trace(Gan(**options).step, mode=mode)
     cut = first(session, "GS603")
     assert (session.verdict, cut.line) == ("crashes", lines(Gan.step, "self.opt_d.step()"))
     assert cut.message.startswith("optimizer.step") and cut.fix.startswith("Step after the last backward pass")
@@ -85,6 +86,22 @@ def test_an_optimizer_that_steps_before_a_backward_pass_is_the_cause(mode: str) 
     session = gradscope.trace(Gan().mended, mode=mode)
     assert session.verdict == session.sources["self.g.weight"].status == "flows"
     assert [(each.rule, each.severity) for each in session.findings] == [("GS201", "note")]  # the discriminator's pass
+
+
+def test_a_fused_optimizer_that_steps_before_a_backward_pass_makes_its_gradient_wrong() -> None:
+    """Torch raises for the others, and not for this one: it moves no version counter (torch 2.14)."""
+    right, spoiled = Gan(), Gan(fused=True)
+    right.g.weight.grad = spoiled.g.weight.grad = None
+    fake = right.d(right.g(torch.randn(6, 5))).sigmoid()
+    (1 - fake).log().mean().backward()
+    torch.manual_seed(0)
+    spoiled = Gan(fused=True)
+    spoiled.step()
+    assert not torch.allclose(right.g.weight.grad, spoiled.g.weight.grad)
+    session = gradscope.trace(Gan(fused=True).step, mode="real")
+    cut = first(session, "GS603")
+    assert cut.line == lines(Gan.step, "self.opt_d.step()") and "g.weight" in " ".join(cut.cuts)
+    assert session.verdict != "flows"
 
 
 class Recurrent(nn.Module):

@@ -2,8 +2,9 @@
 
 The file (schema ``gradscope.baseline/1``) is JSON with one finding per line, sorted by where it is, so that it reads,
 diffs and merges like source. A finding is known again by its fingerprint: rule, qualified name of the function, and the
-line of source without its blanks. So it stays the same where lines move, files are renamed and code is indented;
-in a function of another name it is a new one. No line numbers are kept: they would change with every edit.
+line of source without its blanks and its comment. So it stays the same where lines move, files are renamed, code is
+indented and a comment is added; in a function of another name it is a new one. No line numbers are kept: they would
+change with every edit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gradscope.errors import UsageError
-from gradscope.findings import Finding, State
+from gradscope.findings import Finding, State, bare
 from gradscope.paths import write_whole
 from gradscope.session import Comparison, Session
 
@@ -122,7 +123,7 @@ class Baseline:
         label, unread = label_of(session), _unread(session)
         kept = [line for line in self.lines if line.target != label or line.path in unread]
         found = Counter(
-            Known(_path(each), each.function, each.rule, " ".join(each.source.split()), label, each.fingerprint)
+            Known(_path(each), each.function, each.rule, bare(each.source), label, each.fingerprint)
             for each in session.findings
             if each.state != "expected"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -17,11 +18,19 @@ State: TypeAlias = Literal["", "new", "unchanged", "expected"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 # Lines of source shown before and after the line of a finding.
 AROUND = 3
+# What is told apart in a line of source: a string, which stays as it is, and comments and blanks, which mean nothing.
+LEXEME = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|#.*|\s+""")
+IDLE_BLANK = re.compile(r" (?!\w)|(?<!\w) ")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether a source is named by one of the patterns, itself or with what it is part of."""
     return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
+
+
+def bare(line: str) -> str:
+    """Return a line of source without its comment, and with one blank for several."""
+    return LEXEME.sub(lambda found: found[1] or " ", line).strip()
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -58,7 +67,8 @@ class Finding:
     gradient here, ``behind`` the id of the finding that hides this one, and ``verified`` whether
     a further run with this place neutralised showed that it belongs to the fix.
     ``chain`` holds the callers from the entry to the place, outermost first. ``fingerprint`` names
-    the finding in a baseline: it stays the same when lines move and files are renamed.
+    the finding in a baseline: it stays the same when lines move and files are renamed, and when a
+    line gets a comment or other blanks.
     """
 
     id: str
@@ -86,9 +96,10 @@ class Finding:
     state: State = ""
 
     def __post_init__(self) -> None:
-        """Take the fingerprint of the rule, the qualified name and the line of source, blanks aside."""
+        """Take the fingerprint of the rule, the qualified name and the line of source, blanks and comment aside."""
         if not self.fingerprint:
-            what = "\0".join((self.rule, self.function, " ".join(self.source.split()) or self.mechanism))
+            code = IDLE_BLANK.sub("", bare(self.source))
+            what = "\0".join((self.rule, self.function, code or self.mechanism))
             object.__setattr__(self, "fingerprint", hashlib.sha256(what.encode()).hexdigest()[:16])
 
     @property

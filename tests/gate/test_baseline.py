@@ -57,7 +57,8 @@ def known(*findings: Finding, target: str = "src") -> Baseline:
         ({}, "unchanged"),
         ({"line": 99}, "unchanged"),
         ({"path": "renamed/b.py"}, "unchanged"),
-        ({"source": "with  torch.no_grad():"}, "unchanged"),
+        ({"source": "with  torch.no_grad( ):"}, "unchanged"),
+        ({"source": "with torch.no_grad():  # noqa: X1 'why'"}, "unchanged"),
         ({"severity": "note", "message": "another"}, "unchanged"),
         ({"function": "Other.forward"}, "new"),
         ({"source": "with torch.no_grad(), lock:"}, "new"),
@@ -66,6 +67,28 @@ def known(*findings: Finding, target: str = "src") -> Baseline:
 )
 def test_a_finding_is_known_again_by_what_it_is_and_not_by_where(change: dict[str, object], state: str) -> None:
     assert states(known(finding(1)), session(finding(1, **change))) == [state]
+
+
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ('x = f(y, "a # b").detach()  # c', 'x=f( y,"a # b" ).detach()'),
+        ("return x if y else -z", "return x if y else - z"),
+        (r"x = '\\' + y.item()  # '", r"x = '\\' + y.item()"),
+    ],
+)
+def test_comments_and_idle_blanks_are_no_part_of_a_line(line: str, same: str) -> None:
+    assert finding(1, source=line).fingerprint == finding(1, source=same).fingerprint
+
+
+def test_a_string_and_a_blank_between_words_are_part_of_a_line() -> None:
+    lines = ['f("a # b").detach()', 'f("a # c").detach()', "not x.item()", "notx.item()"]
+    assert len({finding(1, source=line).fingerprint for line in lines}) == 4
+
+
+def test_a_comment_leaves_the_file_as_it_is() -> None:
+    line = known(finding(1))
+    assert line.updated(session(finding(1, source="with torch.no_grad():  # why"))).lines == line.lines
 
 
 def test_as_many_are_known_as_there_were() -> None:

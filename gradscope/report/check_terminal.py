@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradscope.findings import SEVERITIES
-from gradscope.report.page import Page
+from gradscope.report.page import Page, counted
+from gradscope.report.standing import counts_of
 from gradscope.session import Session
 
 COLOURS = {"flows": "green", "partial": "yellow", "blocked": "red", "crashes": "red"}
@@ -31,7 +32,7 @@ class _CheckPage(Page):
         notes = sum(finding.severity == "note" for finding in self.unfolded(full))
         if notes and not full:
             self.console.print()
-            self.print(f"{notes} notes are not shown: -v.")
+            self.print(f"{counted(notes, 'note')} {'is' if notes == 1 else 'are'} not shown: -v.")
         self.bullets("Remarks", self.session.remarks if full else ())
         self.bullets("What could not be analysed", self.session.unseen)
         self.console.print()
@@ -40,16 +41,16 @@ class _CheckPage(Page):
     def _verdict(self) -> None:
         session = self.session
         found = Counter(finding.severity for finding in session.findings if finding.state != "expected")
-        said = ", ".join(f"{found[each]} {each}{'' if found[each] == 1 else 's'}" for each in SEVERITIES)
+        said = ", ".join(counted(found[each], each) for each in SEVERITIES)
         failed = sum(bool(run["failure"]) for run in session.runs)
         tail = f"; {failed} of {len(session.runs)} targets could not be analysed" if failed else ""
         colour, sign = ("red", "blocked") if found["error"] else ("yellow", "maybe")
         if not found["error"] and not found["warning"] and not session.unseen:
             colour, sign = "green", "yes"
         self.console.print(Text(f"{self.sign(sign)} {said}", style=f"bold {colour}").append(tail), highlight=False)
-        what = "1 target" if len(session.runs) == 1 else f"{len(session.runs)} targets"
+        what = counted(len(session.runs), "target")
         self.print(f"  {session.target['name']}: {what} in {session.stats.get('seconds', 0)} s")
-        self.beside_baseline()
+        self.standing()
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold bright_black")
@@ -63,18 +64,15 @@ class _CheckPage(Page):
         return table
 
     def _row(self, run: dict[str, Any]) -> list[str | Text]:
-        found = [finding for finding in self.session.findings if finding.id in run["findings"]]
-        counting = Counter(finding.severity for finding in found if finding.counts)
-        states = Counter(finding.state for finding in found)
+        counts = counts_of(self.session, run)
         failed = bool(run["failure"])
-        sign = "blocked" if counting["error"] else "maybe" if failed or counting["warning"] else "yes"
+        sign = "blocked" if counts["error"] else "maybe" if failed or counts["warning"] else "yes"
         colour = {"blocked": "red", "maybe": "yellow", "yes": "green"}[sign]
-        numbers = [counting["error"], counting["warning"], states["expected"], states["unchanged"]]
         verdict = run["verdict"] or "not analysed"
         return [
             Text(self.sign(sign), style=colour),
             self.plain(run["name"]),
             Text(verdict, style=COLOURS.get(verdict, "yellow")),
-            *(["-"] * 4 if failed else map(str, numbers)),
+            *(["-"] * 4 if failed else (str(counts[each]) for each in ("error", "warning", "expected", "unchanged"))),
             f"{run['seconds']:.1f}",
         ]

@@ -22,7 +22,9 @@ from markupsafe import Markup
 from gradscope.findings import SEVERITIES, Finding
 from gradscope.report import boxes, highlight, issue
 from gradscope.report.headline import headline
+from gradscope.report.page import counted
 from gradscope.report.places import classes_of
+from gradscope.report.standing import counts_of, is_meant, standing, to_mend
 from gradscope.rules import RULES, load_rule_page, rule_family
 from gradscope.session import Session
 
@@ -44,12 +46,15 @@ def render(session: Session, *, full: bool = False) -> str:
         session=session,
         full=full,
         headline=headline(session),
-        errors=[finding for finding in session.findings if finding.severity == "error"],
+        standing=standing(session),
+        meant=is_meant(session),
+        errors=to_mend(session),
         ordered=sorted(session.findings, key=lambda finding: SEVERITIES.index(finding.severity)),
         severities={name: count for name in SEVERITIES if (count := _severities(session)[name])},
         statuses=Counter(source.status for source in session.sources.values()).most_common(),
         layers=_layers(session),
         groups=_entry_groups(session),
+        runs=[(run, counts_of(session, run)) for run in session.runs],
         rules={code: _rule(code) for code in sorted({finding.rule for finding in session.findings} & set(RULES))},
         data=Markup(_json(_data(session, full))),
         style=Markup(style),
@@ -76,6 +81,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["code"] = highlight.lines
     environment.filters["cuts"] = _cuts
+    environment.filters["counted"] = counted
     return environment
 
 
@@ -150,7 +156,7 @@ def _cuts(finding: Finding) -> list[tuple[str, int]]:
 
 def _layers(session: Session) -> list[list[Finding]]:
     """Return the cuts one behind the other: each list starts with one that nothing hides."""
-    stopping = [finding for finding in session.findings if finding.severity == "error"]
+    stopping = [each for each in session.findings if each.severity == "error" and each.how != "expectation"]
     chains = []
     for first in (finding for finding in stopping if finding.behind not in {each.id for each in stopping}):
         chain = [first]

@@ -12,6 +12,7 @@ from gradscope.report import mermaid
 from gradscope.report.headline import headline
 from gradscope.report.page import counted
 from gradscope.report.places import gravest_first, uri_of
+from gradscope.report.standing import is_meant, standing
 from gradscope.session import Session
 
 # GitHub refuses a comment of more than 65,536 characters.
@@ -78,7 +79,9 @@ def _verdict(session: Session) -> str:
     if session.kind == "scan":
         how = f"{counted(session.stats.get('files', 0), 'file')} read, nothing imported or run"
     words = _words(session)
-    lines = [f"### gradscope: {code(name)}", "", f"{words}  ", "; ".join(filter(None, [how, _counted(session)]))]
+    facts = "; ".join(filter(None, [how, _counted(session)]))
+    said = [line for line in (facts, *map(text, standing(session))) if line]
+    lines = [f"### gradscope: {code(name)}", "", "  \n".join([words, *said])]
     if session.crash is not None:
         lines += ["", f"> {text(session.crash['exception'])}: {text(session.crash['message'])}"]
     return "\n".join(lines).rstrip()
@@ -153,6 +156,8 @@ def _finding(finding: Finding) -> str:
 
 
 def _remedy(session: Session) -> str:
+    if is_meant(session):
+        return ""
     proof = ", proven by running it" if session.fix_verified else ""
     smallest = f"**Smallest fix:** {', '.join(session.fix_set)}{proof}." if session.fix_set else ""
     if session.remedy is None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from gradscope.findings import Finding
+from gradscope.report.standing import standing
 from gradscope.session import Session
 
 # Longer lines of prose are hard to read, however wide the terminal is.
@@ -56,20 +57,10 @@ class Page:
         if finding.fix:
             self.print(f"   {finding.fix}", style="green")
 
-    def beside_baseline(self) -> None:
+    def standing(self) -> None:
         """Print how the findings stand beside the baseline and the configuration; nothing where there is neither."""
-        session = self.session
-        expected = session.count_state("expected")
-        if expected:
-            what = "1 finding is" if expected == 1 else f"{expected} findings are"
-            self.print(f"  {what} as the configuration expects")
-        if session.baseline is None:
-            return
-        new, unchanged = session.count_state("new"), session.count_state("unchanged")
-        failed = session.in_doubt or any(run["failure"] for run in session.runs)
-        passes = "" if new or failed else "; nothing new, so the gate passes"
-        fixed = session.baseline.fixed
-        self.print(f"  beside {session.baseline.path}: {new} new, {unchanged} unchanged, {fixed} fixed{passes}")
+        for line in standing(self.session):
+            self.print(f"  {line}")
 
     def unfolded(self, full: bool) -> list[Finding]:
         """Return the findings to show: those that the baseline knows only where ``full`` asks for them."""

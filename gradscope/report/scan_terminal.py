@@ -75,7 +75,7 @@ class _ScanPage(Page):
         entry = f", entry {session.target['entry']}" if session.target.get("entry") else ""
         files = counted(stats.get("files", 0), "file")
         self.print(f"  {name}{entry}: {files} in {stats.get('seconds', 0)} s, nothing imported or run")
-        self.beside_baseline()
+        self.standing()
 
     def _groups(self, full: bool) -> list[tuple[str, list[dict[str, Any]]]]:
         asked = bool(self.session.target.get("entry"))

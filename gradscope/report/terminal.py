@@ -12,6 +12,7 @@ from rich.tree import Tree
 
 from gradscope.findings import Finding, Source
 from gradscope.report.page import PROSE_WIDTH, SEVERITY_COLOURS, Page
+from gradscope.report.standing import is_meant, to_mend
 from gradscope.report.views import MOST_LINES, ViewNode, fold
 from gradscope.session import Session
 
@@ -87,7 +88,7 @@ class _TracePage(Page):
             tail = f" ({frozen} frozen, which blocks nothing)" if frozen else ""
             names = f" [{group[0].name}]" if kind == "input" and len(group) == 1 else ""
             self.print(f"  {len(group)} {noun}{names}: {words}{tail}{_norms(group)}")
-        self.beside_baseline()
+        self.standing()
         if session.crash is not None:
             crash = session.crash
             self.console.print()
@@ -154,19 +155,17 @@ class _TracePage(Page):
 
     def _way_out(self) -> None:
         session = self.session
-        cuts = [each for each in session.findings if each.severity == "error" and each.how != "expectation"]
-        # Nobody wants a way out of what is meant to be so.
-        errors = [finding for finding in cuts if finding.state != "expected"]
-        if cuts and not errors:
+        if is_meant(session):
             return
+        errors = to_mend(session)
+        stay = [finding.id for finding in errors if not finding.verified]
         if session.fix_set:
             self.console.print()
             proven = "verified by running it" if session.fix_verified else "not verified"
             sign = self.sign("yes") if session.fix_verified else "?"
             self.print(f"Smallest fix: {' + '.join(session.fix_set)}, {proven} {sign}", style="bold green")
-        elif errors:
+        elif stay:
             self.console.print()
-            stay = [finding.id for finding in errors if not finding.verified]
             what = "This cannot" if len(stay) == 1 else "These cannot"
             self.print(f"{what} be taken away for a run: change {', '.join(stay)} as said there.", style="bold yellow")
         if session.remedy is not None and errors:

@@ -9,7 +9,8 @@ from junitparser import JUnitXml
 from gradscope.errors import NotAnalysedError
 from gradscope.findings import Finding, State
 from gradscope.merging import Part, merged
-from gradscope.report import junit, markdown, sarif
+from gradscope.report import html, junit, markdown, sarif
+from gradscope.report.formats import render
 from gradscope.session import Session
 
 
@@ -47,3 +48,18 @@ def test_markdown_is_alarmed_by_what_counts_only() -> None:
     assert "❌ **Gradients are stopped" in new and "| `scan src` | blocked | 1 error |" in new
     assert "✅ **Nothing that is not known or expected**" in known and "1 known to the baseline" in known
     assert "| `trace n:build` | not analysed | There is no n. |" in failing
+
+
+def test_a_page_has_a_row_for_each_run_and_proposes_nothing_of_its_own() -> None:
+    failing, known = html.render(check(failing=True)), html.render(check("unchanged"))
+    for name in ("scan src", "trace m:build", "trace n:build"):
+        assert f"<bdi>{name}</bdi>" in failing
+    assert "There is no n." in failing and "runs <b>3</b>" in failing
+    for page in (failing, known):
+        assert "What to change" not in page and "On the way back" not in page and "pyproject.toml." not in page
+
+
+def test_one_note_is_one() -> None:
+    note = Finding("F1", "GS701", "parameter-not-in-optimizer", "note", "said", "m.py", 3)
+    parts = [Part("trace m:build", "trace", Session("trace", "flows", target={"name": "m:build"}, findings=[note]))]
+    assert "1 note is not shown" in render(merged(parts, "pyproject.toml"), "text").decode()

@@ -9,10 +9,12 @@ from typing import Any
 import pages
 import pytest
 
+from gradscope.findings import Finding, Source, State
+from gradscope.flow import FlowGraph, FlowNode
 from gradscope.report import boxes, issue
 from gradscope.report.formats import render
 from gradscope.scanning.scanner import scan
-from gradscope.session import Session
+from gradscope.session import Comparison, Session
 
 
 @pytest.fixture(scope="session")
@@ -427,6 +429,31 @@ def test_a_phone_shows_it_without_scrolling_sideways(made: str, opened: Any, req
     assert page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
 
 
+def test_a_card_has_one_margin_on_a_phone(deepseek: Session, opened: Any) -> None:
+    page = opened(deepseek, width=390, height=844, is_mobile=True, has_touch=True).page
+    card, text = page.locator("#F1").bounding_box(), page.locator("#F1 .message").bounding_box()
+    assert text["x"] - card["x"] < 20
+    assert page.locator("#source-search").bounding_box()["width"] == page.locator("#sources").bounding_box()["width"]
+
+
+def test_a_frame_is_as_high_as_its_graph_and_no_higher_than_the_screen(deepseek: Session, opened: Any) -> None:
+    nodes = [FlowNode(name, name * 3, "module", "flows", module=name) for name in "abc"]
+    low = opened(Session("trace", "flows", target=pages.TARGET, graph=FlowGraph(nodes))).page
+    high = opened(deepseek).page
+
+    def height(page: Any, name: str) -> float:
+        found: float = page.locator(name).first.bounding_box()["height"]
+        return found
+
+    before = height(low, ".canvas")
+    assert 0 < height(low, ".view") - before < 4
+    assert height(high, ".view") < 700 < height(high, ".canvas")
+    # What was made smaller is made larger again by the same button.
+    low.get_by_role("button", name="Zoom out").click()
+    low.get_by_role("button", name="Fit").click()
+    assert height(low, ".canvas") == pytest.approx(before, abs=1)
+
+
 def test_a_thousand_nodes_stay_quick(opened: Any) -> None:
     shown = opened(pages.thousand())
     page = shown.page
@@ -541,6 +568,26 @@ def test_a_session_without_graph_sources_or_findings_is_a_page_too() -> None:
     text = render(Session("trace", "flows", target=pages.TARGET), "html").decode()
     assert "The gradient arrives." in text
     assert 'id="graph"' not in text
+
+
+def held(state: State, **fields: Any) -> Session:
+    cut = Finding("F1", "GS201", "detach", "error", "A detach.", "m.py", 3, cuts=("w",), verified=True, state=state)
+    return Session("trace", "blocked", target=pages.TARGET, sources={"w": Source("w", "parameter", "blocked", False,
+                   ["F1"])}, findings=[cut], **fields)  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["html", "markdown", "text"])
+def test_every_report_says_how_it_stands_and_mends_nothing_that_is_meant(fmt: str) -> None:
+    known = render(held("unchanged", fix_set=["F1"], baseline=Comparison("b.json", 2)), fmt).decode().lower()
+    assert "beside b.json: 0 new, 1 unchanged, 2 fixed" in known and "smallest fix" in known
+    meant = render(held("expected", fix_set=["F1"]), fmt).decode().lower()
+    assert "1 finding is as the configuration expects" in meant and "smallest fix" not in meant
+
+
+@pytest.mark.parametrize("fmt", ["html", "text"])
+def test_what_was_taken_away_for_a_run_is_not_said_to_stay(fmt: str) -> None:
+    shown = render(held(""), fmt).decode()  # the other part of its fix set is left out by --ignore, say
+    assert "taken away for a run" not in shown
 
 
 def test_edges_of_folded_boxes_join_boxes_with_one_parent(deepseek: Session) -> None:

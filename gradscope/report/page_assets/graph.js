@@ -356,7 +356,8 @@ class Graph {
 
   fit() {
     const wide = (this.view.clientWidth - 4) / this.canvas.offsetWidth;
-    const high = (this.view.clientHeight - 4) / this.canvas.offsetHeight;
+    // The frame is as high as what is in it, so what counts is how high it may become.
+    const high = (parseFloat(getComputedStyle(this.view).maxHeight) - 6) / this.canvas.offsetHeight;
     this.setZoom(Math.min(1, wide, Math.max(high, 0.3)));
   }
 

@@ -18,7 +18,7 @@ def command(context: click.Context, shell: str) -> int:
 
     \b
     Examples:
-      gradscope completion bash > ~/.local/share/bash-completion/completions/gradscope
+      eval "$(gradscope completion bash)"    # in ~/.bashrc
       gradscope completion zsh > ~/.zfunc/_gradscope
       gradscope completion fish > ~/.config/fish/completions/gradscope.fish
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import gc
 import importlib
 import io
@@ -12,6 +11,7 @@ import click
 
 from gradscope._version import __version__
 from gradscope.errors import ExitCode, GradscopeError
+from gradscope.report.letters import IN_PLAIN_LETTERS
 
 COMMANDS = {
     "scan": ("gradscope.cli.scan", "Find what stops gradients in source code, importing none of it."),
@@ -25,19 +25,6 @@ COMMANDS = {
 # A command lives for seconds and makes few cycles. Searching for them through all that torch and
 # transformers define, again and again while they are imported and once more on leaving, costs two seconds.
 COLLECT_AFTER = 50_000
-
-# What stands in for a sign that the encoding of the terminal or the file does not have.
-STAND_INS = {"•": "*", "→": "->", "…": "...", "–": "-", "—": "-", "≤": "<=", "≥": ">=", "×": "x"}
-IN_PLAIN_LETTERS = "gradscope.plain"
-
-
-def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "".join(STAND_INS.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error(IN_PLAIN_LETTERS, _in_plain_letters)
 
 
 class LazyGroup(click.Group):

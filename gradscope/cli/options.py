@@ -26,7 +26,7 @@ def report_options(formats: Sequence[str]) -> Callable[[Callable[..., Any]], Cal
     """Add ``--format``, ``-o`` and what goes with them; the command receives them as ``reporting``."""
     options = _all(
         click.option("--format", "fmt", type=click.Choice(list(formats)), default="text", show_default=True,
-                     envvar="GRADSCOPE_FORMAT", help="What stdout carries."),
+                     envvar="GRADSCOPE_FORMAT", metavar="FORMAT", help=f"What stdout carries: {', '.join(formats)}."),
         click.option("-o", "--output", "outputs", multiple=True, metavar="[FORMAT=]PATH",
                      envvar="GRADSCOPE_OUTPUT",
                      help="Also write here; the suffix picks the format, or FORMAT= says it. Repeatable."),

@@ -50,7 +50,7 @@ def command(paths: tuple[str, ...], gate: Gate, reporting: Reporting) -> int:
       gradscope report session.json --format markdown
       gradscope report session.json -o report.html -o results.sarif
       gradscope report scan.json trace.json -o results.xml --fail-on warning
-      gradscope trace model.py:build --format json | gradscope report - -o graph.svg
+      gradscope trace net.py:build --format json | gradscope report - -o graph.svg
     """
     sessions = [_load(path) for path in paths]
     wanted = dict.fromkeys([reporting.fmt, *(fmt for fmt, _ in reporting.files)])

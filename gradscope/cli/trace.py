@@ -77,7 +77,7 @@ def command(
       gradscope trace train.py:build_model --input 2x3x224x224 --wrt 'encoder.*'
       gradscope trace timm:resnet50
       gradscope trace --model deepseek-ocr
-      gradscope trace --model deepseek-ocr --input 1x3x512x512 --mode real --device cpu
+      gradscope trace --model deepseek-ocr --input 1x3x512x512 --mode real
       gradscope trace --model deepseek-ocr --fixed -o healed.svg
     """
     if (target is None) == (model is None):

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from gradscope.findings import Finding
+from gradscope.report.letters import IN_PLAIN_LETTERS
 from gradscope.report.standing import standing
 from gradscope.session import Session
 
@@ -113,7 +114,7 @@ class Page:
 
     def plain(self, text: str) -> str:
         """Replace what the terminal's encoding cannot show."""
-        return text.encode("ascii", "replace").decode() if self.ascii else text
+        return text.encode("ascii", IN_PLAIN_LETTERS).decode() if self.ascii else text
 
     def sign(self, name: str) -> str:
         """Return a sign that the terminal can show."""

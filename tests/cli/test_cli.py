@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from gradscope.cli import output
-from gradscope.cli.main import group
+from gradscope.cli.main import COMMANDS, group
 from gradscope.errors import UsageError
 from gradscope.report import dot
 from gradscope.session import Session
@@ -102,6 +103,13 @@ def test_where_no_renderer_draws_the_source_and_the_report_are_written(
     assert (tmp_path / "graph.dot").read_text().startswith("digraph")
     assert (tmp_path / "session.json").exists()
     assert "flows  the gradient arrives" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns(command: str) -> None:
+    shown = CliRunner().invoke(group, [*command.split(), "--help"], terminal_width=80).output
+    assert len(shown.splitlines()) > 5
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
 
 
 def test_help_imports_no_torch() -> None:

@@ -63,7 +63,7 @@ def _report(session: Session, most_findings: int, most_excerpts: int, most_sourc
     for title, group in (
         (counted(len(notes), "note"), notes),
         (f"{len(known)} known to the baseline", known),
-        (f"{len(expected)} expected by the configuration", expected),
+        (f"{len(expected)} expected", expected),
     ):
         if group:
             parts.append(details(title, _table(group, most_findings)))

@@ -134,7 +134,7 @@ def _results(session: Session, findings: list[Finding], rules: list[str]) -> lis
         result = _result(session, finding, fingerprint, near.get(finding.id, []))
         result["ruleIndex"] = rules.index(finding.rule)
         if suppressing:
-            expected = {"kind": "external", "status": "accepted", "justification": "Expected by the configuration."}
+            expected = {"kind": "external", "status": "accepted", "justification": "Declared as expected."}
             result["suppressions"] = [expected] if finding.state == "expected" else []
         if compared:
             result["baselineState"] = "new" if finding.state in ("new", "") else "unchanged"

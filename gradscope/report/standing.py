@@ -12,9 +12,10 @@ from gradscope.session import Session
 def standing(session: Session) -> list[str]:
     """Return how the findings stand beside the baseline and the configuration; nothing where there is neither."""
     expected = session.count_state("expected")
-    said = [f"{'1 finding is' if expected == 1 else f'{expected} findings are'} as the configuration expects"]
-    if not expected:
-        said = []
+    said = []
+    if expected:
+        words = "1 finding is expected and does" if expected == 1 else f"{expected} findings are expected and do"
+        said.append(f"{words} not count")
     if session.baseline is None:
         return said
     new, unchanged = session.count_state("new"), session.count_state("unchanged")

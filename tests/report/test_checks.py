@@ -8,6 +8,7 @@ from junitparser import JUnitXml
 
 from gradscope.errors import NotAnalysedError
 from gradscope.findings import Finding, State
+from gradscope.gathering import gathered
 from gradscope.merging import Part, merged
 from gradscope.report import html, junit, markdown, sarif
 from gradscope.report.formats import render
@@ -63,3 +64,9 @@ def test_one_note_is_one() -> None:
     note = Finding("F1", "GS701", "parameter-not-in-optimizer", "note", "said", "m.py", 3)
     parts = [Part("trace m:build", "trace", Session("trace", "flows", target={"name": "m:build"}, findings=[note]))]
     assert "1 note is not shown" in render(merged(parts, "pyproject.toml"), "text").decode()
+
+
+def test_the_page_of_many_traces_names_no_call() -> None:
+    traces = [(name, Session("trace", "flows", target={"name": "m", "entry": "forward"})) for name in ("a", "b")]
+    page = html.render(gathered(traces))
+    assert "<bdi>2 traces</bdi>" in page and "traces." not in page

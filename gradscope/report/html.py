@@ -189,4 +189,6 @@ def _rule(code: str) -> dict[str, Any]:
         if token.type.startswith("heading"):
             token.tag = "h3"
     page = markdown.renderer.render(tokens, markdown.options, {})
+    # Code that is too wide scrolls, also by keys: the text itself holds no tag.
+    page = page.replace("<pre>", '<pre tabindex="0">')
     return {"name": RULES[code], "family": rule_family(code), "page": Markup(page)}

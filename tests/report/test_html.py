@@ -9,8 +9,10 @@ from typing import Any
 import pages
 import pytest
 
+from gradscope.errors import NotAnalysedError
 from gradscope.findings import Finding, Source, State
 from gradscope.flow import FlowGraph, FlowNode
+from gradscope.merging import Part, merged
 from gradscope.report import boxes, issue
 from gradscope.report.formats import render
 from gradscope.scanning.scanner import scan
@@ -33,6 +35,13 @@ def deepseek() -> Session:
 def scanned() -> Session:
     pytest.importorskip("deepseek_ocr_encoder")
     return scan("deepseek_ocr_encoder", cache=False)
+
+
+@pytest.fixture(scope="session")
+def checked(scanned: Session) -> Session:
+    parts = [Part("scan deepseek_ocr_encoder", "scan", scanned), Part("trace m", "trace", pages.thousand(10)),
+             Part("trace n", "trace", failure=NotAnalysedError("There is no n."))]  # fmt: skip
+    return merged(parts, "pyproject.toml")
 
 
 def in_sight(locator: Any) -> bool:
@@ -508,13 +517,13 @@ def axe() -> str:
     return found.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("made", ["deepseek", "scanned", "thousand"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
+@pytest.mark.parametrize("made", ["deepseek", "scanned", "thousand", "checked"])
 def test_axe_finds_nothing_serious(
-    made: str, scheme: str, axe: str, opened: Any, request: pytest.FixtureRequest
+    made: str, scheme: str, width: int, axe: str, opened: Any, request: pytest.FixtureRequest
 ) -> None:
     session = pages.thousand(200) if made == "thousand" else request.getfixturevalue(made)
-    page = opened(session, full=made != "thousand", color_scheme=scheme).page
+    page = opened(session, full=made != "thousand", color_scheme=scheme, width=width).page
     for details in page.locator("#rules details").all():
         details.evaluate("node => { node.open = true }")
     if session.healed is not None:

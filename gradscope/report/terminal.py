@@ -172,7 +172,7 @@ class _TracePage(Page):
             self.print(f"  before  {session.remedy.before}", style="red")
             self.print(f"  after   {session.remedy.after}", style="green")
             self.console.print()
-            code = Syntax("", "python", background_color="default").highlight(session.remedy.code)
+            code = Syntax("", "python", theme="ansi_dark").highlight(session.remedy.code)
             for row in code.split("\n"):
                 self.console.print(Text("  ").append_text(row), soft_wrap=True)
 

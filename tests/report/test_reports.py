@@ -17,6 +17,8 @@ from gradscope.errors import UsageError
 from gradscope.findings import Finding, Gradient, Source
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode
 from gradscope.report import dot, scan_terminal, terminal
+from gradscope.report.formats import show
+from gradscope.report.showing import as_html
 from gradscope.report.views import fold
 from gradscope.session import Remedy, Session
 
@@ -222,3 +224,25 @@ def test_inherited_methods_are_shown_with_the_class_that_inherits_them() -> None
     scan_terminal.render(session, Console(file=stream, width=80))
     heads = [line for line in stream.getvalue().split("\n") if re.match(r"\w+ pack\.", line)]
     assert heads == ["Child pack.child", "Net pack.one", "Net pack.two"]
+
+
+@pytest.mark.parametrize("paper", [255, 17])
+def test_a_notebook_can_be_read_whether_it_is_light_or_dark(session: Session, paper: int) -> None:
+    def light(*rgb: int) -> float:
+        linear = [c / 255 / 12.92 if c < 11 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    session.remedy = Remedy("a", "b", "from x import y\nf(1, 'text')  # why")
+    page = as_html(session)
+    assert "background" not in page
+    found = {tuple(bytes.fromhex(each)) for each in re.findall(r"color: #([0-9a-f]{6})", page)}
+    assert len(found) > 4
+    for colour in found:
+        assert max(light(*colour), light(paper, paper, paper)) / min(light(*colour), light(paper, paper, paper)) > 3.9
+
+
+def test_a_terminal_chooses_the_colours_of_code_itself(session: Session) -> None:
+    session.remedy = Remedy("a", "b", "from x import y\nf(1, 'text')  # why")
+    out = io.StringIO()
+    show(session, Console(file=out, force_terminal=True, color_system="truecolor", width=80))
+    assert "import" in out.getvalue() and not re.search(r"\x1b\[[34]8;", out.getvalue())

@@ -69,9 +69,13 @@ class Gate:
 
     def judged(self, session: Session) -> Session:
         """Return the session as the reports show it: what is left out is gone, what is known is said to be."""
-        session = judge(session, self.expected)
-        # What options leave out is not gone from the code: the baseline sees it all.
-        return self.filtered(self.baseline.compared(session) if self.baseline is not None else session)
+        return self.filtered(self._compared(session))
+
+    def to_write_down(self, session: Session) -> Session:
+        """Return the session as a new baseline takes it: what options leave out stays known where it was known."""
+        session = self._compared(session)
+        kept = [each for each in session.findings if each.state not in ("", "new") or not self.lets_through(each)]
+        return dataclasses.replace(session, findings=kept)
 
     def lets_through(self, finding: Finding) -> bool:
         """Tell whether a finding is to be left out of the report."""
@@ -107,6 +111,11 @@ class Gate:
             fix_verified=session.fix_verified and whole,
             verdict=scan_verdict(findings) if session.kind == "scan" else session.verdict,
         )
+
+    def _compared(self, session: Session) -> Session:
+        session = judge(session, self.expected)
+        # What options leave out is not gone from the code: the baseline sees it all.
+        return self.baseline.compared(session) if self.baseline is not None else session
 
     def exit_code(self, session: Session) -> ExitCode:
         """Return 1 for a finding at or above the gate, 3 where what was asked could not be seen, else 0.

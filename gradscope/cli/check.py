@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 
-from gradscope.baseline import Baseline
 from gradscope.cli.options import configuration, gate_options, report_options
 from gradscope.cli.output import SCAN_FORMATS, Reporting
 from gradscope.cli.progress import staged
@@ -50,19 +49,10 @@ def command(gate: Gate, reporting: Reporting) -> int:
         )
     with _working_in(config.folder):
         parts = _run_all(orders, reporting)
+    gate = _updated(gate, parts, config.folder, source=reporting.source)
     judged = [_judged(part, gate, config.folder) for part in parts]
-    baseline = gate.baseline
-    if gate.update and baseline is not None:
-        failed = [
-            part.name for part in parts if part.session is None or (part.kind == "trace" and part.session.in_doubt)
-        ]
-        if failed:
-            click.echo(f"{baseline.path} was not written: {', '.join(failed)} could not be analysed.", err=True)
-        else:
-            gate = dataclasses.replace(gate, baseline=_renewed(baseline, judged, source=reporting.source))
-            judged = [_judged(part, gate, config.folder) for part in parts]
     name = config.path.name if config.path is not None else ""
-    return reporting.conclude(merged(judged, name, _comparison(gate.baseline, judged)), gate)
+    return reporting.conclude(merged(judged, name, _comparison(gate, parts, config.folder)), gate)
 
 
 def _orders(config: Config) -> dict[tuple[str, str], Analysis]:
@@ -130,26 +120,40 @@ def _judged(part: Part, gate: Gate, root: Path) -> Part:
     """Return the part as the gate sees it, expectations too named from the root."""
     if part.session is None:
         return part
-    session = gate.judged(part.session)
-    session.findings = [
+    return dataclasses.replace(part, session=_seen_from(root, gate.judged(part.session)))
+
+
+def _seen_from(root: Path, session: Session) -> Session:
+    findings = [
         dataclasses.replace(each, path=os.path.relpath(each.path, root)) if each.how == "expectation" else each
         for each in session.findings
     ]
-    return dataclasses.replace(part, session=session)
+    return dataclasses.replace(session, findings=findings)
 
 
-def _renewed(baseline: Baseline, parts: list[Part], *, source: bool) -> Baseline:
-    """Write the baseline of the whole project: what no target of it has is not in it any more."""
-    sessions = [part.session if source else part.session.without_source() for part in parts if part.session is not None]
+def _updated(gate: Gate, parts: list[Part], root: Path, *, source: bool) -> Gate:
+    """Write the baseline of the whole project where that is asked for: what no target has is not in it any more."""
+    baseline = gate.baseline
+    if baseline is None or not gate.update:
+        return gate
+    failed = [part.name for part in parts if part.session is None or (part.kind == "trace" and part.session.in_doubt)]
+    if failed:
+        click.echo(f"{baseline.path} was not written: {', '.join(failed)} could not be analysed.", err=True)
+        return gate
+    sessions = _to_write_down(gate, parts, root)
     renewed = baseline.only_of(sessions)
     for session in sessions:
-        renewed = renewed.updated(session)
+        renewed = renewed.updated(session if source else session.without_source())
     renewed.save()
     click.echo(f"wrote {baseline.path}", err=True)
-    return renewed
+    return dataclasses.replace(gate, baseline=renewed)
 
 
-def _comparison(baseline: Baseline | None, parts: list[Part]) -> Comparison | None:
-    if baseline is None:
+def _comparison(gate: Gate, parts: list[Part], root: Path) -> Comparison | None:
+    if gate.baseline is None:
         return None
-    return Comparison(str(baseline.path), baseline.gone(part.session for part in parts if part.session is not None))
+    return Comparison(str(gate.baseline.path), gate.baseline.gone(_to_write_down(gate, parts, root)))
+
+
+def _to_write_down(gate: Gate, parts: list[Part], root: Path) -> list[Session]:
+    return [_seen_from(root, gate.to_write_down(part.session)) for part in parts if part.session is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -84,10 +85,9 @@ class Reporting:
         Raises:
             UsageError: when all else is written, what went wrong first.
         """
-        session = gate.judged(session)
         if gate.update and gate.baseline is not None:
-            session = _renewed(gate.baseline, session, source=self.source)
-        return self.conclude(session, gate)
+            gate = _renewed(gate, gate.baseline, session, source=self.source)
+        return self.conclude(gate.judged(session), gate)
 
     def conclude(self, session: Session, gate: Gate) -> int:
         """Write a session that has been judged, and return the exit code.
@@ -124,16 +124,17 @@ class Reporting:
             raise failures[0]
 
 
-def _renewed(baseline: Baseline, session: Session, *, source: bool) -> Session:
-    """Write the baseline anew and return the session beside it, in which nothing is new any more."""
+def _renewed(gate: Gate, baseline: Baseline, session: Session, *, source: bool) -> Gate:
+    """Write the baseline anew and return the gate with it, for which nothing is new any more."""
     if session.kind == "trace" and session.in_doubt:
         click.echo(f"{baseline.path} was not written: too much of the run could not be seen.", err=True)
-        return session
+        return gate
+    session = gate.to_write_down(session)
     renewed = baseline.updated(session if source else session.without_source())
     renewed.save()
     gone = session.baseline.fixed if session.baseline else 0
     click.echo(f"wrote {baseline.path}: {session.count_state('new')} added, {gone} removed", err=True)
-    return renewed.compared(session)
+    return dataclasses.replace(gate, baseline=renewed)
 
 
 def _summarise(sessions: Sequence[Session]) -> None:

@@ -114,6 +114,16 @@ def test_what_options_leave_out_is_not_fixed() -> None:
     assert judged.findings == [] and judged.to_dict()["baseline"]["fixed"] == 0
 
 
+@pytest.mark.parametrize("ignored", [{"GS104"}, {"GS104", "GS201"}])
+def test_what_options_leave_out_stays_known_and_is_not_added(ignored: set[str], tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    Baseline(path).updated(session(finding(1))).save()
+    now = session(finding(1), finding(2, rule="GS201", line=9), finding(3, rule="GS301", line=12))
+    gate = Gate(ignore=frozenset(ignored), baseline=Baseline.load(path), update=True)
+    Reporting(quiet=True, fmt="json").finish(now, gate)
+    assert {line.rule for line in Baseline.load(path).lines} == {"GS104", "GS201", "GS301"} - (ignored - {"GS104"})
+
+
 def test_a_file_that_could_not_be_read_keeps_its_lines() -> None:
     old = known(finding(1), finding(2, path="b.py", function="B.forward"))
     unread = session(stats={"skipped": [{"path": "b.py", "reason": "is no Python"}]})

@@ -124,6 +124,13 @@ def test_the_baseline_of_a_check_is_that_of_the_project(sample: Path, gradscope:
     assert gradscope("trace", "distill.captions:build")[0] == 0
 
 
+def test_what_options_leave_out_is_neither_fixed_nor_forgotten(sample: Path, gradscope: Run) -> None:
+    before = (sample / "gradscope-baseline.json").read_text()
+    assert "0 new, 0 unchanged, 0 fixed" in gradscope("check", "--ignore", "GS101")[1]
+    assert gradscope("check", "--ignore", "GS101", "--update-baseline")[0] == 0
+    assert (sample / "gradscope-baseline.json").read_text() == before
+
+
 def test_it_works_from_the_folder_of_the_configuration(
     sample: Path, gradscope: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ MECHANISMS = {**OFF, "enable_grad": "enable_grad", "set_grad_enabled": "set_grad
 # The torch modules that export them (torch/__init__.py, torch/autograd/__init__.py, grad_mode.py, _C).
 HOMES = {"torch", "torch.autograd", "torch.autograd.grad_mode", "torch._C", "torch.inference_mode"}
 _BUILTINS = frozenset(dir(builtins))
+_DEFINED = re.compile(r"def (\w+)\(")
 NOT_TRAINING = "only outside training"
 FOLLOWS = "off only where nothing requires a gradient"
 
@@ -52,6 +54,7 @@ class Names:
         self.roots = roots
         self.source = ""
         self._elsewhere: set[str] = set()
+        self._own_builtins: frozenset[str] | None = None
         self._known_imports = 0
         self._imported_roots: frozenset[str] = frozenset()
         self.aliases: dict[str, Switch] = {}
@@ -81,12 +84,19 @@ class Names:
         if root in self._elsewhere:
             return True
         if root in _BUILTINS:
-            found = f"def {root}(" not in self.source and "import *" not in self.source
+            found = root not in self._replaced_builtins()
         else:
             found = root not in self.roots and root in self._imported()
         if found:
             self._elsewhere.add(root)
         return found
+
+    def _replaced_builtins(self) -> frozenset[str]:
+        """Return the builtins that the file may have of its own, by one search (one for each took 3 % of a scan)."""
+        if self._own_builtins is None:
+            starred = "import *" in self.source
+            self._own_builtins = _BUILTINS if starred else frozenset(_DEFINED.findall(self.source))
+        return self._own_builtins
 
     def _imported(self) -> frozenset[str]:
         if len(self.imports) != self._known_imports:

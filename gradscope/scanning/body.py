@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import APART, Atoms, Class, Function
 from gradscope.scanning.regions import FunctionNode, Regions
-from gradscope.scanning.switches import HOMES, MECHANISMS, Names, Switch
+from gradscope.scanning.switches import Names, Switch, add_imports
 from gradscope.scanning.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
 from gradscope.scanning.values import INDEX, PLAIN, Value, gives_indices, joined
 
@@ -30,6 +30,7 @@ class Body(Regions):
         self.gives_value = False
         self.nested: list[Function] = []
         self.classes: list[Class] = []
+        self._binds_names = False
         note = _words(node.returns)
         self._gives_integers = bool(_INTEGER_TENSOR.search(note)) and not _FLOAT_TENSOR.search(note)
         if outer is not None:
@@ -57,6 +58,11 @@ class Body(Regions):
             calls=tuple(dict.fromkeys(self.calls)), reads=frozenset(self.reads),
             returns=frozenset(self.returned), gives_value=self.gives_value, kind=kind,
         )  # fmt: skip
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether its fact and its sites are all there is of it, and the file's names are as they were before."""
+        return not (self._binds_names or self.nested or self.classes or self.applied)
 
     # --- parameters and decorators --------------------------------------------------------------
 
@@ -124,6 +130,7 @@ class Body(Regions):
         self._loop([*node.body, *node.orelse])
 
     def _import(self, node: ast.Import | ast.ImportFrom) -> None:
+        self._binds_names = True
         add_imports(self.names.imports, node, self.names.module)
 
     def _try(self, node: ast.Try) -> None:
@@ -200,6 +207,7 @@ class Body(Regions):
                 self.returned |= blocks
 
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
+        self._binds_names = True
         if self.conditions and switch.disables:
             switch = Switch(switch.mechanism, None, switch.wrapper, switch.called)
         for target in targets:
@@ -296,27 +304,6 @@ class Body(Regions):
 
 
 _SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp, ast.Lambda)
-
-
-def add_imports(imports: dict[str, str], node: ast.Import | ast.ImportFrom, module: str) -> None:
-    """Note what an import binds; relative ones are resolved (a package's own file ends in ``.__init__``)."""
-    if isinstance(node, ast.Import):
-        for name in node.names:
-            imports[name.asname or name.name.partition(".")[0]] = (
-                name.name if name.asname else name.name.partition(".")[0]
-            )
-        return
-    base = node.module or ""
-    if node.level:
-        parts = module.split(".")
-        base = ".".join([*parts[: max(len(parts) - node.level, 0)], *([base] if base else [])])
-    for name in node.names:
-        if name.name != "*":
-            imports[name.asname or name.name] = f"{base}.{name.name}" if base else name.name
-        elif base in HOMES:
-            imports.update({switch: f"{base}.{switch}" for switch in MECHANISMS})
-        else:
-            imports[f"*{base}"] = base
 
 
 @lru_cache(maxsize=4096)  # the same few names in every file

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 from gradscope.scanning.cache import Cache, key_of
+from gradscope.scanning.copies import Copies
 from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Site
 from gradscope.scanning.reading import GRAD_MODE, Needles, decode, headers, hides_text
 from gradscope.scanning.resolve import SourceFile
@@ -99,7 +100,8 @@ class Collector:
         self._cache.put({key: facts_to(text.facts) for key, text in fresh.items()})
 
     def close(self) -> None:
-        """Let the other processes go."""
+        """Let the other processes go, and what is kept of functions in this one."""
+        _copies.clear()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -169,6 +171,8 @@ class Collector:
             yield work([(text.file, text.data) for text in chunk], *given)
 
 
+# In every process: what was read of functions in the scan at hand.
+_copies = Copies()
 # In a worker: all files by how they are shown, with their bytes where these came along.
 _held: dict[str, tuple[SourceFile, bytes | None]] = {}
 
@@ -232,7 +236,7 @@ def _read_one(
         return facts
     facts.headers = headers(text.source)
     try:
-        return FileReader(facts, file.is_package, roots, wrappers).read(text.source, needles)
+        return FileReader(facts, file.is_package, roots, wrappers, _copies).read(text.source, needles)
     except RecursionError:
         return FileFacts(file.shown, file.module, skipped="nested too deeply to be read")
 

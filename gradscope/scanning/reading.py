@@ -13,9 +13,10 @@ import io
 import re
 import tokenize
 import warnings
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+
+from gradscope.scanning.blanking import HEADER, Blanked, blank
 
 LARGEST_FILE = 8_000_000  # bytes; a generated table, not somebody's model
 
@@ -34,11 +35,6 @@ TENSOR_OPS = re.compile(
 )
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
 BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (=", "grad(": " (="}
-# These begin with a line break, not with ``^``: a literal lets the search leap from line to line.
-HEADER = re.compile(r"\nclass[ \t]+(\w+)[ \t]*(?:\(([^()]*(?:\([^()]*\)[^()]*)*)\))?[ \t]*:")
-# A new top-level statement: not indented, not a closing bracket, not a comment, not the tail of another.
-BLOCK = re.compile(r"\n(?=[^ \t\r\n)\]}#])(?!else\b|elif\b|except\b|finally\b|case\b)")
-
 _COMPARISON = re.compile(r"[<>]|[=!]=|\b(?:in|is)\b")
 _FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
 _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
@@ -55,10 +51,6 @@ _DEF = re.compile(r"def[ \t]+(\w+)")
 _MAKES_ONCE = re.compile(
     r"init|reset|build|setup|load|convert|merge|add|from_|to_|set_|register|create|make|resize|tie"
 )
-
-# In a class: a method, its decorator, or any other statement of the class body.
-METHOD = re.compile(r"\n    (?=[^ \t\n)\]}#])")
-NAME = re.compile(r"    (?:async[ \t]+)?def[ \t]+(\w+)")
 
 
 @dataclass(slots=True)
@@ -210,21 +202,24 @@ _BARE_OPS_BYTES = tuple(f"{first}{literal}".encode() for literal, before in BARE
 
 @dataclass(slots=True)
 class Parsed:
-    """A syntax tree of what matters in a file, and the methods left out of it by class; or why there is none."""
+    """A syntax tree of what matters in a file, and what was blanked in it; or why there is none."""
 
     tree: ast.Module | None = None
     skipped: str = ""
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+    blanked: Blanked = field(default_factory=lambda: Blanked(""))
 
 
-def parse(source: str, offsets: list[int], deep: list[int]) -> Parsed:
-    """Parse the blocks that hold one of the offsets; of classes without a deep one, the methods that do."""
+def parse(source: str, offsets: list[int], deep: list[int], known: Container[str] = ()) -> Parsed:
+    """Parse the blocks that hold one of the offsets; of classes without a deep one, the methods that do.
+
+    Of functions whose text is known a stub is parsed.
+    """
     deep = [at for at in deep if not _INITIALISER.match(source, at)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in the target's strings are not our business
         try:
-            blanked, left_out = blank(source, offsets, deep)
-            return Parsed(ast.parse(blanked), "", left_out)
+            blanked = blank(source, offsets, deep, known)
+            return Parsed(ast.parse(blanked.source), "", blanked)
         except (SyntaxError, ValueError):
             pass
         except (RecursionError, MemoryError):
@@ -239,79 +234,11 @@ def parse(source: str, offsets: list[int], deep: list[int]) -> Parsed:
             return Parsed(skipped="nested too deeply to be parsed")
 
 
-def blank(source: str, offsets: list[int], deep: list[int]) -> tuple[str, dict[str, list[str]]]:
-    """Replace what holds no offset of interest by empty lines.
-
-    Returns the source that is left, and for every class the names of the methods that were left out.
-    """
-    left_out: dict[str, list[str]] = {}
-    starts = [match.end() for match in BLOCK.finditer(source) if match.end() < len(source)]
-    if source and BLOCK.match(f"\n{source[:8]}"):
-        starts.insert(0, 0)
-    if not starts:
-        return source, left_out
-    kept = [source[: starts[0]]]
-    pending = starts[0]
-    quotes = _triple_quotes(source)
-    for start, end in zip(starts, [*starts[1:], len(source)], strict=True):
-        if source[start] == "@" or _is_open(quotes, pending, end):
-            continue  # a decorator belongs to what follows, and so does the head of an open string
-        block = source[pending:end]
-        if not _any_within(offsets, pending, end):
-            is_import = not source.startswith(_DEFINITION, start) and "import" in block
-            kept.append(block if is_import else "\n" * block.count("\n"))
-        elif (
-            source.startswith("class ", start)
-            and not _any_within(deep, pending, end)
-            and not _any_within(offsets, start, source.find("\n", start))  # an autograd.Function: backward matters
-        ):
-            kept.append(_blank_methods(block, pending, offsets, quotes, left_out))
-        else:
-            kept.append(block)
-        pending = end
-    kept.append(source[pending:])
-    return "".join(kept), left_out
-
-
-_TRIPLE_QUOTES = (re.compile('"""'), re.compile("'''"))
-_DEFINITION = ("class ", "def ", "async def ")
-
-
-def _blank_methods(
-    block: str, at: int, offsets: list[int], quotes: list[list[int]], left_out: dict[str, list[str]]
-) -> str:
-    """Replace the methods without an offset."""
-    name = HEADER.search(f"\n{block}")
-    starts = [match.start() + 1 for match in METHOD.finditer(block)]
-    if name is None or not starts:
-        return block
-    kept = [block[: starts[0]]]
-    pending = starts[0]
-    for start, end in zip(starts, [*starts[1:], len(block)], strict=True):
-        if block[start + 4] == "@" or _is_open(quotes, at + pending, at + end):
-            continue
-        method = block[pending:end]
-        found = NAME.match(block, start)
-        if found is None or _any_within(offsets, at + pending, at + end):
-            kept.append(method)
-        else:
-            kept.append("\n" * method.count("\n"))
-            left_out.setdefault(name[1], []).append(found[1])
-        pending = end
-    kept.append(block[pending:])
-    return "".join(kept)
-
-
-def _triple_quotes(source: str) -> list[list[int]]:
-    """Return the offsets of the triple quotes, ascending, by kind: those of which there are any."""
-    return [[match.start() for match in kind.finditer(source)] for kind in _TRIPLE_QUOTES if kind.pattern in source]
-
-
-def _is_open(quotes: list[list[int]], start: int, end: int) -> bool:
-    """Tell whether a string that runs over lines begins in a stretch and does not end there."""
-    return any((bisect_left(places, end) - bisect_left(places, start)) % 2 for places in quotes)
-
-
-def _any_within(offsets: list[int], start: int, end: int) -> bool:
-    at = bisect_left(offsets, start)
-    return at < len(offsets) and offsets[at] < end
+def parse_function(text: str, line: int) -> ast.FunctionDef | ast.AsyncFunctionDef:
+    """Parse a function by itself, which begins on this line of its file; a method's text is indented."""
+    is_method = text.startswith(" ")
+    above = "\n" * (line - 2) + "class _:\n" if is_method else "\n" * (line - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = ast.parse(above + text).body[0]
+    return found.body[0] if is_method else found  # type: ignore[attr-defined, return-value]

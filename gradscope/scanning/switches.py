@@ -58,20 +58,24 @@ class Names:
         self._known_imports = 0
         self._imported_roots: frozenset[str] = frozenset()
         self.aliases: dict[str, Switch] = {}
+        self.asked: set[str] = set()  # the names looked up since this was last cleared
         self.none_here = False  # what is read now names no switch: it is not looked for
 
     def dotted(self, node: ast.expr) -> str:
         """Return the dotted name of an expression with its imports resolved; empty for other expressions."""
         if isinstance(node, ast.Name):
+            self.asked.add(node.id)
             return self.imports.get(node.id, node.id)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             root = node.value.id
+            self.asked.add(root)
             return f"{self.imports.get(root, root)}.{node.attr}"
         parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)
             node = node.value
         if isinstance(node, ast.Name):
+            self.asked.add(node.id)
             parts.append(self.imports.get(node.id, node.id))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super":
             parts.append("super()")
@@ -187,6 +191,27 @@ class Names:
         if inner is None or inner.called or takes_function:
             return None  # switch()(function) and no_grad(function) are applications
         return _instance(inner, node)
+
+
+def add_imports(imports: dict[str, str], node: ast.Import | ast.ImportFrom, module: str) -> None:
+    """Note what an import binds; relative ones are resolved (a package's own file ends in ``.__init__``)."""
+    if isinstance(node, ast.Import):
+        for name in node.names:
+            imports[name.asname or name.name.partition(".")[0]] = (
+                name.name if name.asname else name.name.partition(".")[0]
+            )
+        return
+    base = node.module or ""
+    if node.level:
+        parts = module.split(".")
+        base = ".".join([*parts[: max(len(parts) - node.level, 0)], *([base] if base else [])])
+    for name in node.names:
+        if name.name != "*":
+            imports[name.asname or name.name] = f"{base}.{name.name}" if base else name.name
+        elif base in HOMES:
+            imports.update({switch: f"{base}.{switch}" for switch in MECHANISMS})
+        else:
+            imports[f"*{base}"] = base
 
 
 def _instance(switch: Switch | None, call: ast.Call) -> Switch:

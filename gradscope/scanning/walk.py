@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from gradscope.scanning.body import Body, add_imports
-from gradscope.scanning.facts import Class, FileFacts, Site
+from gradscope.scanning.blanking import CONSTRUCTORS
+from gradscope.scanning.body import Body
+from gradscope.scanning.copies import Copies, CopiesInFile
+from gradscope.scanning.facts import Class, FileFacts, Function, Site
 from gradscope.scanning.ignores import ignores
 from gradscope.scanning.lines import count_within, line_numbers, within
+from gradscope.scanning.operators import is_custom_op, without_autograd, without_gradient
 from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, kept_parameters, parse, tensor_ops
 from gradscope.scanning.regions import FunctionNode
-from gradscope.scanning.switches import Names, Switch, rule_of
+from gradscope.scanning.switches import Names, Switch, add_imports, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
 
 
 class FileReader:
     """Reads one file: parses the blocks that hold a needle, and reads whole the classes with a deep one."""
 
-    def __init__(self, facts: FileFacts, is_package: bool, roots: frozenset[str], wrappers: Mapping[str, str]) -> None:
+    def __init__(
+        self, facts: FileFacts, is_package: bool, roots: frozenset[str], wrappers: Mapping[str, str], known: Copies
+    ) -> None:
         self.facts = facts
+        self._known = known
         module = f"{facts.module}.__init__" if is_package else facts.module
         self.names = Names(facts.imports, wrappers, module, roots)
         self._lines: list[int] = []
@@ -38,12 +43,13 @@ class FileReader:
         needles = needles.with_renames(source, switches)
         deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
         offsets = sorted([*deep, *tensor_ops(source)])
-        parsed = parse(source, offsets, deep)
+        parsed = parse(source, offsets, deep, () if self.names.wrappers else self._known)
         self.facts.skipped = parsed.skipped
         tree = parsed.tree
         if tree is None:
             return self.facts
-        self._left_out = parsed.left_out
+        self._left_out = parsed.blanked.left_out
+        self._copies = CopiesInFile(self._known, self.names, source, parsed.blanked)
         self._source = self.names.source = source
         self._kept_parameters = kept_parameters(source)
         self.facts.parsed = True
@@ -107,26 +113,43 @@ class FileReader:
     # --- functions and classes ------------------------------------------------------------------
 
     def _function(self, node: FunctionNode) -> None:
-        if not within(self._lines, node):
-            return
-        if within(self._deep, node):
-            mechanism = wrapper_of_function(node, self.names)
-            if mechanism:
-                self.facts.wrappers[f"{self.facts.module}.{node.name}"] = mechanism
-                return
-        self._custom_op(node)
-        self._read_function(node, None, node.name)
+        if within(self._lines, node):
+            self._definition(node, None, node.name)
 
-    def _read_function(self, node: FunctionNode, klass: Class | None, name: str) -> None:
+    def _definition(self, node: FunctionNode, klass: Class | None, name: str) -> None:
+        """Read a function or method, if none like it was read before; a wrapper becomes a name to look for."""
+        none_here = self._none_in(node)
+        known = self._copies.known(node, klass, none_here)
+        if known is not None:
+            function, sites = known.at(name, node.lineno)
+            self._keep(function)
+            self.facts.sites += sites
+            return
+        node = self._copies.whole(node)
+        self.names.asked.clear()
+        mechanism = wrapper_of_function(node, self.names) if within(self._deep, node) else ""
+        if mechanism:
+            self.facts.wrappers[f"{self.facts.module}.{name}"] = mechanism
+            return
+        operators = [item for item in node.decorator_list if klass is None and is_custom_op(item, self.names)]
+        self.facts.sites += (site for item in operators for site in without_autograd(item, node.name, self._source))
         body = Body(node, self.names, klass, name, None)
-        self.names.none_here = not (self.names.wrappers or self.names.aliases or within(self._deep, node))
+        self.names.none_here = none_here
         own = body.read()
         self.names.none_here = False
         for fact in (own, *body.nested):
-            known = self.facts.functions.get(fact.name)
-            if known is None or fact.kind != "overload":
-                self.facts.functions[fact.name] = fact
+            self._keep(fact)
         self._take(body)
+        if not operators:  # whether it is registered with autograd is said elsewhere
+            self._copies.note(body, own, klass, none_here)
+
+    def _none_in(self, node: FunctionNode) -> bool:
+        """Tell whether a function names no switch at all."""
+        return not (self.names.wrappers or self.names.aliases or within(self._deep, node))
+
+    def _keep(self, function: Function) -> None:
+        if function.kind != "overload" or function.name not in self.facts.functions:
+            self.facts.functions[function.name] = function
 
     def _take(self, body: Body) -> None:
         self.facts.sites += body.sites
@@ -162,27 +185,28 @@ class FileReader:
         klass.methods = (*(method.name for method in methods), *(self._left_out.get(name, ())))
         self._attributes(node, klass, methods, deep)
         outside = self.names.aliases
-        self.names.aliases = {**outside, **(self._kept_switches(node, methods) if deep else {})}
+        self.names.aliases = {**outside, **(self._kept_switches(node, klass, methods) if deep else {})}
         for method in methods:
-            if not (deep or within(self._lines, method)):
-                continue
-            mechanism = wrapper_of_function(method, self.names) if within(self._deep, method) else ""
-            if mechanism:
-                self.facts.wrappers[f"{self.facts.module}.{name}.{method.name}"] = mechanism
-            else:
-                self._read_function(method, klass, f"{name}.{method.name}")
+            if deep or within(self._lines, method):
+                self._definition(method, klass, f"{name}.{method.name}")
         self.names.aliases = outside
         for item in node.body:
             if isinstance(item, ast.ClassDef):
                 self._class(item, f"{name}.")
         if any(base.endswith("autograd.Function") or base == "Function" for base in bases):
-            self._autograd_function(node, name, methods)
+            self.facts.sites += without_gradient(node, name)
 
-    def _kept_switches(self, node: ast.ClassDef, methods: list[FunctionNode]) -> dict[str, Switch]:
-        """Return the switches that a class keeps under names of its own: ``self.guard = torch.no_grad()``."""
+    def _kept_switches(self, node: ast.ClassDef, klass: Class, methods: list[FunctionNode]) -> dict[str, Switch]:
+        """Return the switches that a class keeps under names of its own: ``self.guard = torch.no_grad()``.
+
+        A copy of what was read before keeps none, or it would not have been noted.
+        """
         kept: dict[str, Switch] = {}
-        if not (self.names.wrappers or self.names.aliases):
-            methods = [method for method in methods if within(self._deep, method)]
+        methods = [
+            self._copies.whole(method)
+            for method in methods
+            if not self._none_in(method) and self._copies.known(method, klass, none_here=False) is None
+        ]
         for part in (*node.body, *(each for method in methods for each in statements(method.body))):
             if isinstance(part, ast.Assign) and isinstance(part.value, (ast.Name, ast.Attribute, ast.Call, ast.IfExp)):
                 switch = self.names.switch(part.value)
@@ -225,7 +249,7 @@ class FileReader:
                     klass.aliases[item.targets[0].id] = dotted
                 klass.attributes.setdefault(item.targets[0].id, "plain")
         for method in methods if deep else ():
-            if method.name in ("__init__", "build", "setup", "_build", "post_init"):
+            if method.name in CONSTRUCTORS:
                 self._kept_functions(method, klass)
                 typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
                 for part in statements(method.body):
@@ -311,31 +335,6 @@ class FileReader:
             return "plain"
         return dotted if last[:1].isupper() else ""
 
-    # --- autograd.Function and custom operators ---------------------------------------------------
-
-    def _autograd_function(self, node: ast.ClassDef, name: str, methods: list[FunctionNode]) -> None:
-        backward = next((method for method in methods if method.name in ("backward", "vjp")), None)
-        if backward is not None and not _gives_nothing(backward):
-            return
-        what = "has no backward" if backward is None else "has a backward that gives no gradient"
-        line = node.lineno if backward is None else backward.lineno
-        self.facts.sites.append(Site("GS501", line, 1, line, name, f"{node.name} {what}", "call"))
-
-    def _custom_op(self, node: FunctionNode) -> None:
-        for item in node.decorator_list:
-            target = item.func if isinstance(item, ast.Call) else item
-            if not self.names.dotted(target).endswith("library.custom_op"):
-                continue
-            first = item.args[0] if isinstance(item, ast.Call) and item.args else None
-            name = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
-            if f"{node.name}.register_autograd" not in self._source and not re.search(
-                rf"register_autograd\(\s*[\"']{re.escape(name)}[\"']", self._source
-            ):
-                mechanism = f"custom_op {node.name} without register_autograd"
-                self.facts.sites.append(
-                    Site("GS502", item.lineno, item.col_offset + 1, item.lineno, node.name, mechanism, "call")
-                )
-
 
 _REGISTERED = {
     "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
@@ -368,16 +367,3 @@ def _itself(value: ast.expr) -> ast.expr:
 def _bare(base: ast.expr) -> ast.expr:
     """``Base[T]`` is ``Base``."""
     return base.value if isinstance(base, ast.Subscript) else base
-
-
-def _gives_nothing(node: FunctionNode) -> bool:
-    """Tell whether a backward returns only None, or raises and nothing else."""
-    returns = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
-    if not returns:
-        return True
-    return all(
-        value is None
-        or (isinstance(value, ast.Constant) and value.value is None)
-        or (isinstance(value, ast.Tuple) and all(isinstance(e, ast.Constant) and e.value is None for e in value.elts))
-        for value in returns
-    )

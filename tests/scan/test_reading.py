@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradscope.scanning import reading
+from gradscope.scanning.blanking import Blanked, blank
+from gradscope.scanning.copies import Copies
 from gradscope.scanning.facts import FileFacts
-from gradscope.scanning.reading import Needles, blank, decode
+from gradscope.scanning.reading import Needles, decode
 from gradscope.scanning.scanner import scan
 from gradscope.scanning.walk import FileReader
 
@@ -80,8 +82,10 @@ PIECES = st.sampled_from(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
+    copies = Copies()
+
     def facts(text: str) -> FileFacts:
-        return FileReader(FileFacts("p.py", "p"), False, frozenset({"p"}), {}).read(text, Needles())
+        return FileReader(FileFacts("p.py", "p"), False, frozenset({"p"}), {}, copies).read(text, Needles())
 
     try:
         ast.parse(source)
@@ -89,13 +93,15 @@ def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
         assert facts(source).skipped or facts(source).parsed
         return
     blanked = facts(source)
+    copied = facts(source)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "blank", lambda text, offsets, deep: (text, {}))
+        patch.setattr(reading, "blank", lambda text, offsets, deep, known: Blanked(text))
         whole = facts(source)
     assert (blanked.sites, blanked.functions) == (whole.sites, whole.functions)
+    assert (copied.sites, copied.functions) == (whole.sites, whole.functions)
     methods = [{name: set(each.methods) for name, each in facts.classes.items()} for facts in (blanked, whole)]
     assert methods[0] == methods[1]
-    assert blank(source, [], [])[0].count("\n") == source.count("\n")
+    assert blank(source, [], []).source.count("\n") == source.count("\n")
 
 
 @pytest.mark.parametrize(

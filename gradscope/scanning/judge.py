@@ -137,14 +137,23 @@ class Judge:
 
     def _reached_from_forwards(self, *, always: bool = False) -> dict[Place, list[Place]]:
         reached: dict[Place, list[Place]] = {}
-        for owner in (Place(facts.module, name) for facts in self.package.files.values() for name in facts.classes):
-            if meant_by_class(Place(owner.module, f"{owner.name}.forward"), self.package):
-                continue
-            for entry in self._forwards(owner):
-                for place, way in self.reach.reachable(entry, owner, always=always).items():
-                    if place not in reached or len(way) < len(reached[place]):
-                        reached[place] = way
+        for owner, entry in self._trained:
+            for place, way in self.reach.reachable(entry, owner, always=always).items():
+                if place not in reached or len(way) < len(reached[place]):
+                    reached[place] = way
         return reached
+
+    @cached_property
+    def _trained(self) -> list[tuple[Place, Place]]:
+        """The module classes with their forward passes, less those that run without gradients by their nature."""
+        owners = (Place(facts.module, name) for facts in self.package.files.values() for name in facts.classes)
+        return [
+            (owner, entry)
+            for owner in owners
+            if (entries := self._forwards(owner))
+            and not meant_by_class(Place(owner.module, f"{owner.name}.forward"), self.package)
+            for entry in entries
+        ]
 
     def _forwards(self, owner: Place) -> list[Place]:
         """Return the forward passes of a module class: its own, and inherited ones if it has a region they may call."""

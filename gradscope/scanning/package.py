@@ -43,7 +43,10 @@ class Package:
         for module, facts in self.files.items():
             for name in facts.headers:
                 self._homes.setdefault(name, []).append(module)
-        self._starred = {module: _starred(facts) for module, facts in self.files.items()}
+        classes = [klass for facts in self.files.values() for klass in facts.classes.values()]
+        # What no class has need not be looked for in all bases of one: three of four names that are asked for.
+        self._method_names = {name for klass in classes for name in (*klass.methods, *klass.aliases)}
+        self._attribute_names = {name for klass in classes for name in klass.attributes}
         self._property_names: set[str] = set()
         self._inner_names: set[str] = set()  # of all functions made in functions, and of some more
         for facts in self.files.values():
@@ -53,6 +56,7 @@ class Package:
                     self._property_names.add(name)
                 if "." in scope or scope in facts.functions:
                     self._inner_names.add(name)
+        self._starred = lru_cache(maxsize=None)(self._starred_in)
         self.class_of = lru_cache(maxsize=None)(self._class_of)
         self.has_base = lru_cache(maxsize=None)(self._has_base)
         self._bases = lru_cache(maxsize=None)(self._bases_of)
@@ -163,6 +167,8 @@ class Package:
 
     def _method(self, owner: Place, name: str, after: Place | None = None) -> Place | None:
         """Return the method that ``owner().name`` means (``after``: as ``super()`` in that class sees it)."""
+        if name not in self._method_names:
+            return None
         order = self.mro(owner)
         if after is not None and after in order:
             order = order[order.index(after) + 1 :]
@@ -180,7 +186,7 @@ class Package:
 
     def _attribute(self, owner: Place, name: str) -> str:
         """Return what an attribute of a class is (see ``facts.Class``); empty where it is not known."""
-        for place in self.mro(owner):
+        for place in self.mro(owner) if name in self._attribute_names else ():
             facts = self.files.get(place.module)
             klass = facts.classes.get(place.name) if facts else None
             if klass and klass.attributes.get(name):
@@ -210,7 +216,7 @@ class Package:
             if dotted in facts.functions:  # run = torch.no_grad()(_run)
                 return Place(module, dotted)
         else:
-            for base in self._starred[module]:
+            for base in self._starred(module):
                 found = self.find(dotted, base, depth + 1)
                 if found is not None:
                     return found
@@ -223,6 +229,11 @@ class Package:
             head, _, last = head.rpartition(".")
             tail = f"{last}.{tail}" if tail else last
         return None
+
+    def _starred_in(self, module: str) -> list[str]:
+        """Return the modules that a file imports everything from."""
+        imports = self.files[module].imports
+        return [base for name, base in imports.items() if name[0] == "*" and base != module]
 
     def _callees(self, place: Place, owner: Place | None) -> list[tuple[Call, Place]]:
         """Return the calls of a function that mean a function of the scan; ``owner`` is the class of ``self``."""
@@ -289,8 +300,3 @@ class Package:
         if method:
             return self.method(klass, method)
         return self.method(klass, "__call__") or self.method(klass, "forward")
-
-
-def _starred(facts: FileFacts) -> list[str]:
-    """Return the modules that a file imports everything from."""
-    return [base for name, base in facts.imports.items() if name.startswith("*") and base != facts.module]

@@ -22,7 +22,7 @@ from gradscope.scanning.collect import Collected, Collector, Settings, Text, def
 from gradscope.scanning.entries import Entry
 from gradscope.scanning.judge import ClassReport, Judge, Judgement, where
 from gradscope.scanning.package import Package, Place
-from gradscope.scanning.reach import FORWARDS, Chain
+from gradscope.scanning.reach import FORWARDS, Chain, Reach
 from gradscope.scanning.reading import decode, headers
 from gradscope.scanning.resolve import Resolved, resolve
 from gradscope.scanning.searching import Finder
@@ -153,15 +153,16 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     judge = Judge(Package(text.facts for text in texts))
     goals = _goals(judge, errors_only=sum(len(text.data) for text in texts) > LARGE)
     seen: dict[str, set[str]] = {}
+    reach = judge.reach
     for _ in range(MOST_ROUNDS):
-        calls = _calls_of(judge.reach.leading_to(goals), judge.package)
+        calls = _calls_of(reach.leading_to(goals), reach.package)
         found = {call: owners for call, owners in calls.items() if call not in seen}
         if not found:
             break
         seen |= found
         collector.read(Settings(roots, (*asked, *sorted(seen)), wrappers), finder.calling(found))
-        judge = Judge(Package(text.facts for text in texts))
-    return judge
+        reach = Reach(Package(text.facts for text in texts), {})
+    return judge if reach is judge.reach else Judge(reach.package)
 
 
 def _goals(judge: Judge, *, errors_only: bool) -> set[Place]:

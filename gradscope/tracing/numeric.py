@@ -24,9 +24,10 @@ from gradscope.stages import tell
 from gradscope.tracing.frames import source_site, user_place
 from gradscope.tracing.holding import holder_of_loss
 from gradscope.tracing.instrument import observe
+from gradscope.tracing.inventory import Inventory
 from gradscope.tracing.provenance import results_in
 from gradscope.tracing.recording import Region, Site
-from gradscope.tracing.restoring import kept, loose_tensors, untouched_state
+from gradscope.tracing.restoring import kept, untouched_state
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.workshops import RealWorkshop
 
@@ -81,9 +82,9 @@ def check(subject: Subject, groups: Iterable[frozenset[str]], *, requiring: froz
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if subject.borrowed:  # a copy may share parameters with the caller's model, where a registry holds them (Pyro)
-            stack.enter_context(kept(subject.prepare(workshop)))
+            stack.enter_context(kept(Inventory(subject.prepare(workshop))))
         if loss is not None:
-            stack.enter_context(workshop.lent(loss))
+            stack.enter_context(workshop.lent(Inventory(loss)))
         function = _Function(subject, seed, loss)
         gradients = function.gradients(requiring)
         answers: dict[str, Answer] = {}
@@ -231,8 +232,9 @@ class _Function:
                 for model in (self._built.model, self._loss):
                     if model is None:
                         continue
-                    before_write = stack.enter_context(kept(model))
-                    for tensor in (*model.buffers(), *loose_tensors(model)):
+                    held = Inventory(model)
+                    before_write = stack.enter_context(kept(held))
+                    for tensor in (*model.buffers(), *held.loose_tensors()):
                         before_write(tensor)
                 yield
         finally:  # last: a list of weights beside the table of parameters (nn.LSTM) was put back as it was moved

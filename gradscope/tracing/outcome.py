@@ -71,8 +71,9 @@ class Outcome:
                 "It goes backward after an optimizer's step: what that spoils is seen only by computing.",
                 hint="Use --mode real.",
             )
-        graph = self._walked(tensors)
-        return graph.leaves, self._reached(graph, self._named())
+        named = self._named()
+        graph = self._walked(tensors, named)
+        return graph.leaves, self._reached(graph, named)
 
     def read(self, result: Any, run: Run, backward: Pass) -> None:
         """Write down what the result came to, and what a backward pass from it gives."""
@@ -93,7 +94,8 @@ class Outcome:
         self._note_kept()
         recording.gave = () if sinks else tuple(map(describe, results_in(result)))
         try:
-            graph, named = self._walked(sinks), self._named()
+            named = self._named()
+            graph = self._walked(sinks, named)
             recording.reached = self._reached(graph, named)
             recording.walked = True
             if backward != "none":
@@ -105,7 +107,7 @@ class Outcome:
     def _named(self) -> dict[str, torch.Tensor]:
         return {**dict(self._built.model.named_parameters(remove_duplicate=False)), **self._built.inputs}
 
-    def _walked(self, sinks: list[torch.Tensor]) -> AutogradGraph:
+    def _walked(self, sinks: list[torch.Tensor], named: dict[str, torch.Tensor]) -> AutogradGraph:
         graph = walk_graph(sinks, self._recording.later_writes())
         self._graphs.append(graph)
         lent = self._recorder.provenance.lent
@@ -113,7 +115,7 @@ class Outcome:
         if own and self._workshop.mode == "structural":  # it goes on with a graph from before the run
             raise used_elsewhere(own)
         self._note_refusals(graph)
-        self._note_unregistered(graph)
+        self._note_unregistered(graph, named)
         return graph
 
     def _reached(self, graph: AutogradGraph, named: dict[str, torch.Tensor]) -> frozenset[str]:
@@ -138,9 +140,9 @@ class Outcome:
                 "since the one before freed this graph, unless it is detached or set back in between."
             )
 
-    def _note_unregistered(self, graph: AutogradGraph) -> None:
+    def _note_unregistered(self, graph: AutogradGraph, named: dict[str, torch.Tensor]) -> None:
         """Note what the gradient arrives at besides parameters and inputs, where the model keeps it unregistered."""
-        known = {id(tensor) for tensor in self._named().values()}
+        known = {id(tensor) for tensor in named.values()}
         others = [leaf for leaf in graph.leaves if id(leaf) not in known]
         held = unregistered(self._built.model) if others else {}
         for leaf in others:

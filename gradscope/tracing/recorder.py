@@ -150,13 +150,14 @@ class Recorder(TorchFunctionMode):
             del outside[name]
 
     @_unwatched
-    def add_constant(self, tensor: torch.Tensor, name: str = "") -> None:
-        """Know a tensor that was there before the run; named where it is no buffer, whose origin nobody says.
+    def add_constants(self, tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
+        """Know tensors that were there before the run; named where it is no buffer, whose origin nobody says.
 
         One with a graph says itself which parameters it was made of.
         """
-        if not self.provenance.is_known(tensor):
-            self.provenance.add_constant(tensor).name = name
+        for tensor, name in tensors:
+            if not self.provenance.is_known(tensor):
+                self.provenance.add_constant(tensor).name = name
 
     # --- torch calls ------------------------------------------------------------------------
 
@@ -234,9 +235,7 @@ class Recorder(TorchFunctionMode):
         result = self._run(func, args, kwargs)
         self.recording.training.passes.append(BackwardPass(len(self.recording.operations), pending.inputs, reached))
         self.recording.pending = None
-        for leaf in leaves:
-            if leaf.grad is not None:
-                self.add_constant(leaf.grad)
+        self.add_constants([(leaf.grad, "") for leaf in leaves if leaf.grad is not None])
         return result
 
     @property

@@ -8,26 +8,19 @@ import logging
 import operator
 import random
 import sys
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradscope.tracing.holding import Holder
+from gradscope.tracing.inventory import CONTAINERS, IMMUTABLE, OWN_TABLES, Inventory
 from gradscope.tracing.provenance import tensors_in
 
 TABLES = ("_parameters", "_buffers", "_modules")
-# What every module has of itself; the rest are attributes of its class.
-OWN = frozenset(vars(nn.Module()))
-CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, deque})
-PLAIN = frozenset({str, int, float, bool, type(None)})
-# The containers among them: parameters, buffers, children, and hooks of every kind.
-OWN_TABLES = tuple(name for name, value in vars(nn.Module()).items() if type(value) in CONTAINERS)
-IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, ModuleType, FunctionType)
+_OWN_TABLES = operator.itemgetter(*OWN_TABLES)
 # So many objects more than were freed, before Python looks for cycles among them (700 by default).
 RARELY = 50_000
 # An argument may be an object that holds the caches of several objects (a video session).
@@ -86,19 +79,15 @@ def hushed(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def kept(model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[torch.Tensor], None]]:
+def kept(model: Inventory, given: tuple[Any, ...] = ()) -> Iterator[Callable[[torch.Tensor], None]]:
     """Keep a model and what it is given as they are; yield what to call before a tensor of theirs changes in place.
 
     It is copied only then, so that a run costs no second copy of the weights.
     Scripted modules change theirs unseen: their buffers are copied beforehand.
     """
-    modules = modules_of(model)
-    held = [each for module in modules if isinstance(module, Holder) for each in module.objects]
-    own = [module.__dict__ for module in modules]
-    tables = [table for attributes in own for name in OWN_TABLES
-              if type(table := attributes.get(name)) in CONTAINERS]  # fmt: skip
-    parts = _parts_of(own)
-    owners = _owners([*tensors_of(model), *loose_tensors(model), *tensors_in(given)])
+    parameters = model.tensors(("_parameters",))
+    owners = _owners([*parameters, *model.tensors(("_buffers",)), *model.loose_tensors(), *tensors_in(given)])
+    own, parts = [module.__dict__ for module in model.modules], [part for _, part in model.parts]
     copies: dict[int, list[_Before]] = {}
 
     def before_write(tensor: torch.Tensor) -> None:
@@ -106,14 +95,14 @@ def kept(model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[to
         if key in owners and key not in copies:
             copies[key] = [_Before(owner) for owner in owners[key]]
 
-    for module in modules:
+    for module in model.modules:
         if isinstance(module, torch.jit.ScriptModule):
             for buffer in module.buffers():
                 before_write(buffer)
     try:
-        with (put_back(own, deepest=1), _with_contents(tables), put_back(parts, deepest=2), put_back(held),
-              _without_gradients(list(tensors_of(model, ("_parameters",))))):  # fmt: skip
-            _wait_for_no_rank(modules)
+        with (_with_contents(own), _with_contents(_own_tables(own)), put_back(parts, deepest=2),
+              put_back(model.objects), _without_gradients(parameters)):  # fmt: skip
+            _wait_for_no_rank(model.modules)
             yield before_write
     finally:
         for before in itertools.chain.from_iterable(copies.values()):
@@ -123,9 +112,19 @@ def kept(model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[to
 def _owners(tensors: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
     """Return the tensors of a model, each once, by the memory that they lie in."""
     found: dict[int, list[torch.Tensor]] = {}
-    for tensor in {id(each): each for each in tensors}.values():
-        found.setdefault(_memory(tensor), []).append(tensor)
+    each_once = {id(each): each for each in tensors}.values()
+    for memory, tensor in zip(map(_memory, each_once), each_once, strict=True):
+        found.setdefault(memory, []).append(tensor)
     return found
+
+
+def _own_tables(own: list[dict[str, Any]]) -> list[Any]:
+    """Return the tables that every module has, fifteen of them; a scripted one has them elsewhere."""
+    try:
+        tables = list(itertools.chain.from_iterable(map(_OWN_TABLES, own)))
+    except KeyError:
+        tables = [attributes.get(name) for attributes in own for name in OWN_TABLES]
+    return tables if CONTAINERS.issuperset(map(type, tables)) else [each for each in tables if type(each) in CONTAINERS]
 
 
 class _Before:
@@ -180,7 +179,7 @@ def _wait_for_no_rank(modules: list[nn.Module]) -> None:
 
 @contextmanager
 def swapped(
-    model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor], given: tuple[Any, ...] = ()
+    model: Inventory, replace: Callable[[torch.Tensor], torch.Tensor], given: tuple[Any, ...] = ()
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     """Put other tensors in the place of a model's parameters and buffers for a while; ties are kept.
 
@@ -188,7 +187,7 @@ def swapped(
     """
     made: dict[int, torch.Tensor] = {}
     with kept(model, given) as before_write:
-        for module in model.modules():
+        for module in model.modules:
             for table in _tables(module)[:2]:
                 for name, tensor in table.items():
                     if tensor is not None:
@@ -196,49 +195,6 @@ def swapped(
                             made[id(tensor)] = replace(tensor)
                         table[name] = made[id(tensor)]
         yield before_write
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Return what ``model.modules()`` yields, in a third of the time."""
-    found: dict[int, nn.Module] = {}
-    pending: list[nn.Module | None] = [model]
-    while pending:
-        module = pending.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            pending.extend(list(module._modules.values())[::-1])
-    return list(found.values())
-
-
-def tensors_of(model: nn.Module, kinds: tuple[str, ...] = ("_parameters", "_buffers")) -> Iterator[torch.Tensor]:
-    """Yield the parameters of a model and all inside it, then the buffers; one that is shared more than once."""
-    modules = modules_of(model)
-    for kind in kinds:
-        for module in modules:
-            for tensor in getattr(module, kind).values():
-                if tensor is not None:
-                    yield tensor
-
-
-def attributes_of(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the attributes of all modules, and of the plain objects around them where the model stands for such."""
-    for module in modules_of(model):
-        yield module.__dict__
-        if isinstance(module, Holder):
-            yield from (vars(each) for each in module.objects)
-
-
-def _parts_of(owners: Iterable[dict[str, Any]]) -> list[Any]:
-    """Return what may change among the attributes that are not every module's."""
-    return [part for attributes in owners for name, part in attributes.items()
-            if name not in OWN and type(part) not in PLAIN]  # fmt: skip
-
-
-def loose_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Return the tensors that a model keeps in plain attributes and the objects there: a metric's state, a memory."""
-    parts = _parts_of(attributes_of(model))
-    objects = [vars(part) for part in parts if hasattr(part, "__dict__") and not isinstance(part, IMMUTABLE)]
-    return tensors_in([*parts, *objects])
 
 
 def _tables(module: nn.Module) -> list[dict[str, Any]]:
@@ -259,14 +215,17 @@ def put_back(values: Iterable[Any], deepest: int = DEEPEST) -> Iterator[None]:
 
 @contextmanager
 def _with_contents(parts: Iterable[Any]) -> Iterator[None]:
-    """Give these containers their contents back when the block ends."""
-    before = [(part, part.copy() if part else ()) for part in parts]
+    """Give these containers their contents back when the block ends; most are empty, and stay so."""
+    parts = list(parts)
+    before = [(part, part.copy()) for part in parts if part]
+    empty = list(itertools.filterfalse(None, parts))
     try:
         yield
     finally:
         for part, kept_part in before:
-            if part or kept_part:
-                _restore(part, kept_part)
+            _restore(part, kept_part)
+        for part in filter(None, empty):
+            part.clear()
 
 
 class _Lasting(dict[type, bool]):

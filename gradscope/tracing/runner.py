@@ -18,6 +18,7 @@ from gradscope.tracing.constants import constants_of, constants_of_loss
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
+from gradscope.tracing.inventory import Inventory
 from gradscope.tracing.outcome import Outcome, Pass, Run
 from gradscope.tracing.provenance import DIFFERENTIABLE
 from gradscope.tracing.recorder import Recorder, nothing_written
@@ -25,10 +26,7 @@ from gradscope.tracing.recording import Site
 from gradscope.tracing.restoring import (
     hushed,
     kept,
-    loose_tensors,
-    modules_of,
     put_back,
-    tensors_of,
     unhurried_collector,
     untouched_state,
 )
@@ -79,7 +77,8 @@ class Runner:
         ):
             origin = self._prepare()
             self._own = dict(origin.named_parameters(remove_duplicate=False))
-            with self._lent(origin) as before_write, self._loss_kept(before_write) as before_write:
+            held = Inventory(origin)
+            with self._lent(held) as before_write, self._loss_kept(before_write) as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
                 with ExitStack() as stack:
@@ -88,19 +87,19 @@ class Runner:
                     stack.enter_context(recorder.in_thread())
                     if dispatched:
                         stack.enter_context(DispatchedCalls(recorder))
-                    run = self._record(recorder, origin, backward, as_given)
+                    run = self._record(recorder, held, backward, as_given)
                     run.dispatched = dispatched
                     return run
 
-    def _record(self, recorder: Recorder, origin: nn.Module, backward: Pass, as_given: bool) -> Run:
-        named = parameters_of(origin)
+    def _record(self, recorder: Recorder, held: Inventory, backward: Pass, as_given: bool) -> Run:
+        named = parameters_of(held.model)
         recorder.provenance.lent = {id(self._own[name]): name for name in named if self._own[name] is not named[name]}
         recorder.add_leaves(named, outside=True)
         with recorder.constructing():
-            built = self.subject.build(self.workshop, origin)
+            built = self.subject.build(self.workshop, held.model)
         recorder.provenance.strangers = 0
-        if built.model is not origin:
-            named = parameters_of(built.model)
+        if built.model is not held.model:
+            named, held = parameters_of(built.model), Inventory(built.model)
         with torch._C.DisableTorchFunction():
             frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
         asked = self.subject.asked_for([*named, *built.inputs], set(named), frozen, built.wanted)
@@ -110,11 +109,10 @@ class Runner:
         recorder.add_leaves(sources)
         recorder.forget_outside(named.values())
         run = Run(recorder.recording, frozen, set(named), asked)
-        for constant, name in constants_of(built.model):
-            recorder.add_constant(constant, name)
-        for constant in constants_of_loss(self._loss) if self._loss is not None else ():
-            recorder.add_constant(constant)
-        recorder.replays.held = lambda: loose_tensors(built.model)
+        recorder.add_constants(constants_of(held))
+        if self._loss is not None:
+            recorder.add_constants(constants_of_loss(self._loss))
+        recorder.replays.held = lambda: Inventory(built.model).loose_tensors()  # as they are then
         recorder.replays.computes = self.workshop.mode == "real"
         recorder.modules.name(built.model)
         with _requiring_grad(named, sources):
@@ -164,7 +162,7 @@ class Runner:
             while self._graphs:
                 self._graphs.pop().release()
 
-    def _lent(self, origin: nn.Module) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
+    def _lent(self, origin: Inventory) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
         if self.subject.borrowed:
             return self.workshop.lent(origin, self.subject.given)
         return nullcontext(nothing_written)
@@ -175,7 +173,7 @@ class Runner:
         if self._loss is None:
             yield before_write
             return
-        with kept(self._loss) as before_write_of_loss:
+        with kept(Inventory(self._loss)) as before_write_of_loss:
 
             def before_both(tensor: torch.Tensor) -> None:
                 before_write(tensor)
@@ -186,12 +184,14 @@ class Runner:
     def _prepare(self) -> nn.Module:
         if self._prepared is None:
             self._prepared = self.subject.prepare(self.workshop)
-            if any(map(is_lazy, tensors_of(self._prepared, ("_parameters",)))):
+            held = Inventory(self._prepared)
+            one_of_each = {type(each): each for each in held.tensors(("_parameters",))}.values()
+            if any(map(is_lazy, one_of_each)):
                 raise UsageError(
                     f"{self.subject.name} has lazy parameters, whose shapes its first call settles.",
                     hint="Call it once before it is traced; a trace leaves the model as it is.",
                 )
-            if any(map(_is_sharded, modules_of(self._prepared))):
+            if _is_sharded(held.modules):
                 raise UsageError(
                     f"{self.subject.name} is sharded by FSDP, which keeps weights where a trace cannot put them back.",
                     hint="Trace the model before it is sharded: that changes nothing about where gradients flow.",
@@ -223,16 +223,18 @@ class Runner:
             result = None
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    """Tell a module that FSDP manages, of the first kind or the second (``fully_shard``)."""
+def _is_sharded(modules: list[nn.Module]) -> bool:
+    """Tell whether FSDP manages one of these modules, of the first kind or the second (``fully_shard``)."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, and without it there is none
     kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
-    return isinstance(module, tuple(kind for kind in kinds if kind is not None))
+    sharded = tuple(kind for kind in kinds if kind is not None)
+    return any(isinstance(module, sharded) for module in modules)
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that may have a gradient: a quantised weight is kept as one, too."""
-    return {name: each for name, each in model.named_parameters() if each.dtype in DIFFERENTIABLE}
+    with torch._C.DisableTorchFunction():
+        return {name: each for name, each in model.named_parameters() if each.dtype in DIFFERENTIABLE}
 
 
 @contextmanager
@@ -242,8 +244,9 @@ def _requiring_grad(named: dict[str, nn.Parameter], sources: dict[str, torch.Ten
     Frozen is not blocked: a frozen parameter's status is what it would be if it were trained.
     """
     with torch._C.DisableTorchFunction():  # these are no calls of the run
-        flags = [(each, each.requires_grad) for each in named.values() if each.is_floating_point()]
-        wanted = [(each, name in sources) for name, each in named.items() if each.is_floating_point()]
+        floating = {name: each for name, each in named.items() if each.is_floating_point()}
+        flags = [(each, each.requires_grad) for each in floating.values()]
+    wanted = [(each, name in sources) for name, each in floating.items()]
     try:
         _set_flags(wanted)
         yield

@@ -13,6 +13,7 @@ from torch import nn
 from gradscope.errors import UsageError
 from gradscope.findings import listed, matches
 from gradscope.session import Remedy
+from gradscope.tracing.inventory import Inventory
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,7 +52,7 @@ class Workshop(Protocol):
         ...
 
     def lent(
-        self, model: nn.Module, given: tuple[Any, ...] = ()
+        self, model: Inventory, given: tuple[Any, ...] = ()
     ) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
         """Use a caller's model for a while and give it back as it was; yields what to call before a write."""
         ...

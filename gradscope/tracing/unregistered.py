@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import reached_leaves
-from gradscope.tracing.restoring import OWN
+from gradscope.tracing.inventory import OWN
 
 # A dict of lists of layers.
 DEEPEST = 3

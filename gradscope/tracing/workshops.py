@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from gradscope.errors import UsageError
-from gradscope.tracing.restoring import kept, swapped, tensors_of
+from gradscope.tracing.inventory import Inventory
+from gradscope.tracing.restoring import kept, swapped
 from gradscope.tracing.structural import PretendedDevice
 from gradscope.tracing.subject import Workshop
 from gradscope.tracing.unanalysed import CannotTell
@@ -57,7 +58,7 @@ class RealWorkshop:
         return real.detach().to(self._where(real, given), dtype)
 
     def lent(
-        self, model: nn.Module, given: tuple[Any, ...] = ()
+        self, model: Inventory, given: tuple[Any, ...] = ()
     ) -> AbstractContextManager[Callable[[torch.Tensor], None]]:
         """Keep the model as it is, and what it is given: what is written in place is copied before.
 
@@ -66,7 +67,7 @@ class RealWorkshop:
         if self._stays:
             self.device = _present(_home_of(model))
         home = self.device.type
-        at_home = self._stays or all(tensor.device.type == home for tensor in tensors_of(model))
+        at_home = self._stays or {device.type for device in {tensor.device for tensor in model.tensors()}} <= {home}
         return kept(model, given) if at_home and not self._casts else swapped(model, self._moved, given)
 
     def _where(self, tensor: torch.Tensor, given: bool) -> torch.device:
@@ -117,15 +118,15 @@ class StructuralWorkshop:
         return self._pretended.pretend(real, self.dtype if self._casts else real.dtype, device)
 
     @contextmanager
-    def lent(self, model: nn.Module, given: tuple[Any, ...] = ()) -> Iterator[Callable[[torch.Tensor], None]]:
+    def lent(self, model: Inventory, given: tuple[Any, ...] = ()) -> Iterator[Callable[[torch.Tensor], None]]:
         """Put fake tensors in the place of the model's own."""
-        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules):
             raise CannotTell(
                 "The model holds a scripted module, which keeps its own weights and computes.", hint="Use --mode real."
             )
         if self._stays:
             self.device = _home_of(model)
-            self._pretended.kinds = frozenset({self.device.type, *(each.device.type for each in tensors_of(model))})
+            self._pretended.kinds = frozenset({self.device.type, *(each.device.type for each in model.tensors())})
         with swapped(model, self._fake, given) as before_write:
             yield before_write
 
@@ -149,9 +150,9 @@ def _present(device: torch.device) -> torch.device:
     return device
 
 
-def _home_of(model: nn.Module) -> torch.device:
+def _home_of(model: Inventory) -> torch.device:
     """Return the device of a model's first parameter; the CPU where it has none."""
-    first = next(tensors_of(model), None)
+    first = next(iter(model.tensors()), None)
     return first.device if first is not None else torch.device("cpu")
 
 

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +28,8 @@ RAISES = "torch::autograd::NotImplemented"
 WARNS = "torch::autograd::WarnNotImplemented"
 WRITE_IT = "Compute it with calls that have a derivative, or give it one in a torch.autograd.Function."
 GENERATED = "GeneratedBackwardFor_"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def tag(tensor: torch.Tensor, operation: int, since: int) -> None:
@@ -199,6 +201,17 @@ def _names_of_saved(kind: type) -> list[str]:
 
 def _first_sentence(text: str) -> str:
     return text.strip().splitlines()[0].split(". Hint", maxsplit=1)[0]
+
+
+def unwatched(method: Callable[P, R]) -> Callable[P, R]:
+    """Keep what a method itself asks of tensors from being reported: ten calls for each tensor that it looks at."""
+
+    @functools.wraps(method)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._C.DisableTorchFunction():
+            return method(*args, **kwargs)
+
+    return quiet
 
 
 def memory_of(tensor: torch.Tensor) -> int:

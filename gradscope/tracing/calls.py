@@ -77,7 +77,7 @@ def is_in_place(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _may_write(name: str) -> bool:
+def may_write(name: str) -> bool:
     """Tell by a call's name whether its arguments have to be looked at."""
     return is_in_place(name) or name in _MAY_WRITE or name.startswith("fused_moving_avg")
 
@@ -92,7 +92,7 @@ def _takes_statistics(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Return the tensors that a call is about to change in place."""
     written: list[Any] = []
-    if not kwargs and not _may_write(name):
+    if not kwargs and not may_write(name):
         return written
     if is_in_place(name) or kwargs.get("inplace") is True:
         written = _flattened(args if name.startswith(SEVERAL) else args[:1])
@@ -141,13 +141,18 @@ def operation_name(func: Any) -> str | None:
         return _NAMES[func]
     except (KeyError, TypeError):  # not met before, or not hashable
         name = _name_of(func)
-    if isinstance(func, _LASTING) or "<" not in getattr(func, "__qualname__", "<"):
+    if is_lasting(func):
         _NAMES[func] = name
     return name
 
 
+def is_lasting(func: Any) -> bool:
+    """Tell a function that exists once however often it is called; one made in a function does not."""
+    return isinstance(func, _LASTING) or "<" not in getattr(func, "__qualname__", "<")
+
+
 _NAMES: dict[Any, str | None] = {}
-# The types of torch's own functions, which exist once however often they are called (functions in a function do not).
+# The types of torch's own functions.
 _LASTING = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
 
 

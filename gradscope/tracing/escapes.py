@@ -28,7 +28,7 @@ class Escapes:
         self._calls: list[Operation] = []
         self._gathered: tuple[int, ...] = ()
         self._gathered_from = 0
-        self._scalars: dict[int, tuple[float, int]] = {}
+        self.scalars: dict[int, tuple[float, int]] = {}
         self._whole: dict[int, Operation] = {}  # by number: the call that took it out last
         self._truths: dict[int, Operation] = {}
 
@@ -47,7 +47,7 @@ class Escapes:
             self._recording.add(
                 Operation(0, operation.name, operation.inputs, (out,), operation.place, operation.scope)
             )
-            self._scalars[id(result)] = (result, out)
+            self.scalars[id(result)] = (result, out)
 
     def _look_up(self, operation: Operation, result: Any) -> None:
         found = _numbers_in([result.ravel().tolist() if hasattr(result, "ravel") else result])
@@ -106,9 +106,7 @@ class Escapes:
 
     def scalars_in(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
         """Return the values of the Python numbers among the arguments that came straight out of a tensor."""
-        if not self._scalars:
-            return ()
-        return tuple(self._scalars[id(item)][1] for item in arguments if id(item) in self._scalars)
+        return tuple(self.scalars[id(item)][1] for item in arguments if id(item) in self.scalars)
 
     def left_as_array(self, memory: int) -> bool:
         """Tell whether an array was made of a memory: a tensor there may have come by way of that."""

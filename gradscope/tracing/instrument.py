@@ -40,7 +40,7 @@ class Observer(Protocol):
 
     def enter_region(self, key: object, region: Region) -> None: ...
     def leave_region(self, key: object) -> None: ...
-    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool: ...
     def leave_module(self, module: nn.Module, output: Any) -> None: ...
     @property
     def is_in_function(self) -> bool: ...
@@ -355,9 +355,8 @@ def _patch_modules(stack: ExitStack, observer: Observer) -> None:
     original: Callable[..., Any] = nn.Module._call_impl
 
     def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not observer.is_watching:
+        if not observer.enter_module(self, args, kwargs):
             return original(self, *args, **kwargs)
-        observer.enter_module(self, args, kwargs)
         try:
             output = original(self, *args, **kwargs)
         except BaseException:

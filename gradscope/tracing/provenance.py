@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradscope.tracing.autograd import memory_of, reached_leaves, tag
+from gradscope.tracing.autograd import memory_of, reached_leaves, tag, unwatched
 from gradscope.tracing.escapes import Escapes
+from gradscope.tracing.frames import function_place
 from gradscope.tracing.recording import Operation, Part, Place, Recording, Value, Write, form_in_words
 
 # Results nest rarely deeper; a cycle of objects ends here too.
@@ -44,6 +45,37 @@ class Provenance:
 
     # --- known tensors --------------------------------------------------------------------------
 
+    @unwatched
+    def add_leaves(self, tensors: Mapping[str, torch.Tensor], *, outside: bool = False) -> None:
+        """Name the tensors that a gradient may be wanted for (``outside``: not known yet to be part of the model)."""
+        named = self._recording.outside if outside else self._recording.leaves
+        for name, tensor in tensors.items():
+            value = self.add_leaf(tensor)
+            value.name = name
+            named[name] = value.id
+            for hook in (tensor._backward_hooks or {}).values():
+                place = function_place(hook)
+                if place is not None:
+                    self._recording.hooks[value.id] = place
+
+    @unwatched
+    def forget_outside(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Take the model's own parameters from those outside."""
+        own = {self.value_of(parameter) for parameter in parameters}
+        outside = self._recording.outside
+        for name in [name for name, value in outside.items() if value in own]:
+            del outside[name]
+
+    @unwatched
+    def add_constants(self, tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
+        """Know tensors that were there before the run; named where it is no buffer, whose origin nobody says.
+
+        One with a graph says itself which parameters it was made of.
+        """
+        for tensor, name in tensors:
+            if not self.is_known(tensor):
+                self.add_constant(tensor).name = name
+
     def add_leaf(self, tensor: torch.Tensor) -> Value:
         """Make a tensor one that a gradient may be wanted for."""
         if id(tensor) in self._leaves and self.is_known(tensor):
@@ -61,28 +93,29 @@ class Provenance:
 
     def remember(self, tensor: torch.Tensor) -> Value:
         """Make a new value of what a tensor holds now."""
-        values = self._recording.values
+        values, key = self._recording.values, id(tensor)
         version, dtype = _version(tensor), tensor.dtype
         wrapped = is_wrapped(tensor)
         inference = version == UNVERSIONED and tensor.is_inference()
-        is_leaf = id(tensor) in self._leaves
+        is_leaf = key in self._leaves
+        has_graph = tensor.grad_fn is not None
         if wrapped:
             connected = self._is_connected(tensor)
         else:
-            connected = tensor.requires_grad and (is_leaf or (tensor.grad_fn is not None and not inference))
+            connected = tensor.requires_grad and (is_leaf or (has_graph and not inference))
         value = Value(
             len(values),
-            _shape(tensor),
+            None if tensor.is_nested else tensor.shape,
             dtype,
             dtype in DIFFERENTIABLE,
             connected,
-            is_leaf and tensor.grad_fn is None,
+            is_leaf and not has_graph,
             inference,
             "",
             memory_of(tensor),
         )  # by position: this runs for every result of every call
         values.append(value)
-        self._known[id(tensor)] = (weakref.ref(tensor), value, version)
+        self._known[key] = (weakref.ref(tensor), value, version)
         if wrapped:
             self._wrapped.add(value.id)
             for each in _layers(tensor)[1:]:
@@ -100,7 +133,11 @@ class Provenance:
         if known is None or known[0]() is not tensor:
             return self._adopt(tensor)
         _, value, version = known
-        if version != _version(tensor) or (self._written_unseen and memory_of(tensor) in self._written_unseen):
+        try:
+            is_rewritten = tensor._version != version
+        except RuntimeError:  # of an inference tensor
+            is_rewritten = version != UNVERSIONED
+        if is_rewritten or (self._written_unseen and memory_of(tensor) in self._written_unseen):
             value = self._recording.values[self._rewritten(tensor, value)]
         if value.room and value.id in self._exposed:
             return self._filled(tensor, value.id)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from types import FrameType
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.tracing.autograd import tag
+from gradscope.tracing.autograd import tag, unwatched
 from gradscope.tracing.calls import (
     AS_ANOTHER,
     DERIVES,
@@ -39,29 +40,18 @@ from gradscope.tracing.calls import (
 )
 from gradscope.tracing.consequences import Consequences
 from gradscope.tracing.cuts import RULE_OF_OPERATION
-from gradscope.tracing.frames import Places, call_chain, function_place, inside_of, source_site, user_place
+from gradscope.tracing.frames import Places, call_chain, inside_of, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
 from gradscope.tracing.provenance import Provenance, hides_tensors, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, BackwardPass, Operation, Place, Recording, Region, Site
 from gradscope.tracing.replays import Replays
 from gradscope.tracing.scopes import OpenScopes, Threads
+from gradscope.tracing.shortcuts import CLOSER, SHORTCUTS
 from gradscope.tracing.subject import Caller
 
 # What tells, of tensors that the target is about to go backward from, the leaves and the sources that it will reach.
 LookAhead: TypeAlias = Callable[[list[torch.Tensor]], tuple[list[torch.Tensor], frozenset[str]]]
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _unwatched(method: Callable[P, R]) -> Callable[P, R]:
-    """Keep what a method itself asks of tensors from being reported: ten calls for each tensor that it looks at."""
-
-    @functools.wraps(method)
-    def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._C.DisableTorchFunction():
-            return method(*args, **kwargs)
-
-    return quiet
+_Quietly = torch._C.DisableTorchFunction
 
 
 def nothing_written(tensor: torch.Tensor) -> None:
@@ -96,6 +86,7 @@ class Recorder(TorchFunctionMode):
         self._threads = Threads(self.recording)
         self._places = Places()
         self._over = False
+        self._looks_closer = bool(self._neutralised)
 
     @property
     def _here(self) -> OpenScopes:
@@ -124,53 +115,43 @@ class Recorder(TorchFunctionMode):
     def forward_is_over(self) -> None:
         """Record nothing from now on; what is written in place is still told."""
         self.replays.forward_is_over()
-        self._over = True
-
-    # --- leaves -----------------------------------------------------------------------------
-
-    @_unwatched
-    def add_leaves(self, tensors: Mapping[str, torch.Tensor], *, outside: bool = False) -> None:
-        """Name the tensors that a gradient may be wanted for (``outside``: not known yet to be part of the model)."""
-        named = self.recording.outside if outside else self.recording.leaves
-        for name, tensor in tensors.items():
-            value = self.provenance.add_leaf(tensor)
-            value.name = name
-            named[name] = value.id
-            for hook in (tensor._backward_hooks or {}).values():
-                place = function_place(hook)
-                if place is not None:
-                    self.recording.hooks[value.id] = place
-
-    @_unwatched
-    def forget_outside(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Take the model's own parameters from those outside."""
-        own = {self.provenance.value_of(parameter) for parameter in parameters}
-        outside = self.recording.outside
-        for name in [name for name, value in outside.items() if value in own]:
-            del outside[name]
-
-    @_unwatched
-    def add_constants(self, tensors: Iterable[tuple[torch.Tensor, str]]) -> None:
-        """Know tensors that were there before the run; named where it is no buffer, whose origin nobody says.
-
-        One with a graph says itself which parameters it was made of.
-        """
-        for tensor, name in tensors:
-            if not self.provenance.is_known(tensor):
-                self.provenance.add_constant(tensor).name = name
+        self._over = self._looks_closer = True
 
     # --- torch calls ------------------------------------------------------------------------
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = operation_name(func)
-        if name is None:  # shape, dtype, device: nine calls of ten
-            return func(*args) if func.__name__ == "__get__" else self._pass(func, args, kwargs or {})
         kwargs = kwargs or {}
-        if kwargs and kwargs.get("rounding_mode") and name in ROUNDING:
+        try:
+            name = SHORTCUTS[func]
+        except TypeError:  # not hashable
+            name = CLOSER
+        if name is None:  # shape, dtype, device: nine calls of ten
+            return func(*args, **kwargs)
+        frame, here = sys._getframe(1), self._threads.here
+        if name is CLOSER or self._looks_closer or (kwargs and ("out" in kwargs or kwargs.get("inplace"))):
+            return self._look_closer(func, args, kwargs, frame, here)
+        given = (*args, *kwargs.values()) if kwargs else args
+        pending = self._start(name, given, self._places.of(frame), here)
+        here.calls += 1
+        try:
+            result = self._run(func, args, kwargs)
+        finally:
+            here.calls -= 1
+        self._finish(pending, result, here)
+        return result
+
+    def _look_closer(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType, here: OpenScopes
+    ) -> Any:
+        """Record a call that may write, leave torch, be refused or be taken away."""
+        name = operation_name(func)
+        if name is None:
+            return self._pass(func, args, kwargs, frame)
+        if kwargs.get("rounding_mode") and name in ROUNDING:
             name = "floor_divide"
-        place = self._places.of(sys._getframe(1)) if self._neutralised or not self._over else None
+        place = self._places.of(frame) if self._neutralised or not self._over else None
         if self._neutralised and self._is_taken_away(func, name, place):
             if name != DERIVES:
                 given = instead_of(name, args)
@@ -184,16 +165,15 @@ class Recorder(TorchFunctionMode):
             return self._run(func, args, kwargs)
         if name == "backward":
             return self._go_back(func, args, kwargs, place)
-        pending = self._begin(name, args, kwargs, place)
+        pending = self._begin(name, args, kwargs, place, frame)
         if self._cuts_removed and name in SHARES_MEMORY and args[0].requires_grad:
             args = (args[0].detach(), *args[1:])  # with a gradient it would raise; the way out is known by now
-        here = self._threads.here
         here.calls += 1
         try:
             result = self._run(func, args, kwargs)
         finally:
             here.calls -= 1
-        self._finish(pending, made_by(name, args, result))
+        self._finish(pending, made_by(name, args, result), here)
         if in_place or name in NOTED:
             self.consequences.note(pending, args, kwargs, result, in_place)
         return result
@@ -209,7 +189,7 @@ class Recorder(TorchFunctionMode):
         """Tell whether a call is at a neutralised site; of an operator out of a script function it is too late."""
         return self._is_neutralised(place, name) and not isinstance(func, torch._ops.OpOverload)
 
-    def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
         """Run a call that moves no numbers; a tensor that it makes is new and known."""
         name = func.__name__
         if name in MAKES_ROOM:
@@ -217,13 +197,13 @@ class Recorder(TorchFunctionMode):
         if name == "data_ptr":
             self._before_write(args[0])
             if not self._over:
-                self.provenance.exposed(args[0], user_place(sys._getframe(2)))
+                self.provenance.exposed(args[0], user_place(frame))
             return self._run(func, args, kwargs)
         if self._over or name not in MAY_BE_REFUSED:
             return func(*args, **kwargs)  # asks the tensor itself: no mode of the run is needed for that
         if name == "register_hook":
-            self.consequences.hook(args[0], user_place(sys._getframe(2)))
-        self._begin(name, args[:1], {}, user_place(sys._getframe(2)))
+            self.consequences.hook(args[0], user_place(frame))
+        self._begin(name, args[:1], {}, user_place(frame), frame)
         result = func(*args, **kwargs)
         self.recording.pending = None
         return result
@@ -231,11 +211,11 @@ class Recorder(TorchFunctionMode):
     def _go_back(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Any:
         """Let the target go backward itself; from what is told before, and the gradients are known after."""
         leaves, reached = self.look_ahead(tensors_in(args[:1])) if self.look_ahead is not None else ([], None)
-        pending = self._begin("backward", args[:1], {}, place)
+        pending = self._begin("backward", args[:1], {}, place, sys._getframe(1))
         result = self._run(func, args, kwargs)
         self.recording.training.passes.append(BackwardPass(len(self.recording.operations), pending.inputs, reached))
         self.recording.pending = None
-        self.add_constants([(leaf.grad, "") for leaf in leaves if leaf.grad is not None])
+        self.provenance.add_constants([(leaf.grad, "") for leaf in leaves if leaf.grad is not None])
         return result
 
     @property
@@ -261,7 +241,7 @@ class Recorder(TorchFunctionMode):
         if name == "BackwardHookFunction":  # torch's way of running a module's full backward hooks
             place = self._here.place_of_hook() or place
         with torch._C.DisableTorchFunction():
-            pending = self._begin(name, args, {}, place)
+            pending = self._begin(name, args, {}, place, sys._getframe(1))
             given = dict.fromkeys(self.provenance.value_of(each) for each in args if isinstance(each, torch.Tensor))
         pending.custom, pending.given = True, len(given)
         before = len(self.recording.values)
@@ -301,9 +281,9 @@ class Recorder(TorchFunctionMode):
     def dispatched(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Record an operator that ran where no torch function looks (see ``dispatched.py``)."""
         if name not in SHAPE_ONLY:
-            place = user_place(sys._getframe(2))
+            frame = sys._getframe(1)
             with torch._C.DisableTorchFunction():
-                self._finish(self._begin(name, args, kwargs, place), result)
+                self._finish(self._begin(name, args, kwargs, user_place(frame), frame), result)
 
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter:
         """Record ``nn.Parameter(tensor)``, which cuts what the tensor was computed from."""
@@ -322,51 +302,59 @@ class Recorder(TorchFunctionMode):
             replay()
             self.replays.end(written, functools.partial(self._new, place=place))
 
-    @_unwatched
+    @unwatched
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that a tensor was written to bytes, from which another one may be made."""
         number = self.provenance.value_of(tensor)
         self.provenance.escapes.escaped(self._new("pickle", (number,), place), None)
 
-    @_unwatched
+    @unwatched
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
         self.provenance.escapes.entered(tensor)
 
     def _new(self, name: str, inputs: tuple[int, ...], place: Place | None, *, custom: bool = False) -> Operation:
         """Return an operation that starts here and now."""
-        here = self._threads.here
-        active = here.active if here.regions else ()
-        return Operation(len(self.recording.operations), name, inputs, (), place, here.scope, active, custom)
+        here = self._here
+        return Operation(len(self.recording.operations), name, inputs, (), place, here.scope, here.active, custom)
 
-    def _begin(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Operation:
-        provenance = self.provenance
-        provenance.place = place
+    def _begin(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None, frame: FrameType
+    ) -> Operation:
+        """Note that a call starts, with what of its arguments it uses the numbers of; ``frame`` called it."""
         if name in AS_ANOTHER or name == "__deepcopy__":  # the memo of a deepcopy holds all copies made so far
             args, kwargs = args[:1], {}
         elif name in ("new_tensor", "new"):  # of the dtype and device of the first, and the numbers of the second
             args = args[1:]
-        given = (*args, *kwargs.values()) if kwargs else args
-        inputs = provenance.values_of(given)
-        if provenance.escapes.are_out:
-            inputs += provenance.escapes.scalars_in(given)
-        operation = self._new(name, inputs, place)
+        operation = self._start(name, (*args, *kwargs.values()), place, self._here)
         if name in RULE_OF_OPERATION:
-            operation.chain, operation.via = call_chain(sys._getframe(2)), inside_of(sys._getframe(2), name)
-        self.recording.pending = operation
+            operation.chain, operation.via = call_chain(frame), inside_of(frame, name)
         return operation
 
-    def _finish(self, pending: Operation, produced: Any) -> None:
-        self.recording.pending = None
-        made = tensors_in(produced)
+    def _start(self, name: str, given: tuple[Any, ...], place: Place | None, here: OpenScopes) -> Operation:
+        provenance, recording = self.provenance, self.recording
+        provenance.place = place
+        inputs = provenance.values_of(given)
+        if provenance.escapes.scalars:
+            inputs += provenance.escapes.scalars_in(given)
+        regions = here.active if here.regions else ()
+        operation = Operation(len(recording.operations), name, inputs, (), place, here.scope, regions)
+        recording.pending = operation
+        return operation
+
+    def _finish(self, pending: Operation, produced: Any, here: OpenScopes | None = None) -> None:
+        recording = self.recording
+        recording.pending = None
+        made = [produced] if type(produced) is torch.Tensor else tensors_in(produced)
         pending.outputs = tuple([self.provenance.remember(tensor).id for tensor in made])
         if pending.name in ROOMS:
-            self.recording.values[pending.outputs[0]].room = True
-        gives = pending.outputs or pending.name in ESCAPES or is_in_place(pending.name)  # a write has to be there
-        made_for_inference = bool(self._threads.here.regions) and any(tensor.is_inference() for tensor in made)
-        if (pending.inputs and gives) or made_for_inference:
-            since, pending.index = pending.index, len(self.recording.operations)
-            self.recording.operations.append(pending)
+            recording.values[pending.outputs[0]].room = True
+        # What gives out nothing counts where it lets numbers out, or writes: what is blamed for that has to be there.
+        counts = pending.outputs or pending.name in ESCAPES or is_in_place(pending.name)
+        made_for_inference = bool((here or self._here).regions) and any(tensor.is_inference() for tensor in made)
+        if (pending.inputs and counts) or made_for_inference:
+            since, pending.index = pending.index, len(recording.operations)
+            recording.operations.append(pending)
             for tensor in made:
                 tag(tensor, pending.index, since)
 
@@ -397,13 +385,17 @@ class Recorder(TorchFunctionMode):
         yield
         self._here.pop(scope)
 
-    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the call of a module."""
-        self.modules.enter(self._threads.here, module, (args, kwargs))
+    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Note the call of a module; tell whether it is followed."""
+        here = self._threads.here
+        if not here.watched or self._over:
+            return False
+        self.modules.enter(here, module, (args, kwargs))
+        return True
 
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
-        with torch._C.DisableTorchFunction():
+        with _Quietly():
             self.modules.leave(self._threads.here, module, output)
 
     def _record_module(
@@ -411,7 +403,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         self._finish(self._new(name, inputs, place, custom=True), results)
 
-    @_unwatched
+    @unwatched
     def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:
         """Return the values of the floating tensors of a result."""
         return tuple(self.provenance.value_of(tensor) for tensor in result if tensor.is_floating_point())

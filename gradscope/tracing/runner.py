@@ -94,7 +94,7 @@ class Runner:
     def _record(self, recorder: Recorder, held: Inventory, backward: Pass, as_given: bool) -> Run:
         named = parameters_of(held.model)
         recorder.provenance.lent = {id(self._own[name]): name for name in named if self._own[name] is not named[name]}
-        recorder.add_leaves(named, outside=True)
+        recorder.provenance.add_leaves(named, outside=True)
         with recorder.constructing():
             built = self.subject.build(self.workshop, held.model)
         recorder.provenance.strangers = 0
@@ -106,12 +106,12 @@ class Runner:
         sources = {name: tensor for name, tensor in {**named, **built.inputs}.items() if name in asked or not as_given}
         for name in sources.keys() & built.inputs.keys():
             built.inputs[name].requires_grad_(True)
-        recorder.add_leaves(sources)
-        recorder.forget_outside(named.values())
+        recorder.provenance.add_leaves(sources)
+        recorder.provenance.forget_outside(named.values())
         run = Run(recorder.recording, frozen, set(named), asked)
-        recorder.add_constants(constants_of(held))
+        recorder.provenance.add_constants(constants_of(held))
         if self._loss is not None:
-            recorder.add_constants(constants_of_loss(self._loss))
+            recorder.provenance.add_constants(constants_of_loss(self._loss))
         recorder.replays.held = lambda: Inventory(built.model).loose_tensors()  # as they are then
         recorder.replays.computes = self.workshop.mode == "real"
         recorder.modules.name(built.model)

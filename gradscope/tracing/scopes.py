@@ -22,25 +22,22 @@ class Threads(threading.local):
 class OpenScopes:
     """What is open in one thread.
 
-    ``watched`` counts how often the thread was entered, ``calls`` and ``functions`` the torch functions and the custom
-    functions under way in it, ``module_calls`` holds each module with its scope and the arguments it was given.
+    ``scope`` is the innermost one. ``watched`` counts how often the thread was entered, ``calls`` and ``functions`` the
+    torch functions and the custom functions under way in it; ``module_calls`` holds each module with its scope and the
+    arguments it was given.
     """
 
-    __slots__ = ("_recording", "_scopes", "calls", "functions", "module_calls", "regions", "watched")
+    __slots__ = ("_recording", "_scopes", "calls", "functions", "module_calls", "regions", "scope", "watched")
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._scopes: list[int] = []
+        self.scope: int | None = None
         self.watched = 0
         self.calls = 0
         self.functions = 0
         self.regions: list[tuple[object, Region, int]] = []
         self.module_calls: list[tuple[nn.Module, int, tuple[Any, ...]]] = []
-
-    @property
-    def scope(self) -> int | None:
-        """Return the innermost scope."""
-        return self._scopes[-1] if self._scopes else None
 
     def push(self, kind: ScopeKind, label: str, module: str = "", type: str = "", region: Region | None = None) -> int:
         """Open a scope inside the innermost one; return its number."""
@@ -48,6 +45,7 @@ class OpenScopes:
         number = len(scopes)
         scopes.append(Scope(number, self.scope, kind, label, module, type, region))
         self._scopes.append(number)
+        self.scope = number
         return number
 
     def pop(self, scope: int) -> None:
@@ -56,6 +54,7 @@ class OpenScopes:
             self._scopes.pop()
         elif scope in self._scopes:
             self._scopes.remove(scope)
+        self.scope = self._scopes[-1] if self._scopes else None
 
     def enter_region(self, key: object, region: Region) -> None:
         """Note that a grad-mode switch took effect."""

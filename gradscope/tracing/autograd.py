@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import BackwardCFunction
 
 from gradscope.tracing.recording import Part, Refusal, Write
 
@@ -28,6 +29,7 @@ RAISES = "torch::autograd::NotImplemented"
 WARNS = "torch::autograd::WarnNotImplemented"
 WRITE_IT = "Compute it with calls that have a derivative, or give it one in a torch.autograd.Function."
 GENERATED = "GeneratedBackwardFor_"
+AccumulateGrad = torch._C._functions.AccumulateGrad
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -104,18 +106,18 @@ def walk_graph(sinks: Iterable[torch.Tensor], written: Writes | None = None) -> 
         node, above = pending.pop()
         if node in graph.operations:
             continue
-        operation = node.metadata.get(TAG, above)
-        graph.operations[node] = operation
         graph.nodes.append(node)
-        graph.custom = graph.custom or isinstance(node, torch.autograd.function.BackwardCFunction)
+        if type(node) is AccumulateGrad:  # half of all nodes: nothing is saved there, nothing follows
+            graph.operations[node] = above
+            leaves[id(node.variable)] = node.variable
+            continue
+        operation = graph.operations[node] = node.metadata.get(TAG, above)
+        graph.custom = graph.custom or isinstance(node, BackwardCFunction)
         refusal = _refusal(node, operation, written)
         if refusal is not None and operation is not None:
             graph.refusals.setdefault(operation, refusal)
-        if refusal is not None and not refusal.silent:
-            continue
-        if isinstance(node, torch._C._functions.AccumulateGrad):
-            leaves[id(node.variable)] = node.variable
-        pending += [(following, operation) for following, _ in node.next_functions if following is not None]
+        if refusal is None or refusal.silent:
+            pending += [(following, operation) for following, _ in node.next_functions if following is not None]
     graph.leaves = list(leaves.values())
     return graph
 

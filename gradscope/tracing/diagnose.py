@@ -179,14 +179,13 @@ def _named(lost: int, bits: dict[str, int]) -> set[str]:
 def _frontier(recording: Recording, walks: Walks, wanted: int) -> Iterator[tuple[Operation, int]]:
     """Yield the operations that lose the gradient of wanted sources, each with those (as a bit set)."""
     for operation in recording.operations if wanted else ():
-        outputs = [value for value in operation.outputs if walks.counts[value]]
-        if not outputs:
-            continue
-        missing = union(walks.counts, outputs)
         arriving = 0
         for value in operation.inputs:
             arriving |= walks.linked[value] & walks.smooth[value]
-        lost = arriving & union(walks.smooth, outputs) & ~union(walks.linked, operation.outputs) & wanted & missing
+        lost = arriving & ~union(walks.linked, operation.outputs) & wanted
+        if lost:  # of nearly all operations nothing is
+            outputs = [value for value in operation.outputs if walks.counts[value]]
+            lost &= union(walks.smooth, outputs) & union(walks.counts, outputs)
         if lost:
             yield operation, lost
 

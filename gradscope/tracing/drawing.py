@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TypeAlias
 
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
 from gradscope.paths import short_path
@@ -13,6 +14,8 @@ from gradscope.tracing.recording import CONSTRUCTOR, Operation, Recording, Scope
 
 LONGEST_LABEL = 52
 MODULE_DEPTH = 4
+# A scope and the node that it is drawn as.
+_Shown: TypeAlias = tuple[Scope, FlowNode]
 
 
 def draw(
@@ -44,7 +47,7 @@ class _Drawing:
         self.carrying = self._carrying_values()
         self.arriving = arriving(recording, self._ends())
         self.names: dict[str, list[str]] = {}
-        self.opened: dict[int, tuple[list[Scope], int]] = {}
+        self.opened: dict[int, tuple[list[_Shown], int]] = {}
         self.lineages: dict[str, list[str]] = {}
         self.owned = self._owned_leaves()
         self.containers = {scope.parent for scope in recording.scopes}
@@ -67,23 +70,22 @@ class _Drawing:
     # --- nodes ------------------------------------------------------------------------------
 
     def _place(self, operation: Operation) -> None:
-        scopes, _ = self._opened(operation.scope)
-        finding = self._finding_at(operation)
-        if scopes and scopes[-1].kind == "module" and scopes[-1].module and finding is None:
-            node_id = f"s{scopes[-1].id}"
-        else:
-            node_id = self._operation_node(operation, f"s{scopes[-1].id}" if scopes else None)
-            self.nodes[node_id].finding = self.nodes[node_id].finding or finding
-        node = self.nodes[node_id]
+        around, _ = self._opened(operation.scope)
+        innermost, node = around[-1] if around else (None, None)
+        finding = self._finding_at(operation) if self.ids else None
+        if node is None or innermost is None or not innermost.module or finding is not None:
+            node = self._operation_node(operation, node.id if node else None)
+            node.finding = node.finding or finding
         output = operation.outputs[0] if operation.outputs else operation.inputs[0]
         status = self._status(output)
-        for scope in scopes:
-            self._raise(self.nodes[f"s{scope.id}"], status)
-        self._raise(node, status)
+        if status != "none":  # the latest thing that is known; silence overrides nothing
+            for _, each in around:
+                each.status = status
+            node.status = status
         if node.kind == "operation" or not node.detail:
             node.detail = self.recording.values[output].detail
-        self._connect(operation, node_id)
-        home = self._home(operation, scopes[-1].id, node_id) if scopes else node_id
+        self._connect(operation, node.id)
+        home = self._home(operation, innermost.id, node) if innermost else node.id
         for value in operation.outputs:
             self.home[value] = home
 
@@ -94,19 +96,19 @@ class _Drawing:
             return None
         return self.ids.get(source_site(place, operation.name))
 
-    def _home(self, operation: Operation, scope: int, node_id: str) -> str:
+    def _home(self, operation: Operation, scope: int, node: FlowNode) -> str:
         """Return the node that a result comes from, as drawn.
 
         An operation between the children of a module (a residual sum) is not drawn: what it gives
         out counts as coming from the child that was last to contribute.
         """
-        if scope not in self.containers or not self.nodes[node_id].module:
-            return node_id
+        if scope not in self.containers or not node.module:
+            return node.id
         inside = [home for value in operation.inputs if (home := self.home.get(value)) in self.nodes]
-        inside = [home for home in inside if node_id in self._lineage(home)[:-1]]
-        return max(inside, key=self.order.__getitem__, default=node_id)
+        inside = [home for home in inside if node.id in self._lineage(home)[:-1]]
+        return max(inside, key=self.order.__getitem__, default=node.id)
 
-    def _opened(self, scope: int | None) -> tuple[list[Scope], int]:
+    def _opened(self, scope: int | None) -> tuple[list[_Shown], int]:
         """Return the scopes around an operation that are shown, drawn by now, and how many modules it is inside."""
         if scope is None:
             return [], 0
@@ -115,8 +117,7 @@ class _Drawing:
             shown, named = self._opened(innermost.parent)
             named += bool(innermost.module)
             if self._is_shown(innermost, named):
-                self._open(innermost, shown[-1] if shown else None)
-                shown = [*shown, innermost]
+                shown = [*shown, (innermost, self._open(innermost, shown[-1][0] if shown else None))]
             self.opened[scope] = (shown, named)
         return self.opened[scope]
 
@@ -127,29 +128,28 @@ class _Drawing:
             return named <= MODULE_DEPTH and scope.module.count(".") < MODULE_DEPTH
         return bool(scope.label) and not named  # without a label it is the model itself: the whole picture is inside it
 
-    def _open(self, scope: Scope, parent: Scope | None) -> None:
+    def _open(self, scope: Scope, parent: Scope | None) -> FlowNode:
         node_id = f"s{scope.id}"
         above = f"s{parent.id}" if parent else None
         if scope.kind == "region" and scope.region is not None:
             site = scope.region.site
             path, line = short_path(site.path), site.line
-            self._add(
+            return self._add(
                 FlowNode(
                     node_id, _region_label(site), "region", "none", above, path=path, line=line, finding=self.ids[site]
                 )
             )
-            return
         label = scope.module.removeprefix(f"{parent.module}." if parent and parent.module else "") or scope.label
         owned = self.owned.get(scope.module, ())
         detail = self.recording.values[scope.outputs[0]].detail if scope.outputs else ""
-        self._add(
+        return self._add(
             FlowNode(
                 node_id, label, "module", "none", above, module=scope.module, type=scope.type, detail=detail,
                 frozen=bool(owned) and self.frozen.issuperset(owned), parameters=len(owned),
             )
         )  # fmt: skip
 
-    def _operation_node(self, operation: Operation, parent: str | None) -> str:
+    def _operation_node(self, operation: Operation, parent: str | None) -> FlowNode:
         place = operation.place
         line = place.line if place else 0
         last = next(reversed(self.nodes.values()), None)
@@ -157,12 +157,11 @@ class _Drawing:
         if last and last.kind == "operation" and last.parent == parent and (last.path, last.line) == (path, line):
             self.names[last.id].append(operation.name)
             last.label = self._label(operation, self.names[last.id])
-            return last.id
+            return last
         node = FlowNode(f"o{operation.index}", self._label(operation, [operation.name]), "operation", "none", parent)
         node.path, node.line = path, line
         self.names[node.id] = [operation.name]
-        self._add(node)
-        return node.id
+        return self._add(node)
 
     def _label(self, operation: Operation, names: list[str]) -> str:
         text = expression(operation.place) if operation.place else ""
@@ -171,9 +170,10 @@ class _Drawing:
         kept = [name for name in names if not name.startswith("__")] or names
         return " · ".join(kept)[-LONGEST_LABEL:]
 
-    def _add(self, node: FlowNode) -> None:
+    def _add(self, node: FlowNode) -> FlowNode:
         self.order[node.id] = len(self.order)
         self.nodes[node.id] = node
+        return node
 
     # --- statuses and edges -----------------------------------------------------------------
 
@@ -205,20 +205,15 @@ class _Drawing:
         status = self._status(value)
         if status != "flows":
             return status
-        linked = any(value in linked_to(self.recording, operation, output)
-                     for output in self.arriving.intersection(operation.outputs))  # fmt: skip
-        return "flows" if linked else "blocked"
+        for output in operation.outputs:
+            if output in self.arriving and value in linked_to(self.recording, operation, output):
+                return "flows"
+        return "blocked"
 
     def _ends(self) -> tuple[int, ...]:
         """Return the values that a gradient would start from: the outputs, or what the call that raised was given."""
         pending = self.recording.pending
         return tuple(self.recording.sinks) or (tuple(pending.inputs) if pending is not None else ())
-
-    @staticmethod
-    def _raise(node: FlowNode, status: FlowStatus) -> None:
-        """Let a node show the latest thing that is known of it; silence overrides nothing."""
-        if status != "none":
-            node.status = status
 
     def _connect(self, operation: Operation, node_id: str) -> None:
         for value in operation.inputs:

@@ -105,7 +105,7 @@ def arriving(recording: Recording, ends: Iterable[int]) -> set[int]:
     for operation in reversed(recording.operations):
         for output in reached.intersection(operation.outputs):
             reached.update(
-                value for value in linked_to(recording, operation, output) if recording.values[value].connected
+                [value for value in linked_to(recording, operation, output) if recording.values[value].connected]
             )
     return reached
 
@@ -127,15 +127,18 @@ def is_flat(operation: Operation) -> bool:
 
 
 def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
-    data = union(walks.data, operation.inputs)
-    smooth = 0 if is_flat(operation) else union(walks.smooth, operation.inputs)
-    linked = union(walks.linked, operation.inputs)
+    data = smooth = linked = 0
+    for value in operation.inputs:
+        data |= walks.data[value]
+        smooth |= walks.smooth[value]
+        linked |= walks.linked[value]
+    if is_flat(operation):
+        smooth = 0
     for number, output in enumerate(operation.outputs):
-        value = recording.values[output]
         depends = operation.leads_to and operation.refusal is None
         without = ~_irrelevant(operation, number, linked, walks) if depends else EVERY
         walks.data[output] |= data & without
-        if value.differentiable:
+        if recording.values[output].differentiable:
             walks.smooth[output] |= smooth & without
         kept = linked_to(recording, operation, output)
         walks.linked[output] |= (linked if kept is operation.inputs else union(walks.linked, kept)) & without
@@ -172,7 +175,7 @@ def _count(recording: Recording, walks: Walks, everything: int) -> None:
         found = union(counts, operation.outputs)
         if not found or is_flat(operation):
             continue
-        overwrites = any(values[output].leaf for output in operation.outputs)
+        overwrites = True in [values[output].leaf for output in operation.outputs]
         own = union(walks.linked, operation.inputs[:1]) if overwrites else 0
         for number, value in enumerate(operation.inputs):
             if values[value].differentiable:

@@ -305,15 +305,16 @@ class Recording:
         by_memory: dict[int, list[Write]] = {}
         for write in self.writes:
             by_memory.setdefault(write.memory, []).append(write)
-        unseen = {memory: [write for write in writes if write.unseen] for memory, writes in by_memory.items()}
+        telling = {memory: [*(write for write in writes[:-1] if write.unseen), writes[-1]]
+                   for memory, writes in by_memory.items()}  # fmt: skip
 
         def after(number: int) -> list[Write]:
             if number >= len(self.operations):  # of another trace, around this one
                 return []
             operation = self.operations[number]
             touched = {self.values[value].memory for value in (*operation.inputs, *operation.outputs)}
-            later = [write for memory in touched if memory in by_memory
-                     for write in {*unseen[memory], by_memory[memory][-1]} if write.operation > number]  # fmt: skip
+            later = [write for memory in touched.intersection(telling) for write in telling[memory]
+                     if write.operation > number]  # fmt: skip
             return sorted(later, key=lambda write: write.operation)
 
         return after

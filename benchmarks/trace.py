@@ -106,10 +106,15 @@ def _recorded() -> Callable[[Any, tuple[Any, ...]], object]:
     from gradscope.tracing.borrowed import Question, subject_of
     from gradscope.tracing.diagnose import diagnose
     from gradscope.tracing.drawing import draw
+    from gradscope.tracing.restoring import unhurried_collector
     from gradscope.tracing.runner import Runner
     from gradscope.tracing.workshops import open_workshop
 
     def run(model: Any, inputs: tuple[Any, ...]) -> object:
+        with unhurried_collector():  # as trace_subject does
+            return drawn(model, inputs)
+
+    def drawn(model: Any, inputs: tuple[Any, ...]) -> object:
         seen = Runner(subject_of(model, inputs, {}, Question()), open_workshop("real", "cpu", "float32")).run()
         return draw(seen.recording, diagnose(seen.recording), {}, seen.frozen)
 

@@ -53,7 +53,8 @@ def library_subject(library: str, name: str, request: Request) -> Subject:
     question = question_of(request, remarks)
     subject = made_subject(f"{library}:{name}", prepare, args, kwargs, question, type(pattern))
     weight = 4 * sum(parameter.numel() for parameter in pattern.parameters())
-    return replace(subject, takes=sentence_about(pattern, request.entry), weight=weight)
+    takes = sentence_about(pattern, request.entry)
+    return replace(subject, takes=lambda: takes, weight=weight)
 
 
 def _built(name: str, factory: Callable[[], nn.Module]) -> nn.Module:

@@ -47,7 +47,7 @@ def subject_of(
     """Return the subject for a model that exists; the run leaves it as it is."""
     own = model.name if isinstance(model, Holder) else type(model).__name__
     subject = made_subject(name or own, lambda workshop: model, args, kwargs, question, type(model))
-    subject = replace(subject, takes=sentence_about(model, question.entry))
+    subject = replace(subject, takes=lambda: sentence_about(model, question.entry))
     return replace(subject, entry=model.entry) if isinstance(model, Holder) else subject
 
 

@@ -24,11 +24,23 @@ IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, 
 
 
 class Inventory:
-    """The modules of a model and what they hold, gathered once for all that asks for it before a run begins."""
+    """The modules of a model and what they hold, gathered once for all that asks for it before a run begins.
+
+    ``names`` has the path of each module by ``id``, as ``model.named_modules()`` yields them in twice the time.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = modules_of(model)
+        self.modules: list[nn.Module] = []
+        self.names: dict[int, str] = {}
+        pending: list[tuple[str, nn.Module | None]] = [("", model)]
+        while pending:
+            path, module = pending.pop()
+            if module is not None and id(module) not in self.names:
+                self.modules.append(module)
+                self.names[id(module)] = path
+                prefix = f"{path}." if path else ""
+                pending.extend([(f"{prefix}{name}", child) for name, child in list(module._modules.items())[::-1]])
 
     @property
     def objects(self) -> list[Any]:
@@ -63,13 +75,17 @@ class Inventory:
         return tensors_in([*parts, *objects])
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Return what ``model.modules()`` yields, in a third of the time."""
-    found: dict[int, nn.Module] = {}
-    pending: list[nn.Module | None] = [model]
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what ``model.named_parameters(remove_duplicate=False)`` yields, in a third of the time."""
+    if type(model).named_parameters is not nn.Module.named_parameters:
+        return dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, nn.Parameter] = {}
+    pending: list[tuple[str, nn.Module | None]] = [("", model)]
     while pending:
-        module = pending.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            pending.extend(list(module._modules.values())[::-1])
-    return list(found.values())
+        prefix, module = pending.pop()
+        if module is not None:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[prefix + name] = parameter
+            pending.extend([(f"{prefix}{name}.", child) for name, child in list(module._modules.items())[::-1]])
+    return found

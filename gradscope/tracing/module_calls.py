@@ -32,16 +32,12 @@ class ModuleCalls:
         self._recording = recording
         self._provenance = provenance
         self._record = record
-        self._names: dict[int, str] = {}
+        self.names: dict[int, str] = {}  # the ``named_modules`` paths of the model under test, by ``id``
         self.guesses = 0
-
-    def name(self, model: nn.Module) -> None:
-        """Learn the ``named_modules`` paths of the model under test."""
-        self._names = {id(module): name for name, module in model.named_modules()}
 
     def enter(self, here: OpenScopes, module: nn.Module, given: tuple[Any, ...]) -> None:
         """Open the scope of a call in the present thread; ``given`` holds its arguments."""
-        name = self._names.get(id(module))
+        name = self.names.get(id(module))
         kind = type(module).__name__
         label = "" if name == "" else name or kind  # the model itself has none
         here.module_calls.append((module, here.push("module", label, name or "", kind), given))

@@ -17,6 +17,7 @@ from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
 from gradscope.tracing.constants import kept_with_history
 from gradscope.tracing.cuts import FREED
+from gradscope.tracing.inventory import named_parameters
 from gradscope.tracing.propagation import linked_sources, where_it_left
 from gradscope.tracing.provenance import describe, left_torch, results_in
 from gradscope.tracing.recorder import Recorder
@@ -105,7 +106,7 @@ class Outcome:
             sinks.clear()
 
     def _named(self) -> dict[str, torch.Tensor]:
-        return {**dict(self._built.model.named_parameters(remove_duplicate=False)), **self._built.inputs}
+        return {**named_parameters(self._built.model), **self._built.inputs}
 
     def _walked(self, sinks: list[torch.Tensor], named: dict[str, torch.Tensor]) -> AutogradGraph:
         graph = walk_graph(sinks, self._recording.later_writes())
@@ -128,12 +129,13 @@ class Outcome:
 
         What detaches it before use, or uses it where nothing is recorded, gives out nothing that is connected.
         """
-        kept = kept_with_history(self._built.model)
         values = self._recording.values
+        named = {value.id: value.name for value in values if value.name and not value.connected}
         began: set[str] = set()
-        for operation in self._recording.operations if kept else ():
+        for operation in self._recording.operations if named else ():
             if any(values[number].connected for number in operation.outputs):
-                began.update(values[number].name for number in operation.inputs if not values[number].connected)
+                began.update(named[number] for number in operation.inputs if number in named)
+        kept = kept_with_history(self._built.model) if began else set()
         for name in sorted(kept & began):
             self._recording.unseen.append(
                 f"{name} is kept with its graph, and the next call goes on with it: a backward pass after that raises, "

@@ -18,7 +18,7 @@ from gradscope.tracing.constants import constants_of, constants_of_loss
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
-from gradscope.tracing.inventory import Inventory
+from gradscope.tracing.inventory import Inventory, named_parameters
 from gradscope.tracing.outcome import Outcome, Pass, Run
 from gradscope.tracing.provenance import DIFFERENTIABLE
 from gradscope.tracing.recorder import Recorder, nothing_written
@@ -75,9 +75,8 @@ class Runner:
             put_back(self.subject.given),
             torch.compiler.set_stance("force_eager"),
         ):
-            origin = self._prepare()
-            self._own = dict(origin.named_parameters(remove_duplicate=False))
-            held = Inventory(origin)
+            held = self._prepare()
+            self._own = named_parameters(held.model)
             with self._lent(held) as before_write, self._loss_kept(before_write) as before_write:
                 call = _absorbing(self.workshop.run, self.subject.absorbed)
                 recorder = Recorder(call, neutralised, before_write)
@@ -114,7 +113,7 @@ class Runner:
             recorder.provenance.add_constants(constants_of_loss(self._loss))
         recorder.replays.held = lambda: Inventory(built.model).loose_tensors()  # as they are then
         recorder.replays.computes = self.workshop.mode == "real"
-        recorder.modules.name(built.model)
+        recorder.modules.names = held.names
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
         self._refuse_lent(recorder)
@@ -181,22 +180,23 @@ class Runner:
 
             yield before_both
 
-    def _prepare(self) -> nn.Module:
-        if self._prepared is None:
-            self._prepared = self.subject.prepare(self.workshop)
-            held = Inventory(self._prepared)
-            one_of_each = {type(each): each for each in held.tensors(("_parameters",))}.values()
-            if any(map(is_lazy, one_of_each)):
-                raise UsageError(
-                    f"{self.subject.name} has lazy parameters, whose shapes its first call settles.",
-                    hint="Call it once before it is traced; a trace leaves the model as it is.",
-                )
-            if _is_sharded(held.modules):
-                raise UsageError(
-                    f"{self.subject.name} is sharded by FSDP, which keeps weights where a trace cannot put them back.",
-                    hint="Trace the model before it is sharded: that changes nothing about where gradients flow.",
-                )
-        return self._prepared
+    def _prepare(self) -> Inventory:
+        if self._prepared is not None:
+            return Inventory(self._prepared)
+        self._prepared = self.subject.prepare(self.workshop)
+        held = Inventory(self._prepared)
+        one_of_each = {type(each): each for each in held.tensors(("_parameters",))}.values()
+        if any(map(is_lazy, one_of_each)):
+            raise UsageError(
+                f"{self.subject.name} has lazy parameters, whose shapes its first call settles.",
+                hint="Call it once before it is traced; a trace leaves the model as it is.",
+            )
+        if _is_sharded(held.modules):
+            raise UsageError(
+                f"{self.subject.name} is sharded by FSDP, which keeps weights where a trace cannot put them back.",
+                hint="Trace the model before it is sharded: that changes nothing about where gradients flow.",
+            )
+        return held
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
         recording = recorder.recording
@@ -233,8 +233,11 @@ def _is_sharded(modules: list[nn.Module]) -> bool:
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that may have a gradient: a quantised weight is kept as one, too."""
+    each_once: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in named_parameters(model).items():
+        each_once.setdefault(id(parameter), (name, parameter))
     with torch._C.DisableTorchFunction():
-        return {name: each for name, each in model.named_parameters() if each.dtype in DIFFERENTIABLE}
+        return {name: each for name, each in each_once.values() if each.dtype in DIFFERENTIABLE}
 
 
 @contextmanager

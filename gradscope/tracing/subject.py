@@ -81,7 +81,7 @@ class Subject:
     detaches is seen as well. ``borrowed`` says that the model is the caller's and has to stay as it is.
     ``wrt`` and ``trainable`` are patterns of source names (``fnmatch``): what is asked about, and which
     parameters count as trained; ``loss`` turns the result into what is differentiated. ``given`` are the
-    caller's arguments: objects among them are put back after a run. ``takes`` says in a sentence what the
+    caller's arguments: objects among them are put back after a run. ``takes`` says, when asked, in a sentence what the
     model takes, ``weight`` how many bytes it will need once it is built for real.
     """
 
@@ -98,7 +98,7 @@ class Subject:
     trainable: tuple[str, ...] = ()
     loss: Callable[[Any], Any] | None = None
     given: tuple[Any, ...] = ()
-    takes: str = ""
+    takes: Callable[[], str] = str
     weight: int = 0
 
     def asked_for(

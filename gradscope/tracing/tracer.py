@@ -20,6 +20,7 @@ from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
 from gradscope.tracing.propagation import reaching
 from gradscope.tracing.recording import Recording, Site
+from gradscope.tracing.restoring import unhurried_collector
 from gradscope.tracing.runner import Runner
 from gradscope.tracing.subject import Subject, Workshop
 from gradscope.tracing.unanalysed import refuse_unanalysed
@@ -38,6 +39,11 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
         NotAnalysedError: the forward pass failed for a reason that is not autograd's, or gave no
             floating tensor to ask a gradient of.
     """
+    with unhurried_collector():  # until all that was recorded is freed again
+        return _traced(subject, workshop, verify=verify, numeric=numeric)
+
+
+def _traced(subject: Subject, workshop: Workshop, *, verify: bool, numeric: bool) -> Session:
     started = time.perf_counter()
     proof = prove(Runner(subject, workshop), verify=verify)
     recording = proof.first.recording

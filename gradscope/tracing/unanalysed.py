@@ -102,5 +102,5 @@ def _refusal(subject: Subject, error: BaseException) -> NotAnalysedError:
     fed = f" with {', '.join(subject.inputs)}" if subject.inputs else ""
     return NotAnalysedError(
         f"{subject.name} could not be run{fed}: {in_words(error)}{where}.",
-        hint=f"{subject.takes} Check the input (--input), --entry, the device and the mode.".strip(),
+        hint=f"{subject.takes()} Check the input (--input), --entry, the device and the mode.".strip(),
     )

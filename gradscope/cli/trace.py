@@ -39,7 +39,7 @@ from gradscope.targets.spec import Request, load_preset, load_target
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    help="Where the model runs; in structural mode it is only pretended.",
+    help="Where the model runs, by default where it is built; in structural mode only pretended.",
 )
 @click.option(
     "--dtype",

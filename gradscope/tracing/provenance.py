@@ -321,10 +321,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return found
 
 
-def hides_tensors(result: Any) -> bool:
-    """Tell whether some of a result lies deeper than in a tuple: a custom function connects none of that."""
+def hidden_tensors(result: Any) -> list[torch.Tensor]:
+    """Return the tensors of a result that lie deeper than in a tuple: a custom function connects none of them."""
     outer = result if isinstance(result, tuple) else (result,)
-    return len(tensors_in(result)) > sum(isinstance(each, torch.Tensor) for each in outer)
+    seen = {id(each) for each in outer}
+    return [tensor for tensor in tensors_in(result) if id(tensor) not in seen]
 
 
 # The dtypes that a gradient can exist for.

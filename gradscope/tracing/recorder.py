@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -42,7 +43,7 @@ from gradscope.tracing.consequences import Consequences
 from gradscope.tracing.cuts import RULE_OF_OPERATION
 from gradscope.tracing.frames import Places, call_chain, inside_of, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
-from gradscope.tracing.provenance import Provenance, hides_tensors, tensors_in
+from gradscope.tracing.provenance import Provenance, hidden_tensors, tensors_in
 from gradscope.tracing.recording import CONSTRUCTOR, BackwardPass, Operation, Place, Recording, Region, Site
 from gradscope.tracing.replays import Replays
 from gradscope.tracing.scopes import OpenScopes, Threads
@@ -236,7 +237,7 @@ class Recorder(TorchFunctionMode):
             self.recording.reentrant = True
             if self._runs_through(args, place):
                 result = args[0](*args[2:])  # (run_function, preserve_rng_state, *inputs)
-                if not hides_tensors(result) or self._is_neutralised(place, name):
+                if not hidden_tensors(result) or self._is_neutralised(place, name):
                     return result
         if name == "BackwardHookFunction":  # torch's way of running a module's full backward hooks
             place = self._here.place_of_hook() or place
@@ -255,9 +256,13 @@ class Recorder(TorchFunctionMode):
             self._here.functions -= 1
         taken = self.recording.take_out(pending.index, before)
         pending.inputs = tuple(dict.fromkeys((*given, *pending.inputs, *taken)))
-        with torch._C.DisableTorchFunction():
-            self._finish(pending, result)
         pending.chain = call_chain(sys._getframe(2))
+        hidden = hidden_tensors(result) if name == "CheckpointFunction" else []
+        shown = [each for each in tensors_in(result) if all(each is not other for other in hidden)]
+        with torch._C.DisableTorchFunction():
+            if hidden:  # connected to nothing, whatever becomes of the others
+                self._finish(replace(pending), hidden)
+            self._finish(pending, shown)
         self.provenance.made_by_function.update(dict.fromkeys(pending.outputs, pending.index))
         return result
 

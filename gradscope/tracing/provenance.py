@@ -8,8 +8,9 @@ numbers came from, as far as that can be told; what cannot be told is counted an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -369,7 +370,10 @@ def _kind(cls: type) -> str:
         return ""
     if issubclass(cls, (tuple, list, set, frozenset)):
         return "sequence"
-    return "mapping" if issubclass(cls, Mapping) else "dataclass" if is_dataclass(cls) else ""
+    # A mapping that cannot be written into may be a loader, which reads weights from the disk for each of its values.
+    return (
+        "mapping" if issubclass(cls, (MutableMapping, MappingProxyType)) else "dataclass" if is_dataclass(cls) else ""
+    )
 
 
 def _parts(value: Any) -> Iterable[Any]:

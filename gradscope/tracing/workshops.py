@@ -142,6 +142,12 @@ class StructuralWorkshop:
 
 
 def _present(device: torch.device) -> torch.device:
+    if device.type == "meta":
+        raise UsageError(
+            "The model's weights are on the meta device, which keeps no numbers: there is nothing to compute with.",
+            hint="Use structural mode. Where a run fetches the weights (offloading), trace a model that is loaded: "
+            "where gradients flow is the same.",
+        )
     if not _is_there(device.type):
         raise UsageError(
             f"Real mode on {device} needs that device, and torch {torch.__version__} finds none here.",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 from torch import nn
 
 import gradscope
+from gradscope.errors import UsageError
 from gradscope.tracing.structural import hollow
 
 # As transformers keeps the initialisers that hollow() replaces.
@@ -169,3 +171,28 @@ def test_what_was_kept_and_is_not_used_costs_nothing() -> None:
             return x * self.part[:2]
 
     assert gradscope.trace(Unused(), torch.rand(3, 2)).target["mode"] == "structural"
+
+
+# --- models whose weights are not there -----------------------------------------------------------------
+
+
+class Loader(Mapping[str, torch.Tensor]):
+    """Weights that an offloading library reads from the disk one by one."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise AssertionError(f"{name} was read for nothing")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["weight"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 4), torch.ones(2, 4, device="meta")])
+def test_a_model_on_the_meta_device_is_traced_and_an_input_follows_it(given: torch.Tensor) -> None:
+    model = nn.Linear(4, 4, device="meta")
+    model.loader = Loader()
+    assert gradscope.trace(model, given).verdict == "flows"
+    with pytest.raises(UsageError, match="keeps no numbers"):
+        gradscope.trace(model, given, mode="real")

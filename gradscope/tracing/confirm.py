@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from gradscope.findings import listed
 from gradscope.tracing.cuts import Cut, cut_at
 from gradscope.tracing.frames import code_name, source_site
-from gradscope.tracing.numeric import CannotCheck, Checked, check
+from gradscope.tracing.numeric import CPU, CannotCheck, Checked, check
 from gradscope.tracing.propagation import union, walk
 from gradscope.tracing.recording import Operation, Recording, Site
 from gradscope.tracing.subject import Subject
@@ -29,16 +31,24 @@ SHARED_MEMORY = (
 )
 
 
-def confirm(subject: Subject, proof: Proof) -> list[str]:
+def confirm(subject: Subject, proof: Proof, home: torch.device) -> list[str]:
     """Correct the proof's diagnosis by finite differences; return what there is to say about it.
+
+    They are taken on the CPU, and on the model's own device where it does not run there (kernels of a GPU).
 
     A source that steps are taken for on purpose (a straight-through estimator) keeps its status.
     """
     diagnosis = proof.diagnosis
     if proof.first.recording.error is not None:
         return ["Finite differences were not taken: the forward pass ends with an exception."]
+    groups, requiring = _groups(proof), frozenset(proof.first.recording.leaves)
     try:
-        checked = check(subject, _groups(proof), requiring=frozenset(proof.first.recording.leaves))
+        try:
+            checked = check(subject, groups, requiring=requiring)
+        except CannotCheck:
+            if home == CPU:
+                raise
+            checked = check(subject, groups, requiring=requiring, device=home)
     except CannotCheck as error:
         return [f"Finite differences could not be taken. {error.message}"]
     remarks = [f"Finite differences in float64: {len(checked.answers)} sources, {checked.evaluations} forward passes."]

@@ -2,8 +2,8 @@
 
 Autograd alone cannot tell a gradient that was lost from one that never was: whether an output really depends on a
 source, smoothly, in steps, or not at all, is asked of the function itself. Everything runs on a float64 copy of the
-model on the CPU, every evaluation from the same random state (dropout draws the same) and the same buffers
-(batch norm starts from the same statistics).
+model, on the CPU if it runs there, every evaluation from the same random state (dropout draws the same) and the same
+buffers (batch norm starts from the same statistics).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from gradscope.tracing.workshops import RealWorkshop
 MOST_EVALUATIONS = 400
 # Central differences: the error is of the order STEP**2 and 1e-16 / STEP, relative to the size of the tensor.
 STEP = 1e-6
+CPU = torch.device("cpu")
 # Where nothing moves at STEP: a function in steps moves when its arguments change by as much as they are.
 LEAP = 0.5
 TOLERANCE = 1e-3
@@ -46,7 +47,7 @@ Answer: TypeAlias = Literal["agrees", "differs", "lost", "flat", "none", "unclea
 
 
 class CannotCheck(GradscopeError):
-    """The model does not run in float64 on the CPU, or cannot be copied."""
+    """The model does not run in float64 where it was tried, or cannot be copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +67,34 @@ class Derivative:
     surrogate: bool
 
 
-def check(subject: Subject, groups: Iterable[frozenset[str]], *, requiring: frozenset[str], seed: int = 0) -> Checked:
+def check(
+    subject: Subject,
+    groups: Iterable[frozenset[str]],
+    *,
+    requiring: frozenset[str],
+    device: torch.device = CPU,
+    seed: int = 0,
+) -> Checked:
     """Compare autograd with finite differences for groups of sources; a group that differs is halved to its members.
 
-    ``requiring`` are the sources that require a gradient in the pass that autograd is asked in.
+    ``requiring`` are the sources that require a gradient in the pass that autograd is asked in; ``device`` is where the
+    copy of the model runs.
 
     Raises:
-        CannotCheck: the model does not run in float64 on the CPU.
+        CannotCheck: the model does not run in float64 there.
     """
-    workshop = RealWorkshop("cpu", torch.float64, casts=True)
+    workshop = RealWorkshop(str(device), torch.float64, casts=True)
     loss = holder_of_loss(subject.loss)
     with ExitStack() as stack:
         stack.enter_context(untouched_state())
         stack.enter_context(_default_dtype(torch.float64))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device() != device:
+            stack.enter_context(device)
         if subject.borrowed:  # a copy may share parameters with the caller's model, where a registry holds them (Pyro)
             stack.enter_context(kept(Inventory(subject.prepare(workshop))))
         if loss is not None:
             stack.enter_context(workshop.lent(Inventory(loss)))
-        function = _Function(subject, seed, loss)
+        function = _Function(subject, device, seed, loss)
         gradients = function.gradients(requiring)
         answers: dict[str, Answer] = {}
         for group in groups:
@@ -145,15 +154,16 @@ class _Function:
     ``loss`` holds what the loss uses, which every evaluation finds as it was.
     """
 
-    def __init__(self, subject: Subject, seed: int, loss: torch.nn.Module | None) -> None:
+    def __init__(self, subject: Subject, device: torch.device, seed: int, loss: torch.nn.Module | None) -> None:
         self.seed = seed
+        self._device = device
         self.evaluations = 0
         self.noise = 0.0
         self._subject = subject
         self._loss = loss
-        workshop = RealWorkshop("cpu", torch.float64)
+        workshop = RealWorkshop(str(device), torch.float64)
         try:
-            origin = copy.deepcopy(subject.prepare(workshop)).to(device="cpu", dtype=torch.float64)
+            origin = copy.deepcopy(subject.prepare(workshop)).to(device=device, dtype=torch.float64)
             self._built = subject.build(workshop, origin)
         except Exception as error:
             raise CannotCheck(f"The model cannot be copied: {type(error).__name__}: {error}") from error
@@ -174,10 +184,7 @@ class _Function:
         with torch.enable_grad(), self._restored():
             outputs = self._outputs()
             generator = torch.Generator().manual_seed(self.seed + 1)
-            self._weights = [
-                torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-                for output in outputs
-            ]
+            self._weights = [_drawn(output, generator) for output in outputs]
             value = self._number(outputs)
             self._forget_gradients()  # the forward pass may go backward itself
             try:
@@ -209,7 +216,7 @@ class _Function:
         """Return a random direction of a source, as long as the source itself is large."""
         value = self._values[name]
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        noise = _drawn(value, generator)
         size = float(value.abs().square().mean().sqrt()) if value.numel() else 0.0
         return noise * (size or 1.0)
 
@@ -243,7 +250,8 @@ class _Function:
 
     def _outputs(self) -> list[torch.Tensor]:
         self.evaluations += 1
-        torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed every GPU as well
+        # torch.manual_seed would seed every GPU as well, also where none is used.
+        (torch.default_generator.manual_seed if self._device == CPU else torch.manual_seed)(self.seed)
         random.seed(self.seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(self.seed)
@@ -252,12 +260,14 @@ class _Function:
             if self._subject.loss is not None:
                 result = self._subject.loss(result)
         except Exception as error:
-            raise CannotCheck(f"It does not run in float64: {type(error).__name__}: {error}") from error
+            raise CannotCheck(
+                f"It does not run in float64 on {self._device}: {type(error).__name__}: {error}"
+            ) from error
         return [each for each in results_in(result) if each.is_floating_point() or each.is_complex()]
 
     def _number(self, outputs: list[torch.Tensor]) -> Any:
         weighed = [(weight * output).sum().real for weight, output in zip(self._weights, outputs, strict=True)]
-        return torch.stack([each.double() for each in weighed]).sum() if weighed else torch.zeros(())
+        return torch.stack([each.double().to(self._device) for each in weighed]).sum() if weighed else torch.zeros(())
 
 
 class _FunctionChecker:
@@ -291,8 +301,8 @@ class _FunctionChecker:
         if not tensors or not outputs:
             return
         generator = torch.Generator().manual_seed(0)
-        weights = [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in outputs]
-        directions = [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in tensors]
+        weights = [_drawn(each, generator) for each in outputs]
+        directions = [_drawn(each, generator) for each in tensors]
         grads = torch.autograd.grad(outputs, tensors, weights, allow_unused=True)
 
         def value(step: float, only: int | None = None) -> float:
@@ -333,6 +343,11 @@ class _FunctionChecker:
     def parameter(self, data: Any, place: Any, make: Callable[[], torch.nn.Parameter]) -> torch.nn.Parameter:
         """Make the parameter."""
         return make()
+
+
+def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return random numbers for a tensor, the same on every device."""
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=CPU).to(like)
 
 
 def _differ(slope: float, told: float) -> bool:

@@ -48,7 +48,7 @@ def _traced(subject: Subject, workshop: Workshop, *, verify: bool, numeric: bool
     proof = prove(Runner(subject, workshop), verify=verify)
     recording = proof.first.recording
     refuse_unanalysed(subject, recording)
-    said = confirm(subject, proof) if numeric else []
+    said = confirm(subject, proof, workshop.device) if numeric else []
     ids = {site: f"F{index}" for index, site in enumerate(_by_severity(proof), start=1)}
     findings = [finding_of(proof.cuts[site], ids, proof) for site in ids]
     findings += outside_findings(proof, len(findings))

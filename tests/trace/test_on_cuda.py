@@ -285,6 +285,21 @@ def test_random_states_are_put_back() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_numeric_goes_where_the_kernels_are(times: int) -> None:
+    pytest.importorskip("triton")
+    import gpu_kernels
+
+    class Scaled(gpu_kernels.Doubled):
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return gpu_kernels.doubled(grad) * times
+
+    session = gradscope.trace(Two(Scaled.apply), given(), mode="real", numeric=True)
+    assert session.sources["first.weight"].status == ("flows" if times == 1 else "wrong")
+    assert any("Finite differences in float64" in words for words in session.remarks)
+
+
 def test_numeric_says_the_same() -> None:
     session = gradscope.trace(Two(torch.tanh), given(), numeric=True)
     assert session.verdict == "flows" and {source.status for source in session.sources.values()} == {"flows"}

@@ -244,5 +244,5 @@ def test_a_notebook_can_be_read_whether_it_is_light_or_dark(session: Session, pa
 def test_a_terminal_chooses_the_colours_of_code_itself(session: Session) -> None:
     session.remedy = Remedy("a", "b", "from x import y\nf(1, 'text')  # why")
     out = io.StringIO()
-    show(session, Console(file=out, force_terminal=True, color_system="truecolor", width=80))
+    show(session, Console(file=out, force_terminal=True, color_system="truecolor", no_color=False, width=80))
     assert "import" in out.getvalue() and not re.search(r"\x1b\[[34]8;", out.getvalue())

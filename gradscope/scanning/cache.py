@@ -65,6 +65,8 @@ class Cache:
                 if path.exists() and path.stat().st_size > LARGEST:
                     path.unlink()
                 database = sqlite3.connect(path, timeout=2)
+                # To wait for the disk can take long while others write; what a crash leaves is found out by its digest.
+                database.execute("pragma synchronous = off")
                 database.execute("pragma journal_mode = wal")
                 database.execute(
                     "create table if not exists entries (key text primary key, digest text, value text) without rowid"

@@ -34,7 +34,7 @@ class Consequences:
             self._provenance.escapes.escaped(pending, result)
         elif name in ENTRANCES and not pending.inputs and self._provenance.escapes.are_out:
             for tensor in tensors_in(result) if not is_constant(pending.place, name) else ():
-                self._provenance.escapes.entered(tensor)
+                self._provenance.entered(tensor)
         for tensor in written:
             by_data = self._maker_of(pending).partition(".")[0] == "data"
             if by_data:  # x.data.mul_(...).add_(...): the numbers go into x, whose version counter does not move
@@ -54,7 +54,7 @@ class Consequences:
     def room(self, name: str, result: Any) -> Any:
         """Know what was made to be written into, or filled with a number that may have been a tensor's."""
         if isinstance(result, torch.Tensor):
-            entered = self._provenance.escapes.entered(result) if name in FILLS else None
+            entered = self._provenance.entered(result) if name in FILLS else None
             if entered is None:
                 self._provenance.remember(result).room = True
         return result

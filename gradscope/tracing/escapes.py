@@ -20,11 +20,10 @@ MOST_NUMBERS = 65_536
 
 
 class Escapes:
-    """The numbers of one run that are out; ``remember`` makes a value of what a tensor holds."""
+    """The numbers of one run that are out."""
 
-    def __init__(self, recording: Recording, remember: Callable[[torch.Tensor], Value]) -> None:
+    def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        self._remember = remember
         self._calls: list[Operation] = []
         self._gathered: tuple[int, ...] = ()
         self._gathered_from = 0
@@ -59,23 +58,22 @@ class Escapes:
         """Whether numbers were taken out so far."""
         return bool(self._calls or self._whole or self._truths)
 
-    def entered(self, tensor: torch.Tensor) -> int | None:
+    def entered(self, tensor: torch.Tensor, remember: Callable[[torch.Tensor], Value]) -> int | None:
         """Return a value for a tensor of unknown origin, linked to the calls that took out what it may be made of.
 
-        None where it cannot be made of any.
+        None where it cannot be made of any. ``remember`` makes a value of what a tensor holds.
         """
         if tensor.is_floating_point():
-            return self._of_floats(tensor) if self._calls else None
+            return self._of_floats(remember(tensor).id) if self._calls else None
         calls = self._takers_of(tensor)
         if not calls:
             return None
         taken = tuple(dict.fromkeys(number for call in calls for number in call.inputs))
-        number = self._remember(tensor).id
+        number = remember(tensor).id
         self._recording.add(Operation(0, calls[-1].name, taken, (number,), calls[-1].place, calls[-1].scope))
         return number
 
-    def _of_floats(self, tensor: torch.Tensor) -> int:
-        number = self._remember(tensor).id
+    def _of_floats(self, number: int) -> int:
         *before, last = self._calls
         for call in before[self._gathered_from :]:
             gathered = self._number()

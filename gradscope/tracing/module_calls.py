@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,23 +15,19 @@ from gradscope.tracing.provenance import Provenance, tensors_in
 from gradscope.tracing.recording import Place, Recording
 from gradscope.tracing.scopes import OpenScopes
 
+# Records an operation: its name, the values taken in, the place and the tensors given out.
+Record: TypeAlias = Callable[[str, tuple[int, ...], Place | None, list[torch.Tensor]], None]
+
 
 class ModuleCalls:
     """Follows modules in and out; one that gives out what no recorded call made is taken as one operation.
 
-    ``record`` does that, from a name, the values taken in, the place and the tensors given out. ``guesses`` counts
-    the modules taken as one operation although some of what they do was seen.
+    ``guesses`` counts the modules taken as one operation although some of what they do was seen.
     """
 
-    def __init__(
-        self,
-        recording: Recording,
-        provenance: Provenance,
-        record: Callable[[str, tuple[int, ...], Place | None, list[torch.Tensor]], None],
-    ) -> None:
+    def __init__(self, recording: Recording, provenance: Provenance) -> None:
         self._recording = recording
         self._provenance = provenance
-        self._record = record
         self.names: dict[int, str] = {}  # the ``named_modules`` paths of the model under test, by ``id``
         self.guesses = 0
 
@@ -42,8 +38,12 @@ class ModuleCalls:
         label = "" if name == "" else name or kind  # the model itself has none
         here.module_calls.append((module, here.push("module", label, name or "", kind), given))
 
-    def leave(self, here: OpenScopes, module: nn.Module, output: Any) -> None:
-        """Close the scope of a call, and of those inside it that were left without a word."""
+    def leave(self, here: OpenScopes, module: nn.Module, output: Any, record: Record) -> None:
+        """Close the scope of a call, and of those inside it that were left without a word.
+
+        ``record`` takes down a module that is taken as one operation. It is not kept: it is the recorder's own, and
+        what is part of a cycle is freed only when Python looks for such.
+        """
         while here.module_calls:
             entered, scope, given = here.module_calls.pop()
             if entered is module:
@@ -51,7 +51,7 @@ class ModuleCalls:
                 if not all(map(self._provenance.is_known, results)) and not self._left_in(scope):
                     operations = self._recording.operations
                     self.guesses += bool(operations) and (operations[-1].scope or 0) >= scope
-                    self._take_as_one(module, self._provenance.values_of(given), results)
+                    self._take_as_one(module, self._provenance.values_of(given), results, record)
                 self._recording.scopes[scope].outputs = tuple(map(self._provenance.value_of, results))
                 here.pop(scope)
                 return
@@ -61,7 +61,9 @@ class ModuleCalls:
         last = self._recording.escapes[-1].scope if self._recording.escapes else None
         return last is not None and last >= scope
 
-    def _take_as_one(self, module: nn.Module, given: tuple[int, ...], results: list[torch.Tensor]) -> None:
+    def _take_as_one(
+        self, module: nn.Module, given: tuple[int, ...], results: list[torch.Tensor], record: Record
+    ) -> None:
         """Record a module whose inside no torch function shows (scripted, compiled, a kernel) as one operation."""
         own = tuple(self._provenance.value_of(parameter) for parameter in module.parameters())
         name = f"{type(module).__name__}.forward"
@@ -69,5 +71,5 @@ class ModuleCalls:
         if place is None or not is_user_file(place.code.co_filename):  # called by torch: where it is written
             written = inspect.getattr_static(module, "forward")
             place = (function_place(written) if inspect.isfunction(written) else None) or place
-        self._record(name, (*given, *own), place, results)
+        record(name, (*given, *own), place, results)
         self._recording.unseen.append(f"What happens inside {name} is taken as one operation.")

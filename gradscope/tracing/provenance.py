@@ -35,7 +35,7 @@ class Provenance:
         self._leaves: dict[int, int] = {}
         self._written: dict[int, tuple[int, Operation]] = {}
         self._written_unseen: set[int] = set()
-        self.escapes = Escapes(recording, self.remember)
+        self.escapes = Escapes(recording)
         self._exposed: dict[int, Place | None] = {}
         self.made_by_function: dict[int, int] = {}
         self.lent: dict[int, str] = {}  # parameters, by id, in whose place the run has others
@@ -174,6 +174,10 @@ class Provenance:
         # A function may give out an inference tensor with a grad_fn: what uses it records nothing (pytorch#77967).
         return id(tensor) in self._leaves or (tensor.grad_fn is not None and not tensor.is_inference())
 
+    def entered(self, tensor: torch.Tensor) -> int | None:
+        """Return a value for a tensor that may be made of numbers that were out; None where it cannot be."""
+        return self.escapes.entered(tensor, self.remember)
+
     # --- writing in place -----------------------------------------------------------------------
 
     def wrote(
@@ -239,7 +243,7 @@ class Provenance:
             return self._link("Parameter" if isinstance(tensor, nn.Parameter) else "shared memory", (mate,), tensor)
         if tensor.grad_fn is not None or id(tensor) in self.lent:
             return self._of_its_graph(tensor)
-        entered = self.escapes.entered(tensor)
+        entered = self.entered(tensor)
         if entered is not None:
             return entered
         # a parameter that is made in the run is known
@@ -409,8 +413,4 @@ def _held(value: Any, depth: int = 0) -> Iterator[Any]:
 
 def describe(tensor: torch.Tensor) -> str:
     """Return shape and dtype in words, such as ``1x256x1024 bfloat16``."""
-    return form_in_words(_shape(tensor), tensor.dtype)
-
-
-def _shape(tensor: torch.Tensor) -> torch.Size | None:
-    return None if tensor.is_nested else tensor.shape
+    return form_in_words(None if tensor.is_nested else tensor.shape, tensor.dtype)

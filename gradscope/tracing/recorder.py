@@ -78,7 +78,7 @@ class Recorder(TorchFunctionMode):
         self.provenance = Provenance(self.recording)
         self.consequences = Consequences(self.recording, self.provenance)
         self.replays = Replays(self.recording, self.provenance)
-        self.modules = ModuleCalls(self.recording, self.provenance, self._record_module)
+        self.modules = ModuleCalls(self.recording, self.provenance)
         self._run = run
         self._before_write = before_write
         self.look_ahead: LookAhead | None = None
@@ -316,7 +316,7 @@ class Recorder(TorchFunctionMode):
     @unwatched
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
-        self.provenance.escapes.entered(tensor)
+        self.provenance.entered(tensor)
 
     def _new(self, name: str, inputs: tuple[int, ...], place: Place | None, *, custom: bool = False) -> Operation:
         """Return an operation that starts here and now."""
@@ -401,7 +401,7 @@ class Recorder(TorchFunctionMode):
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
         with _Quietly():
-            self.modules.leave(self._threads.here, module, output)
+            self.modules.leave(self._threads.here, module, output, self._record_module)
 
     def _record_module(
         self, name: str, inputs: tuple[int, ...], place: Place | None, results: list[torch.Tensor]

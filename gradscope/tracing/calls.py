@@ -93,12 +93,14 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     """Return the tensors that a call is about to change in place."""
     written: list[Any] = []
     if not kwargs and not may_write(name):
-        return written
+        return []
+    if name in _STATISTICS and not _takes_statistics(name, args, kwargs):
+        return []
     if is_in_place(name) or kwargs.get("inplace") is True:
         written = _flattened(args if name.startswith(SEVERAL) else args[:1])
     elif name in COLLECTIVES:
         written = _flattened(args[:1])
-    elif name in _STATISTICS and _takes_statistics(name, args, kwargs):  # running mean and variance
+    elif name in _STATISTICS:  # running mean and variance
         written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
         written = [kwargs.get("weight"), *args[1:2]]

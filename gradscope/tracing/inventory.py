@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from types import FunctionType, ModuleType
@@ -26,7 +27,7 @@ IMMUTABLE = (str, int, float, type(None), bytes, torch.Tensor, nn.Module, type, 
 class Inventory:
     """The modules of a model and what they hold, gathered once for all that asks for it before a run begins.
 
-    ``names`` has the path of each module by ``id``, as ``model.named_modules()`` yields them in twice the time.
+    ``names`` has the path of each module by ``id``; see ``nn.Module.named_modules``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,8 +40,9 @@ class Inventory:
             if module is not None and id(module) not in self.names:
                 self.modules.append(module)
                 self.names[id(module)] = path
-                prefix = f"{path}." if path else ""
-                pending.extend([(f"{prefix}{name}", child) for name, child in list(module._modules.items())[::-1]])
+                if module._modules:
+                    prefix = f"{path}." if path else ""
+                    pending.extend([(prefix + name, child) for name, child in list(module._modules.items())[::-1]])
 
     @property
     def objects(self) -> list[Any]:
@@ -65,8 +67,8 @@ class Inventory:
 
     def tensors(self, kinds: tuple[str, ...] = ("_parameters", "_buffers")) -> list[torch.Tensor]:
         """Return the parameters as they are now, then the buffers; one that is shared more than once."""
-        return [tensor for kind in kinds for module in self.modules for tensor in getattr(module, kind).values()
-                if tensor is not None]  # fmt: skip
+        tables = [table for kind in kinds for table in map(operator.attrgetter(kind), self.modules) if table]
+        return [tensor for table in tables for tensor in table.values() if tensor is not None]
 
     def loose_tensors(self) -> list[torch.Tensor]:
         """Return the tensors in plain attributes of modules and the objects there: a metric's state, a memory."""
@@ -76,16 +78,18 @@ class Inventory:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what ``model.named_parameters(remove_duplicate=False)`` yields, in a third of the time."""
+    """Return what ``model.named_parameters(remove_duplicate=False)`` yields, in less than half the time."""
     if type(model).named_parameters is not nn.Module.named_parameters:
         return dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}
-    pending: list[tuple[str, nn.Module | None]] = [("", model)]
-    while pending:
-        prefix, module = pending.pop()
-        if module is not None:
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    found[prefix + name] = parameter
-            pending.extend([(f"{prefix}{name}.", child) for name, child in list(module._modules.items())[::-1]])
+    _gather_parameters(model, "", found)
     return found
+
+
+def _gather_parameters(module: nn.Module, prefix: str, found: dict[str, nn.Parameter]) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            found[prefix + name] = parameter
+    for name, child in module._modules.items():
+        if child is not None:
+            _gather_parameters(child, f"{prefix}{name}.", found)

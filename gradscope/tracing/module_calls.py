@@ -47,7 +47,7 @@ class ModuleCalls:
         while here.module_calls:
             entered, scope, given = here.module_calls.pop()
             if entered is module:
-                results = tensors_in(output)
+                results = [output] if type(output) is torch.Tensor else tensors_in(output)
                 if not all(map(self._provenance.is_known, results)) and not self._left_in(scope):
                     operations = self._recording.operations
                     self.guesses += bool(operations) and (operations[-1].scope or 0) >= scope

@@ -106,7 +106,7 @@ class Part:
     width: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Write:
     """One in-place change: by which operation, of which memory; ``unseen`` if no version counter moved.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import linecache
 import os
 import sys
@@ -252,12 +253,17 @@ def excerpt(path: str, line: int) -> Excerpt | None:
 def expression(place: Place) -> str:
     """Return the source text of the call at a place (the whole line on Python 3.10)."""
     if sys.version_info >= (3, 11):
-        positions = list(place.code.co_positions())
-        line, end_line, column, end_column = positions[place.offset // 2]
+        line, end_line, column, end_column = _position(place.code, place.offset // 2)
         if line is not None and line == end_line:
             text = linecache.getline(place.code.co_filename, line).encode()
             return text[column:end_column].decode(errors="replace").strip()
     return source_line(place.code.co_filename, place.line)
+
+
+@functools.lru_cache(maxsize=1024)
+def _position(code: CodeType, number: int) -> tuple[int | None, int | None, int | None, int | None]:
+    """Return the lines and columns of one instruction: Python goes through those of the whole function for it."""
+    return next(itertools.islice(code.co_positions(), number, None))
 
 
 @functools.lru_cache(maxsize=1024)

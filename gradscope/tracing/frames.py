@@ -151,8 +151,8 @@ def call_chain(frame: FrameType | None) -> tuple[str, ...]:
     Ends at the tracer's own frame, so that the code that called gradscope is not part of it.
     """
     names: list[str] = []
-    while frame is not None and frame.f_code.co_filename not in CALLERS:
-        if is_user_file(frame.f_code.co_filename):
+    while frame is not None and (side := _SIDES[frame.f_code.co_filename]) != "caller":
+        if side == "user":
             names.append(function_name(frame))
         frame = frame.f_back
     return tuple(names[::-1])
@@ -160,9 +160,10 @@ def call_chain(frame: FrameType | None) -> tuple[str, ...]:
 
 def function_name(frame: FrameType) -> str:
     """Return ``Class.method`` or ``function`` for a frame."""
-    owner = frame.f_locals.get("self")
-    if sys.version_info < (3, 11) and owner is not None:
-        return f"{type(owner).__name__}.{frame.f_code.co_name}"
+    if sys.version_info < (3, 11):  # later the code says it, and to ask for the locals copies all of them
+        owner = frame.f_locals.get("self")
+        if owner is not None:
+            return f"{type(owner).__name__}.{frame.f_code.co_name}"
     return code_name(frame.f_code)
 
 

@@ -171,7 +171,7 @@ class Body(Regions):
                 self.env[name] = value if other is None or other == value else _merged(value, other)
 
     def _assign(self, targets: Sequence[ast.expr], node: ast.expr, also: Value = PLAIN) -> None:
-        switch = self.names.switch(node) if isinstance(node, _SWITCH_FORMS) else None
+        switch = self.names.switch(node) if not self.names.none_here and isinstance(node, _SWITCH_FORMS) else None
         if switch is not None:
             self._alias(targets, switch)
             return
@@ -181,22 +181,28 @@ class Body(Regions):
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
         for target in targets:
-            computed = self.as_computed(value)
-            self.bind(target, computed)
-            self._keep(target, computed.atoms)
-            if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
-                self.hand_out([computed])
-            self.note_output(target, value.atoms, value.kind)
-            if isinstance(target, ast.Name) and self.function:
-                continue  # by far the most
-            self._keep_applied(target, node)
-            if isinstance(target, ast.Tuple) and len(target.elts) == 2 and gives_indices(node):
-                self.bind(target.elts[1], INDEX)
-            if isinstance(target, ast.Attribute) and target.attr == "requires_grad":
-                off = isinstance(node, ast.Constant) and node.value is False
-                if off:
-                    base = self.value(target.value)
-                    self.report(target, "GS901", "requires_grad = False", base, FROZEN)
+            if isinstance(target, ast.Name) and self.function and not self.regions:  # by far the most
+                self.env[target.id] = value
+            else:
+                self._assign_to(target, node, value)
+
+    def _assign_to(self, target: ast.expr, node: ast.expr, value: Value) -> None:
+        computed = self.as_computed(value)
+        self.bind(target, computed)
+        self._keep(target, computed.atoms)
+        if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+            self.hand_out([computed])
+        self.note_output(target, value.atoms, value.kind)
+        if isinstance(target, ast.Name) and self.function:
+            return
+        self._keep_applied(target, node)
+        if isinstance(target, ast.Tuple) and len(target.elts) == 2 and gives_indices(node):
+            self.bind(target.elts[1], INDEX)
+        if isinstance(target, ast.Attribute) and target.attr == "requires_grad":
+            off = isinstance(node, ast.Constant) and node.value is False
+            if off:
+                base = self.value(target.value)
+                self.report(target, "GS901", "requires_grad = False", base, FROZEN)
 
     def _keep(self, target: ast.expr, atoms: Atoms) -> None:
         """What is stored on ``self``, or in what it is not known to be, may come back: it counts as given out."""

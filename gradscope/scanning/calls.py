@@ -192,7 +192,8 @@ class Calls(Expressions):
         if name in ("float", "to", "type_as", "double", "half") and isinstance(func.value, ast.Compare):
             self._hard_mask(func.value)
         value = joined([base, *given, *self._forward_of(func)])
-        return Value(value.atoms, "tensor" if base.kind in ("tensor", "module") else "unknown")
+        kind = "tensor" if base.kind in ("tensor", "module") else "unknown"
+        return value if value.kind == kind else Value(value.atoms, kind)
 
     def _forward_of(self, func: ast.Attribute) -> list[Value]:
         """``self.part.forward(x)``, ``self.part.decode(x)`` run a module, like ``self.part(x)``."""

@@ -31,13 +31,14 @@ def joined(values: list[Value]) -> Value:
     """Return the value of something made of several: all atoms, a tensor if one of them is."""
     if len(values) < 2:
         return values[0] if values else PLAIN
-    atoms, kind = values[0]
+    first = values[0]
+    atoms, kind = first
     for more, other in values[1:]:
         if more:
             atoms = atoms | more if atoms else more
         if kind != "tensor" and other in ("tensor", "unknown"):
             kind = other
-    return Value(atoms, kind)
+    return first if atoms is first.atoms and kind == first.kind else Value(atoms, kind)
 
 
 class Expressions:
@@ -192,7 +193,7 @@ class Expressions:
         base = self.value(node.value)
         if gives_indices(node.value) and isinstance(node.slice, ast.Constant) and node.slice.value == 1:
             return INDEX
-        return Value(base.atoms, "unknown" if base.kind == "plain" else base.kind)
+        return Value(base.atoms, "unknown") if base.kind == "plain" else base
 
     def _compare(self, node: ast.Compare) -> Value:
         for part in (node.left, *node.comparators):

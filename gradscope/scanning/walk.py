@@ -54,8 +54,9 @@ class FileReader:
         self._kept_parameters = kept_parameters(source)
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
-        self._deep = line_numbers(source, deep)
-        self._switches = self._deep if deep is switches else line_numbers(source, switches)
+        line_of = dict(zip(offsets, self._lines, strict=True))
+        self._deep = [line_of[at] for at in deep]
+        self._switches = [line_of[at] for at in switches]
         self.facts.ignores = ignores(source)
         loose = self._top_level(tree.body)
         if any(within(self._lines, node) for node in loose):

@@ -107,8 +107,11 @@ def _verdict(proof: Proof, findings: list[Finding]) -> str:
 
 
 def _raising(proof: Proof) -> Cut | None:
-    """Return the cut at which the backward pass for what is asked about ends with an exception."""
-    return next((cut for cut in proof.cuts.values() if cut.raises and cut.touched & proof.asked), None)
+    """Return the cut at which the backward pass for what is asked about ends with an exception, as it was given.
+
+    One that shows behind other cuts only would raise once those are gone.
+    """
+    return next((cut for cut in proof.diagnosis.cuts.values() if cut.raises and cut.touched & proof.asked), None)
 
 
 def _target(subject: Subject, workshop: Workshop, recording: Recording) -> dict[str, object]:

@@ -78,7 +78,7 @@ def test_each_entry_of_a_scan_is_a_case() -> None:
     cases = read(real)
     blocked = {each["function"].partition(".")[2] for each in real.entries if each["status"] == "blocked"}
     assert blocked <= failed(cases)
-    (suite,) = JUnitXml.fromstring(junit.render(real))
+    (suite,) = JUnitXml.fromstring(junit.render(real).encode())
     assert "deepseek_ocr_encoder.encoder.DeepSeekOCREncoder" in {case.classname for case in suite}
 
 

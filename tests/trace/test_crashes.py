@@ -125,6 +125,20 @@ def test_the_neighbours_are_no_crash(between: Between, mode: str) -> None:
     assert session.verdict in ("flows", "partial") and not any(row[0] == "error" for row in named(session, between))
 
 
+def written_after_a_switch(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x.exp()
+    return y.mul_(2)
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_what_would_raise_once_a_cut_is_gone_is_no_crash_as_given(mode: str) -> None:
+    assert arriving(written_after_a_switch)["first.weight"] is None
+    session = traced(written_after_a_switch, mode)
+    assert session.verdict == "blocked" and session.crash is None
+    assert [(each.rule, each.behind) for each in session.findings] == [("GS104", None), ("GS603", "F1")]
+
+
 def copied_behind_a_cut(x: torch.Tensor) -> torch.Tensor:
     return copy.deepcopy((x * 2).detach())
 

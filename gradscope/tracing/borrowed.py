@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from gradscope.errors import UsageError
+from gradscope.tracing.contents import describe
 from gradscope.tracing.holding import Holder
-from gradscope.tracing.provenance import describe
 from gradscope.tracing.subject import Built, Subject, Workshop
 
 # Where a class has no forward: what its users call, most likely first.

@@ -8,8 +8,9 @@ import torch
 
 from gradscope.tracing.autograd import part_written
 from gradscope.tracing.calls import DERIVATIVES, DERIVES, ENTRANCES, ESCAPES, FILLS
+from gradscope.tracing.contents import tensors_in
 from gradscope.tracing.frames import is_constant
-from gradscope.tracing.provenance import Provenance, tensors_in
+from gradscope.tracing.provenance import Provenance
 from gradscope.tracing.recording import Operation, Place, Recording
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from gradscope.tracing.contents import KINDS, tensors_in
 from gradscope.tracing.inventory import Inventory
-from gradscope.tracing.provenance import KINDS, tensors_in
 
 
 def constants_of(model: Inventory) -> Iterator[tuple[torch.Tensor, str]]:

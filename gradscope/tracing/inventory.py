@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradscope.tracing.contents import tensors_in
 from gradscope.tracing.holding import Holder
-from gradscope.tracing.provenance import tensors_in
 
 # What every module has of itself; the rest are attributes of its class.
 OWN = frozenset(vars(nn.Module()))

@@ -16,9 +16,9 @@ from gradscope.findings import matches
 from gradscope.paths import short_path
 from gradscope.session import Session
 from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.contents import tensors_in
 from gradscope.tracing.frames import raised_at
 from gradscope.tracing.holding import held_model
-from gradscope.tracing.provenance import tensors_in
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.tracer import trace_subject
 from gradscope.tracing.unanalysed import CannotTell, MixedDevices, refuse_too_big

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from gradscope.tracing.contents import tensors_in
 from gradscope.tracing.frames import function_place, is_user_file, user_place
-from gradscope.tracing.provenance import Provenance, tensors_in
+from gradscope.tracing.provenance import Provenance
 from gradscope.tracing.recording import Place, Recording
 from gradscope.tracing.scopes import OpenScopes
 

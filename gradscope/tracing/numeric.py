@@ -21,11 +21,11 @@ import torch
 
 from gradscope.errors import GradscopeError
 from gradscope.stages import tell
+from gradscope.tracing.contents import results_in
 from gradscope.tracing.frames import source_site, user_place
 from gradscope.tracing.holding import holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.inventory import Inventory
-from gradscope.tracing.provenance import results_in
 from gradscope.tracing.recording import Region, Site
 from gradscope.tracing.restoring import kept, untouched_state
 from gradscope.tracing.subject import Subject

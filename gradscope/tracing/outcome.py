@@ -16,10 +16,10 @@ from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph, walk_graph
 from gradscope.tracing.backward import run_backward
 from gradscope.tracing.constants import kept_with_history
+from gradscope.tracing.contents import describe, left_torch, results_in
 from gradscope.tracing.cuts import FREED
 from gradscope.tracing.inventory import named_parameters
 from gradscope.tracing.propagation import linked_sources, where_it_left
-from gradscope.tracing.provenance import describe, left_torch, results_in
 from gradscope.tracing.recorder import Recorder
 from gradscope.tracing.recording import Recording
 from gradscope.tracing.subject import Built, Workshop

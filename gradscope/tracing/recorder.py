@@ -40,10 +40,11 @@ from gradscope.tracing.calls import (
     writes,
 )
 from gradscope.tracing.consequences import Consequences
+from gradscope.tracing.contents import hidden_tensors, tensors_in
 from gradscope.tracing.cuts import RULE_OF_OPERATION
 from gradscope.tracing.frames import Places, call_chain, inside_of, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
-from gradscope.tracing.provenance import Provenance, hidden_tensors, tensors_in
+from gradscope.tracing.provenance import Provenance
 from gradscope.tracing.recording import CONSTRUCTOR, BackwardPass, Operation, Place, Recording, Region, Site
 from gradscope.tracing.replays import Replays
 from gradscope.tracing.scopes import OpenScopes, Threads

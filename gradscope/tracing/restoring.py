@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradscope.tracing.contents import tensors_in
 from gradscope.tracing.inventory import CONTAINERS, IMMUTABLE, OWN_TABLES, Inventory
-from gradscope.tracing.provenance import tensors_in
 
 TABLES = ("_parameters", "_buffers", "_modules")
 _OWN_TABLES = operator.itemgetter(*OWN_TABLES)

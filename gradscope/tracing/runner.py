@@ -15,12 +15,12 @@ from gradscope.errors import UsageError
 from gradscope.stages import tell
 from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.constants import constants_of, constants_of_loss
+from gradscope.tracing.contents import DIFFERENTIABLE
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.inventory import Inventory, named_parameters
 from gradscope.tracing.outcome import Outcome, Pass, Run
-from gradscope.tracing.provenance import DIFFERENTIABLE
 from gradscope.tracing.recorder import Recorder, nothing_written
 from gradscope.tracing.recording import Site
 from gradscope.tracing.restoring import (

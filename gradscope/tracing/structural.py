@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from gradscope.tracing.calls import is_in_place, operation_name
-from gradscope.tracing.provenance import is_wrapped, tensors_in
+from gradscope.tracing.contents import tensors_in
+from gradscope.tracing.provenance import is_wrapped
 
 Module = TypeVar("Module", bound=nn.Module)
 Made = TypeVar("Made")

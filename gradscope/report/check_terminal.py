@@ -40,7 +40,7 @@ class _CheckPage(Page):
 
     def _verdict(self) -> None:
         session = self.session
-        found = Counter(finding.severity for finding in session.findings if finding.state != "expected")
+        found = Counter(finding.severity for finding in session.findings if finding.counts)
         said = ", ".join(counted(found[each], each) for each in SEVERITIES)
         failed = sum(bool(run["failure"]) for run in session.runs)
         tail = f"; {failed} of {len(session.runs)} targets could not be analysed" if failed else ""

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from gradscope.findings import Gradient
-from gradscope.tracing.autograd import AutogradGraph
+from gradscope.tracing.autograd import AutogradGraph, unwatched
 from gradscope.tracing.recording import Loss
 
 # A word, or two truth values that still lie where the gradient did.
@@ -96,10 +96,12 @@ def _weight(sink: torch.Tensor) -> torch.Tensor:
     return torch.randn_like(sink) if sink.dim() else torch.ones_like(sink)
 
 
+@unwatched
 def _collect(leaves: Iterable[torch.Tensor], measured: bool) -> dict[int, Gradient]:
     """Measure each gradient when it is complete, and free it; reentrant checkpoints complete it several times."""
     found: dict[int, Gradient] = {}
 
+    @unwatched
     def measure(tensor: torch.Tensor) -> None:
         if tensor.grad is not None:
             before = found.get(id(tensor))
@@ -125,17 +127,22 @@ def _measured(grad: torch.Tensor, before: Gradient | None) -> Gradient:
 @contextmanager
 def _put_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     """Take ``.grad`` and the hooks on finished gradients off the leaves, and put them back."""
-    kept = [(tensor, tensor.grad, tensor._post_accumulate_grad_hooks) for tensor in tensors]
+    with torch._C.DisableTorchFunction():
+        kept = [(tensor, tensor.grad, tensor._post_accumulate_grad_hooks) for tensor in tensors]
     try:
-        for tensor, _, _ in kept:
-            tensor.grad = None
-            tensor._post_accumulate_grad_hooks = OrderedDict()
+        _give(kept, taken_off=True)
         yield
     finally:
-        for tensor, grad, hooks in kept:
-            tensor.grad = grad
-            # None is only noted by Python: autograd would go on calling the hooks it has. An empty table it does take.
-            tensor._post_accumulate_grad_hooks = OrderedDict()
+        _give(kept, taken_off=False)
+
+
+@unwatched
+def _give(kept: list[tuple[torch.Tensor, torch.Tensor | None, Any]], *, taken_off: bool) -> None:
+    for tensor, grad, hooks in kept:
+        tensor.grad = None if taken_off else grad
+        # None is only noted by Python: autograd would go on calling the hooks it has. An empty table it does take.
+        tensor._post_accumulate_grad_hooks = OrderedDict()
+        if not taken_off:
             tensor._post_accumulate_grad_hooks = hooks
 
 
@@ -265,6 +272,7 @@ class _Watch:
         return given[index] if given is not None and index < len(given) else "none"
 
 
+@unwatched
 def _look(grad: torch.Tensor | None, measured: bool) -> Look:
     """Return the state of a gradient where it is known without its numbers; else whether it is finite, and not zero."""
     if grad is None:

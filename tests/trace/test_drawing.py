@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torchvision
@@ -90,8 +92,9 @@ def test_a_cut_deep_in_a_large_model_stays_in_sight_in_every_picture() -> None:
     shown = [view for top in fold(session.graph) for view in top.walk()]
     assert len(shown) <= MOST_LINES
     (cut,) = (view for view in shown if view.node.finding)
-    assert cut.node.label == "forward(x).detach()"
-    assert "CUT  forward(x).detach()  GS201" in dot.build(session).source
+    call = "forward(x).detach()" if sys.version_info >= (3, 11) else "detach"  # before, code tells no columns
+    assert cut.node.label == call
+    assert f"CUT  {call}  GS201" in dot.build(session).source
     assert mermaid.render(session).count("GS201") == 1
     # What is hidden beside it is no neighbour of it.
     hidden = [(a.label, b.label) for a, b, _ in edges_between(fold(session.graph, 12), session.graph)

@@ -13,6 +13,7 @@ from torch import nn
 
 import gradscope
 from gradscope.tracing.borrowed import Question, subject_of
+from gradscope.tracing.frames import code_name
 from gradscope.tracing.runner import Runner
 from gradscope.tracing.workshops import open_workshop
 
@@ -136,5 +137,5 @@ def test_a_copied_module_is_one_cut_and_what_lies_behind_is_found(mode: gradscop
     found = [(each.rule, each.line - first, each.behind, each.severity) for each in session.findings]
     assert found == [("GS203", 1, None, "error"), ("GS201", 3, "F1", "error")]
     assert (session.fix_set, session.fix_verified) == (["F1", "F2"], True)
-    assert session.findings[0].message.startswith("deepcopy in CopiesItsEncoder.forward")
+    assert session.findings[0].message.startswith(f"deepcopy in {code_name(CopiesItsEncoder.forward.__code__)}")
     assert all(parameter.grad is None and parameter.is_leaf for parameter in model.parameters())

@@ -27,11 +27,14 @@ RENAMED = re.compile(
     r"(?:no_grad|inference_mode|set_grad_enabled|enable_grad)"
     r"(?:[\s\\]+as[\s\\]+(\w+)|(?:\(\w*\))?\((?!self\b|True|False)([A-Za-z_]\w*)[\w.]*\))"
 )
-# Every alternative starts with a dot, so that the search may leap from dot to dot.
+# Every alternative starts with a dot, so that the search may leap from dot to dot, and there is one for each letter:
+# at most of the dots none begins with what follows, and half as many to try took half the time.
 TENSOR_OPS = re.compile(
-    r"\.(?:detach_?\(|data\b|item\(|tolist\(|numpy\(|requires_grad(?:_\((?:requires_grad=)?| = )False|sample\(|"
-    r"(?:new_)?tensor\(|as(?:_tensor|array)\(\[|from_numpy\(|grad\(|jacobian\(|hessian\(|vjp\(|jvp\(|vhp\(|hvp\(|argm(?:ax|in)\(|round\(|sign\(|bernoulli\(|multinomial\(|long\(\)|int\(\)|"
-    r"Function\b|(?:to|type)\((?:dtype=)?torch\.(?:u?int|long|bool|short)|(?<=\)\.)float\(\))"
+    r"\.(?:d(?:etach_?\(|ata\b)|i(?:tem\(|nt\(\))|n(?:umpy\(|ew_tensor\()|s(?:ample\(|ign\()|l(?:ong\(\))|"
+    r"r(?:equires_grad(?:_\((?:requires_grad=)?| = )False|ound\()|f(?:rom_numpy\(|(?<=\)\.f)loat\(\))|"
+    r"a(?:s(?:_tensor|array)\(\[|rgm(?:ax|in)\()|g(?:rad\()|j(?:acobian\(|vp\()|h(?:essian\(|vp\()|v(?:jp\(|hp\()|"
+    r"t(?:olist\(|ensor\(|(?:o|ype)\((?:dtype=)?torch\.(?:u?int|long|bool|short))|"
+    r"b(?:ernoulli\()|m(?:ultinomial\()|F(?:unction\b))"
 )
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
 BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (=", "grad(": " (="}
@@ -43,8 +46,7 @@ _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 INITIALISERS = ("_init_weights", "init_weights", "_initialize_weights", "reset_parameters", "_reset_parameters")
 _INITIALISER = re.compile(rf"(no_grad|inference_mode)(?:\(\))?\n[ \t]+def (?:{'|'.join(INITIALISERS)})\(")
 
-# Where a parameter is made, and the line up to there: ``self.scale = nn.Parameter(...)``.
-_MAKES_PARAMETER = "Parameter("
+# The line up to where a parameter is made: ``self.scale = nn.Parameter(...)``.
 _KEEPS = re.compile(r"[ \t]*self\.(\w+)(?:[ \t]*:[^=\n]*)?[ \t]*=[ \t]*(?:[\w.]+\.)?$")
 _DEF = re.compile(r"def[ \t]+(\w+)")
 # Where parameters are made once: constructors, and what prepares or converts a model.
@@ -114,7 +116,8 @@ class Needles:
             if name.encode() in data:
                 return True
         return b"torch" in data and (
-            _TENSOR_OPS_BYTES.search(data) is not None or any(literal in data for literal in _BARE_OPS_BYTES)
+            _TENSOR_OPS_BYTES.search(data) is not None
+            or any(literal in data and any(each in data for each in whole) for literal, whole in _BARE_OPS_BYTES)
         )
 
     def with_renames(self, source: str, switches: list[int]) -> Needles:
@@ -135,7 +138,12 @@ class Needles:
         )
 
 
-def tensor_ops(source: str) -> list[int]:
+def parameters_made(source: str) -> list[int]:
+    """Return the offsets at which parameters are made, ascending."""
+    return list(_places(source, "Parameter("))
+
+
+def tensor_ops(source: str, parameters: list[int]) -> list[int]:
     """Return the offsets of tensor operations that may stop a gradient, ascending."""
     found = [
         match.start()
@@ -147,14 +155,14 @@ def tensor_ops(source: str) -> list[int]:
             end = at + len(literal)
             if source[at - 1 : at] in before and not (literal == "float(" and source.startswith(('"', "'"), end)):
                 found.append(end - 1)  # not float("inf")
-    found += _parameters_made_in_passing(source)
+    found += _made_in_passing(source, parameters)
     return sorted(at for at in found if not _is_remark(source, at))
 
 
-def kept_parameters(source: str) -> dict[str, list[str]]:
+def kept_parameters(source: str, parameters: list[int]) -> dict[str, list[str]]:
     """Return the names of the parameters that each top-level class keeps, by its name, without parsing."""
     kept: dict[str, list[str]] = {}
-    for at in _places(source, _MAKES_PARAMETER):
+    for at in parameters:
         match = _KEEPS.match(source[source.rfind("\n", 0, at) + 1 : at])
         owner = HEADER.match(source, max(source.rfind("\nclass ", 0, at), 0)) if match else None
         if match is not None and owner is not None:
@@ -162,9 +170,9 @@ def kept_parameters(source: str) -> dict[str, list[str]]:
     return kept
 
 
-def _parameters_made_in_passing(source: str) -> Iterator[int]:
+def _made_in_passing(source: str, parameters: list[int]) -> Iterator[int]:
     """Yield the offsets at which a parameter is made by a method that runs more than once, judged by its name."""
-    for at in _places(source, _MAKES_PARAMETER):
+    for at in parameters:
         before = _DEF.match(source, max(source.rfind("def ", 0, at), 0))
         if before is not None and not _MAKES_ONCE.search(before[1]) and not source[at - 1 : at].isalnum():
             yield at
@@ -197,7 +205,9 @@ def _stands_alone(source: str, at: int, name: str) -> bool:
 
 
 _TENSOR_OPS_BYTES = re.compile(TENSOR_OPS.pattern.encode())
-_BARE_OPS_BYTES = tuple(f"{first}{literal}".encode() for literal, before in BARE_OPS.items() for first in before)
+_BARE_OPS_BYTES = [
+    (literal.encode(), [f"{first}{literal}".encode() for first in before]) for literal, before in BARE_OPS.items()
+]
 
 
 @dataclass(slots=True)

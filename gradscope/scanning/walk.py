@@ -13,7 +13,15 @@ from gradscope.scanning.facts import Class, FileFacts, Function, Site
 from gradscope.scanning.ignores import ignores
 from gradscope.scanning.lines import count_within, line_numbers, within
 from gradscope.scanning.operators import is_custom_op, without_autograd, without_gradient
-from gradscope.scanning.reading import GRAD_MODE, INITIALISERS, Needles, kept_parameters, parse, tensor_ops
+from gradscope.scanning.reading import (
+    GRAD_MODE,
+    INITIALISERS,
+    Needles,
+    kept_parameters,
+    parameters_made,
+    parse,
+    tensor_ops,
+)
 from gradscope.scanning.regions import FunctionNode
 from gradscope.scanning.switches import Names, Switch, add_imports, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
@@ -42,7 +50,8 @@ class FileReader:
         switches = Needles().deep(source)
         needles = needles.with_renames(source, switches)
         deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
-        offsets = sorted([*deep, *tensor_ops(source)])
+        parameters = parameters_made(source)
+        offsets = sorted([*deep, *tensor_ops(source, parameters)])
         parsed = parse(source, offsets, deep, () if self.names.wrappers else self._known)
         self.facts.skipped = parsed.skipped
         tree = parsed.tree
@@ -51,7 +60,7 @@ class FileReader:
         self._left_out = parsed.blanked.left_out
         self._copies = CopiesInFile(self._known, self.names, source, parsed.blanked)
         self._source = self.names.source = source
-        self._kept_parameters = kept_parameters(source)
+        self._kept_parameters = kept_parameters(source, parameters)
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
         line_of = dict(zip(offsets, self._lines, strict=True))

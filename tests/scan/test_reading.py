@@ -124,7 +124,8 @@ def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
     ],
 )
 def test_only_what_may_stop_a_gradient_is_a_hit(expression: str, expected: bool) -> None:
-    assert bool(reading.tensor_ops(f"def f(self, x, y):\n    return {expression}\n")) == expected
+    source = f"def f(self, x, y):\n    return {expression}\n"
+    assert bool(reading.tensor_ops(source, reading.parameters_made(source))) == expected
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,11 @@ from gradscope.scanning.walk import FileReader
 
 # Below this many bytes to parse a second process costs more than it saves.
 WORTH_A_PROCESS = 1_500_000
-CHUNKS_PER_JOB = 8
+# A chunk is this part of what one process would get of the rest: what it takes to read a file nobody knows
+# beforehand, and with chunks that get smaller no process waits long for another's last. To search takes as long as
+# there are bytes, so fewer will do.
+READ_AT_ONCE, SEARCH_AT_ONCE = 1 / 4, 1
+LEAST = 1 / 16  # of the first chunk
 
 Needle: TypeAlias = bytes | re.Pattern[bytes]
 Part: TypeAlias = Sequence[tuple[SourceFile, bytes | None]]
@@ -69,6 +73,7 @@ class Collector:
         self._progress = progress or (lambda done, total: None)
         self.collected = Collected()
         self._pool: Executor | None = None
+        self._numbers: dict[str, int] = {}  # of the files, in the pool
 
     def open(self, files: Iterable[SourceFile]) -> None:
         """Read the bytes of every file."""
@@ -115,9 +120,10 @@ class Collector:
     def _parse(self, texts: list[Text], settings: Settings, look_first: bool) -> list[FileFacts | None]:
         size = sum(len(text.data) for text in texts)
         if self._pool is None and min(self._jobs, size // WORTH_A_PROCESS) > 1:
+            self._numbers = {name: number for number, name in enumerate(self.collected.texts)}
             self._pool = self._processes()
         made: list[FileFacts | None] = []
-        for part in self._in_chunks(self._chunks(texts), read_chunk, settings, look_first):
+        for part in self._in_chunks(self._chunks(texts, READ_AT_ONCE), read_chunk, settings, look_first):
             made += part
             self._progress(len(made), len(texts))
         return made
@@ -125,7 +131,7 @@ class Collector:
     def matching(self, texts: list[Text], needles: Sequence[Needle]) -> list[list[Text]]:
         """Return for every needle the texts that hold it."""
         found: list[list[Text]] = [[] for _ in needles]
-        chunks = self._chunks(texts)
+        chunks = self._chunks(texts, SEARCH_AT_ONCE)
         for chunk, part in zip(chunks, self._in_chunks(chunks, search_chunk, needles), strict=True):
             for places, numbers in zip(found, part, strict=True):
                 places += [chunk[number] for number in numbers]
@@ -138,22 +144,23 @@ class Collector:
 
         # A forked process has the bytes in memory at no cost; another kind reads them itself.
         is_forked = get_start_method() == "fork"
-        held = {
-            text.file.shown: (text.file, text.data if is_forked else None) for text in self.collected.texts.values()
-        }
+        held = [(text.file, text.data if is_forked else None) for text in self.collected.texts.values()]
         return ProcessPoolExecutor(self._jobs, initializer=_begin, initargs=(held,))
 
-    def _chunks(self, texts: list[Text]) -> list[list[Text]]:
-        """Return chunks of equal size rather than of equal count: one file of 400 kB outweighs fifty."""
-        size = sum(len(text.data) for text in texts) // (self._jobs * CHUNKS_PER_JOB) + 1
+    def _chunks(self, texts: list[Text], at_once: float) -> list[list[Text]]:
+        """Return chunks by size rather than by count: one file of 400 kB outweighs fifty."""
+        rest = sum(len(text.data) for text in texts)
+        share = at_once / self._jobs
+        least = rest * share * LEAST
         chunks: list[list[Text]] = []
-        filled = size
+        room = 0.0
         for text in texts:
-            if filled >= size:
+            if room <= 0:
                 chunks.append([])
-                filled = 0
+                room = max(rest * share, least)
             chunks[-1].append(text)
-            filled += len(text.data)
+            room -= len(text.data)
+            rest -= len(text.data)
         return chunks
 
     def _in_chunks(self, chunks: list[list[Text]], work: Callable[..., Made], *given: object) -> Iterator[Made]:
@@ -161,8 +168,8 @@ class Collector:
         done = 0
         if self._pool is not None:
             with suppress(BrokenExecutor):
-                names = [[text.file.shown for text in chunk] for chunk in chunks]
-                for task in [self._pool.submit(_work_on, part, work, *given) for part in names]:
+                numbers = [[self._numbers[text.file.shown] for text in chunk] for chunk in chunks]
+                for task in [self._pool.submit(_work_on, part, work, *given) for part in numbers]:
                     yield task.result()
                     done += 1
                 return
@@ -173,17 +180,17 @@ class Collector:
 
 # In every process: what was read of functions in the scan at hand.
 _copies = Copies()
-# In a worker: all files by how they are shown, with their bytes where these came along.
-_held: dict[str, tuple[SourceFile, bytes | None]] = {}
+# In a worker: all files, with their bytes where these came along.
+_held: list[tuple[SourceFile, bytes | None]] = []
 
 
-def _begin(held: dict[str, tuple[SourceFile, bytes | None]]) -> None:
+def _begin(held: list[tuple[SourceFile, bytes | None]]) -> None:
     gc.disable()
-    _held.update(held)
+    _held[:] = held
 
 
-def _work_on(names: list[str], work: Callable[..., Made], *given: object) -> Made:
-    return work([_held[name] for name in names], *given)
+def _work_on(numbers: list[int], work: Callable[..., Made], *given: object) -> Made:
+    return work([_held[number] for number in numbers], *given)
 
 
 def is_worth_reading(data: bytes, needles: Needles) -> bool:

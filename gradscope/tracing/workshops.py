@@ -112,8 +112,9 @@ class StructuralWorkshop:
 
     def like(self, real: torch.Tensor, *, given: bool = False) -> torch.Tensor:
         """Return a fake of a floating tensor; integers and masks stay, so that branches on them run as they would."""
-        device = self._where(real, given)
-        if device.type == "cpu" and not (real.is_floating_point() and "cpu" in self._pretended.kinds):
+        device = self._where(real) if given else self.device
+        stays_real = not real.is_floating_point() or "cpu" not in self._pretended.kinds
+        if device.type == "cpu" and not real.is_meta and stays_real:
             return real.detach() if real.is_floating_point() else real
         return self._pretended.pretend(real, self.dtype if self._casts else real.dtype, device)
 
@@ -125,18 +126,19 @@ class StructuralWorkshop:
                 "The model holds a scripted module, which keeps its own weights and computes.", hint="Use --mode real."
             )
         if self._stays:
-            self.device = _home_of(model)
-            self._pretended.kinds = frozenset({self.device.type, *(each.device.type for each in model.tensors())})
+            home = _home_of(model)
+            self.device = self.device if home.type == "meta" else home
+            self._pretended.kinds = frozenset({self.device.type, *(self._where(each).type for each in model.tensors())})
         with swapped(model, self._fake, given) as before_write:
             yield before_write
 
-    def _where(self, tensor: torch.Tensor, given: bool) -> torch.device:
-        """Return where an input goes; to a model without any memory (meta) everything follows."""
-        return tensor.device if given and self._stays and self.device.type != "meta" else self.device
+    def _where(self, tensor: torch.Tensor) -> torch.device:
+        """Return the device that a tensor is pretended on; on meta it is nowhere, and few kernels know that device."""
+        return tensor.device if self._stays and not tensor.is_meta else self.device
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        device = tensor.device if self._stays else self.device
-        if device.type == "cpu" and not tensor.is_floating_point():
+        device = self._where(tensor)
+        if device.type == "cpu" and not tensor.is_floating_point() and not tensor.is_meta:
             return tensor
         return self._pretended.pretend(tensor, self.dtype if self._casts else tensor.dtype, device)
 

@@ -53,7 +53,6 @@ from gradscope.tracing.subject import Caller
 
 # What tells, of tensors that the target is about to go backward from, the leaves and the sources that it will reach.
 LookAhead: TypeAlias = Callable[[list[torch.Tensor]], tuple[list[torch.Tensor], frozenset[str]]]
-_Quietly = torch._C.DisableTorchFunction
 
 
 def nothing_written(tensor: torch.Tensor) -> None:
@@ -401,7 +400,7 @@ class Recorder(TorchFunctionMode):
 
     def leave_module(self, module: nn.Module, output: Any) -> None:
         """Note the return of a module; also called when its forward raised."""
-        with _Quietly():
+        with torch._C.DisableTorchFunction():
             self.modules.leave(self._threads.here, module, output, self._record_module)
 
     def _record_module(

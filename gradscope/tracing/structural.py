@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from gradscope.tracing.calls import is_in_place, operation_name
+from gradscope.tracing.calls import ROOMS, is_in_place, operation_name
 from gradscope.tracing.contents import tensors_in
 from gradscope.tracing.provenance import is_wrapped
 
@@ -28,7 +28,6 @@ Made = TypeVar("Made")
 
 
 SAME_DTYPE = frozenset("linear matmul __matmul__ __rmatmul__ mm bmm mv dot addmm addmv baddbmm addbmm".split())
-ROOM = frozenset({"zeros", "ones", "empty", "full"})
 # What hands out the memory itself, or loops over it; the null pointer of a fake tensor ends the process there.
 MEMORY = frozenset({"data_ptr", "__cuda_array_interface__", "__dlpack__", "apply_", "map_", "map2_"})
 # What initialisers do to a weight. On a tensor without values there is nothing to do, and torch takes
@@ -112,7 +111,7 @@ class PretendedDevice:
 
     def _makes_room(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Tell ``torch.zeros(...)`` and the like on a pretended CPU: made to be written into, so it is made fake."""
-        if "cpu" not in self.kinds or getattr(func, "__name__", "") not in ROOM or kwargs.get("device") is not None:
+        if "cpu" not in self.kinds or getattr(func, "__name__", "") not in ROOMS or kwargs.get("device") is not None:
             return False
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         return isinstance(dtype, torch.dtype) and dtype.is_floating_point

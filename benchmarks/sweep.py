@@ -33,7 +33,8 @@ from gradscope.errors import UsageError
 from gradscope.session import Session
 from gradscope.targets.guesses import Guess, guess_inputs
 from gradscope.targets.libraries import LIBRARIES
-from gradscope.targets.spec import Request, load_target
+from gradscope.targets.request import Request
+from gradscope.targets.spec import load_target
 from gradscope.tracing.borrowed import Question, made_subject
 from gradscope.tracing.library import trace_in_mode
 from gradscope.tracing.structural import hollow

@@ -194,7 +194,8 @@ def measure_llama() -> dict[str, Any]:
     from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401 (imported here, so that it is not timed)
 
     import gradscope.tracing.library
-    from gradscope.targets.spec import Request, load_target
+    from gradscope.targets.request import Request
+    from gradscope.targets.spec import load_target
 
     warnings.simplefilter("ignore")
     before = high_water()

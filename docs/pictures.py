@@ -20,7 +20,8 @@ from rich.terminal_theme import MONOKAI
 import gradscope
 from gradscope.report.formats import render, show
 from gradscope.session import Session
-from gradscope.targets.spec import Request, load_preset
+from gradscope.targets.request import Request
+from gradscope.targets.spec import load_preset
 from gradscope.tracing.tracer import trace_subject
 from gradscope.tracing.workshops import open_workshop
 

@@ -93,7 +93,7 @@ def _scan(targets: tuple[str, ...]) -> Session:
 
 def _trace(run: Run) -> Session:
     from gradscope.cli.trace import trace_target
-    from gradscope.targets.spec import Request
+    from gradscope.targets.request import Request
 
     request = Request(
         inputs=run.input, weights=run.weights, seed=run.seed, fixed=run.fixed, head=run.head, entry=run.entry,

@@ -13,7 +13,8 @@ from gradscope.errors import UsageError
 from gradscope.gate import Gate
 from gradscope.session import Session
 from gradscope.stages import tell
-from gradscope.targets.spec import Request, load_preset, load_target
+from gradscope.targets.request import Request
+from gradscope.targets.spec import load_preset, load_target
 
 
 @click.command("trace", context_settings={"help_option_names": ["-h", "--help"]})

@@ -19,7 +19,7 @@ from gradscope.errors import NotAnalysedError, UsageError
 from gradscope.session import Remedy
 from gradscope.targets.deepseek_towers import build_towers, load_checkpoint
 from gradscope.targets.inputs import default_page, describe, make_input, parse_input
-from gradscope.targets.spec import Request
+from gradscope.targets.request import Request
 from gradscope.tracing.subject import Built, Subject, Workshop
 
 __all__ = ["build_towers", "preset"]

@@ -15,7 +15,7 @@ from torch import nn
 from gradscope.errors import NotAnalysedError, UsageError, in_words
 from gradscope.targets.guesses import Guess, guess_inputs
 from gradscope.targets.modules import asked_inputs, question_of
-from gradscope.targets.spec import Request
+from gradscope.targets.request import Request
 from gradscope.tracing.borrowed import made_subject, sentence_about
 from gradscope.tracing.restoring import hushed
 from gradscope.tracing.structural import hollow

@@ -21,7 +21,7 @@ from gradscope.errors import NotAnalysedError, UsageError, in_words
 from gradscope.paths import short_path
 from gradscope.targets.guesses import guess_inputs
 from gradscope.targets.inputs import make_input, parse_input
-from gradscope.targets.spec import Request
+from gradscope.targets.request import Request
 from gradscope.tracing.borrowed import Question, sentence_about, subject_of
 from gradscope.tracing.frames import raised_at
 from gradscope.tracing.holding import Holder, goes_backward, held_model

@@ -1,38 +1,20 @@
-"""What the user asked to trace, as one value, and the presets that can answer."""
+"""From the name of a target to its subject: libraries, what can be imported, and the presets that are installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeAlias
 
 from gradscope.errors import UsageError
+from gradscope.targets.request import Request
 
 if TYPE_CHECKING:
     from gradscope.tracing.subject import Subject
 
 PRESET_GROUP = "gradscope.presets"
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The options of one trace that concern the target."""
-
-    inputs: tuple[str, ...] = ()
-    weights: str | None = None
-    seed: int = 0
-    fixed: bool = False
-    head: bool = False
-    entry: str | None = None
-    wrt: tuple[str, ...] = ()
-    trainable: tuple[str, ...] = ()
-    loss: str | None = None
-    mode: str = "auto"
-
-
 Preset: TypeAlias = "Callable[[Request], Subject]"
-
 
 LIBRARIES = ("timm", "torchvision", "hf")
 

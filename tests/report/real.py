@@ -21,7 +21,7 @@ def scanned() -> Session:
 def traced(**options: object) -> Session:
     """Trace the deepseek-ocr preset; ``head=True`` puts a layer behind it, and autograd refuses the run."""
     from gradscope.targets.deepseek_ocr import preset
-    from gradscope.targets.spec import Request
+    from gradscope.targets.request import Request
     from gradscope.tracing.tracer import trace_subject
     from gradscope.tracing.workshops import open_workshop
 
@@ -34,7 +34,8 @@ def traced(**options: object) -> Session:
 def detected() -> Session:
     """Compute torchvision's Faster R-CNN, whose proposals are detached on purpose."""
     pytest.importorskip("torchvision")
-    from gradscope.targets.spec import Request, load_target
+    from gradscope.targets.request import Request
+    from gradscope.targets.spec import load_target
     from gradscope.tracing.library import trace_in_mode
 
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ def deepseek() -> Session:
     """Trace the real encoder, once."""
     pytest.importorskip("deepseek_ocr_encoder")
     from gradscope.targets.deepseek_ocr import preset
-    from gradscope.targets.spec import Request
+    from gradscope.targets.request import Request
     from gradscope.tracing.tracer import trace_subject
     from gradscope.tracing.workshops import open_workshop
 

@@ -17,7 +17,7 @@ from gradscope.errors import NotAnalysedError, UsageError  # noqa: E402
 from gradscope.session import Session  # noqa: E402
 from gradscope.targets.deepseek_ocr import preset  # noqa: E402
 from gradscope.targets.deepseek_towers import build_towers  # noqa: E402
-from gradscope.targets.spec import Request  # noqa: E402
+from gradscope.targets.request import Request  # noqa: E402
 from gradscope.tracing.tracer import trace_subject  # noqa: E402
 from gradscope.tracing.workshops import open_workshop  # noqa: E402
 

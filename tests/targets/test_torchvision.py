@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gradscope.targets.libraries import LIBRARIES
-from gradscope.targets.spec import Request, load_target
+from gradscope.targets.request import Request
+from gradscope.targets.spec import load_target
 from gradscope.tracing.library import trace_in_mode
 from gradscope.tracing.structural import hollow
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from gradscope.report import terminal
 from gradscope.session import Session
 from gradscope.targets.deepseek_ocr import preset
-from gradscope.targets.spec import Request
+from gradscope.targets.request import Request
 from gradscope.tracing.tracer import trace_subject
 from gradscope.tracing.workshops import open_workshop
 

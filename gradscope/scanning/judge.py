@@ -17,6 +17,7 @@ from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
 from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, source_of
+from gradscope.scanning.training import Training, Way
 
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
@@ -65,6 +66,7 @@ class Judge:
         self.harmless = harmless
         self.reach = Reach(package, harmless)
         self.entries = Entries(self.reach)
+        self.training = Training(self.reach)
         self._note_meant()
         reach = self.reach
         self.regions = {place for place in reach.regions if reach.blockers(place) and not meant_by_name(place)}
@@ -87,14 +89,6 @@ class Judge:
     def report_of(self) -> dict[Place, ClassReport]:
         """The same by class."""
         return {report.place: report for report in self.reports}
-
-    @cached_property
-    def _reached(self) -> dict[Place, list[Place]]:
-        return self._reached_from_forwards()
-
-    @cached_property
-    def _always_reached(self) -> frozenset[Place]:
-        return frozenset(self._reached_from_forwards(always=True))
 
     @cached_property
     def _only_way(self) -> dict[tuple[Place, Site], Chain]:
@@ -134,39 +128,6 @@ class Judge:
     def _calls(self, place: Place) -> tuple[Call, ...]:
         function = self.package.function(place)
         return function.calls if function else ()
-
-    def _reached_from_forwards(self, *, always: bool = False) -> dict[Place, list[Place]]:
-        reached: dict[Place, list[Place]] = {}
-        for owner, entry in self._trained:
-            for place, way in self.reach.reachable(entry, owner, always=always).items():
-                if place not in reached or len(way) < len(reached[place]):
-                    reached[place] = way
-        return reached
-
-    @cached_property
-    def _trained(self) -> list[tuple[Place, Place]]:
-        """The module classes with their forward passes, less those that run without gradients by their nature."""
-        owners = (Place(facts.module, name) for facts in self.package.files.values() for name in facts.classes)
-        return [
-            (owner, entry)
-            for owner in owners
-            if (entries := self._forwards(owner))
-            and not meant_by_class(Place(owner.module, f"{owner.name}.forward"), self.package)
-            for entry in entries
-        ]
-
-    def _forwards(self, owner: Place) -> list[Place]:
-        """Return the forward passes of a module class: its own, and inherited ones if it has a region they may call."""
-        own = [Place(owner.module, f"{owner.name}.{name}") for name in FORWARDS]
-        if owner in self._with_regions:
-            own += [each for name in FORWARDS if (each := self.package.method(owner, name)) and each not in own]
-        known = [each for each in own if self.package.function(each) is not None]
-        return known if known and self.package.is_module(owner) else []
-
-    @cached_property
-    def _with_regions(self) -> frozenset[Place]:
-        """The classes with a region in a method of their own."""
-        return frozenset(owner for place in self.reach.regions if (owner := self.reach.owner(place)) is not None)
 
     def _only_ways(self) -> dict[tuple[Place, Site], Chain]:
         """Return the sites of module classes in which every public compute method is stopped."""
@@ -240,7 +201,7 @@ class Judge:
         live = self.reach.live(site.depends | site.effects, place)
         if not live and not (site.how == "call" and site.rule == "GS105"):
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {NOTHING_LIVE}.")
-        way = self._reached.get(place)
+        way = self.training.reached.get(place)
         only = self._only_way.get((place, site))
         if only is not None and not site.conditional:
             through = only.steps[0].name.rpartition(".")[0]
@@ -287,9 +248,9 @@ class Judge:
         )
         return Judgement(facts, site, "error", "certain", message)
 
-    def _in_forward(self, facts: FileFacts, site: Site, place: Place, way: list[Place]) -> Judgement:
+    def _in_forward(self, facts: FileFacts, site: Site, place: Place, way: Way) -> Judgement:
         entry = self._entry_name(way[0], place)
-        if site.conditional or place not in self._always_reached:
+        if site.conditional or place not in self.training.always_reached:
             message = f"{where(site)} when a condition known only at run time says so; {entry} computes with it."
             return Judgement(facts, site, "warning", "possible", message, way)
         if not site.depends:
@@ -355,7 +316,7 @@ class Judge:
         if site.rule == "GS602":
             return self._cached(facts, site, place)
         function = self.package.function(place)
-        way = self._reached.get(place)
+        way = self.training.reached.get(place)
         flows_out = function is not None and f"cut:{site.line}" in function.returns
         if (
             site.rule in FLOWING and way is not None and flows_out and self.reach.live(site.depends, place)
@@ -368,7 +329,7 @@ class Judge:
     def _cached(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         """An inference tensor kept on self: of weight where a forward pass reads it elsewhere."""
         owner, name = self.reach.owner(place), site.gives[0].partition(".")[2]
-        for reader, way in self._reached.items():
+        for reader, way in self.training.reached.items():
             function = self.package.function(reader)
             if any(step in self.reach.regions for step in way):
                 continue  # read with gradients off as well: nothing is saved for a backward pass

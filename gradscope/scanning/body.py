@@ -31,6 +31,7 @@ class Body(Regions):
         self.nested: list[Function] = []
         self.classes: list[Class] = []
         self._binds_names = False
+        self._gives_apart = False
         note = _words(node.returns)
         self._gives_integers = bool(_INTEGER_TENSOR.search(note)) and not _FLOAT_TENSOR.search(note)
         if outer is not None:
@@ -47,6 +48,8 @@ class Body(Regions):
         self._run(node.body)
         while self.regions:
             self._close(self.regions.pop())
+        if self._gives_apart:
+            self.returned.add(APART)
         self.names.aliases = aliases
         decorators = {self.names.dotted(item).rpartition(".")[2] for item in node.decorator_list}
         kind = "async" if isinstance(node, ast.AsyncFunctionDef) else "generator" if self.yields else ""
@@ -117,7 +120,7 @@ class Body(Regions):
         """Take note of a part of the result that nothing but stopped values are in."""
         for value in parts:
             if value.atoms and all("off:" in atom or atom.startswith("in:") for atom in value.atoms):
-                self.returned.add(APART)
+                self._gives_apart = True
 
     def _for(self, node: ast.For | ast.AsyncFor) -> None:
         if isinstance(node, ast.AsyncFor):
@@ -151,14 +154,12 @@ class Body(Regions):
         self.value(node.test)
         before, before_sometimes = dict(self.env), self.sometimes
         self.sometimes = before_sometimes or _asks_for_training(node.test)
-        self.conditions.append((node.test, True))
         before_body = len(self.calls)
-        self._run(node.body)
+        body_gives_apart = self._arm(node, node.body, is_first=True)
         after_calls = len(self.calls)
         after_body, self.env = self.env, before
-        self.conditions[-1] = (node.test, False)
-        self._run(node.orelse)
-        self.conditions.pop()
+        else_gives_apart = self._arm(node, node.orelse, is_first=False)
+        self._gives_apart = self._gives_apart or (body_gives_apart and else_gives_apart)
         self.sometimes = before_sometimes
         either = {call.target for call in self.calls[before_body:after_calls]}
         either &= {call.target for call in self.calls[after_calls:]}
@@ -169,6 +170,15 @@ class Body(Regions):
             other = self.env.get(name)
             if other is not value:
                 self.env[name] = value if other is None or other == value else _merged(value, other)
+
+    def _arm(self, node: ast.If, body: Sequence[ast.stmt], is_first: bool) -> bool:
+        """Run one arm of an ``if``; tell whether it gives stopped values apart from others, or gives nothing at all."""
+        before, self._gives_apart = self._gives_apart, False
+        self.conditions.append((node.test, is_first))
+        self._run(body)
+        self.conditions.pop()
+        gives_apart, self._gives_apart = self._gives_apart, before
+        return gives_apart or (bool(body) and isinstance(body[-1], ast.Raise))
 
     def _assign(self, targets: Sequence[ast.expr], node: ast.expr, also: Value = PLAIN) -> None:
         switch = self.names.switch(node) if not self.names.none_here and isinstance(node, _SWITCH_FORMS) else None

@@ -98,6 +98,7 @@ def test_a_flowing_forward_is_neither_error_nor_warning(case: str, findings: Cal
 
 GETS_PAST = {
     "a scale": "with torch.no_grad():\n    scale = self.layer(x)\nreturn self.layer(x) * scale",
+    "alone if a setting says so": "with torch.no_grad():\n    root = x.exp()\nif not self.polish:\n    return root, 1\nreturn root - (root * x - 1) / x",
     "values matched anew": "with torch.no_grad():\n    best = x.topk(2).values\nif x.requires_grad:\n    best = x.gather(0, best.sort().values)\nreturn best * 2",
 }
 LOST = {
@@ -105,6 +106,7 @@ LOST = {
     "an item of a dictionary": "logits = self.layer(x)\nwith torch.no_grad():\n    score = logits.softmax(-1)\nreturn {'logits': logits, 'score': score}",
     "an item set": "out = {}\nout['logits'] = self.layer(x)\nwith torch.no_grad():\n    score = out['logits'].softmax(-1)\nout['score'] = score\nreturn out",
     "one of two": "logits = self.layer(x)\nwith torch.no_grad():\n    score = logits.softmax(-1)\nreturn logits, score",
+    "alone on both ways": "with torch.no_grad():\n    y = x.exp()\nif self.fine:\n    out = {'x': x * 2, 'y': y}\nelif self.coarse:\n    out = {'x': x, 'y': y}\nelse:\n    raise ValueError\nreturn out",
     "a field": "logits = self.layer(x)\nwith torch.no_grad():\n    score = logits.softmax(-1)\nreturn Output(logits=logits, score=score)",
 }
 

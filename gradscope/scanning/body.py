@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import APART, Atoms, Class, Function
 from gradscope.scanning.regions import FunctionNode, Regions
+from gradscope.scanning.signatures import gives_integers, holds_no_floats, positional, with_plain_defaults, words
 from gradscope.scanning.switches import Names, Switch, add_imports
-from gradscope.scanning.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
 from gradscope.scanning.values import INDEX, PLAIN, Value, gives_indices, joined
-
-_INTEGER_NAME = re.compile(INTEGER_NAMES)
-_INTEGER_ANNOTATION = re.compile(INTEGER_ANNOTATIONS)
-_INTEGER_OF_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor|\b(?:Int\d*|UInt\d*|Integer|Bool)\b")
-_INTEGER_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor")
-_FLOAT_TENSOR = re.compile(r"(?<!Long)(?<!Int)(?<!Bool)(?<!Byte)Tensor")
 
 
 class Body(Regions):
@@ -32,8 +24,7 @@ class Body(Regions):
         self.classes: list[Class] = []
         self._binds_names = False
         self._gives_apart = False
-        note = _words(node.returns)
-        self._gives_integers = bool(_INTEGER_TENSOR.search(note)) and not _FLOAT_TENSOR.search(note)
+        self._gives_integers = gives_integers(node)
         if outer is not None:
             self.env = dict(outer.env)
             self.parameters = set(outer.parameters)
@@ -57,7 +48,7 @@ class Body(Regions):
         kind = next((k for k in ("staticmethod", "classmethod", "property", "overload") if k in decorators), kind)
         return Function(
             name=self.function, line=node.lineno, end_line=node.end_lineno or node.lineno,
-            parameters=tuple(sorted(self.parameters)), signature=_signature(node),
+            parameters=tuple(sorted(self.parameters)), signature=positional(node),
             calls=tuple(dict.fromkeys(self.calls)), reads=frozenset(self.reads),
             returns=frozenset(self.returned), gives_value=self.gives_value, kind=kind,
         )  # fmt: skip
@@ -74,13 +65,13 @@ class Body(Regions):
         is_called = self.node.name == "__call__" and self.klass is not None and bool(self.klass.bases)
         is_forward = self.node.name == "forward" or is_called
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        plain = _with_plain_defaults(arguments)
+        plain = with_plain_defaults(arguments)
         for argument in [*every, *filter(None, (arguments.vararg, arguments.kwarg))]:
             name = argument.arg
-            note = _words(argument.annotation)
+            note = words(argument.annotation)
             if name in ("self", "cls"):
                 continue
-            if _holds_no_floats(name, note) or (name in plain and "Tensor" not in note):
+            if holds_no_floats(name, note) or (name in plain and "Tensor" not in note):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN
                 continue
             self.parameters.add(name)
@@ -322,30 +313,6 @@ class Body(Regions):
 _SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp, ast.Lambda)
 
 
-@lru_cache(maxsize=4096)  # the same few names in every file
-def _holds_no_floats(name: str, note: str) -> bool:
-    if "Float" in note:
-        return False
-    # dict[str, Tensor] and Tensor | int may hold floats; LongTensor and Int[Tensor, ...] do not
-    annotated = (_INTEGER_OF_TENSOR if "Tensor" in note else _INTEGER_ANNOTATION).search(note)
-    return bool(annotated or _INTEGER_NAME.search(name))
-
-
-def _with_plain_defaults(arguments: ast.arguments) -> set[str]:
-    """Return the parameters whose default is a number, a string or a truth value: settings, not tensors."""
-    positional = [*arguments.posonlyargs, *arguments.args]
-    given = [*zip(reversed(positional), reversed(arguments.defaults), strict=False)]
-    given += [(each, value) for each, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value]
-    return {
-        argument.arg for argument, value in given if isinstance(value, ast.Constant) and value.value is not None
-    }  # fmt: skip
-
-
-def _signature(node: FunctionNode) -> tuple[str, ...]:
-    names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-    return tuple(names[1:] if names[:1] in (["self"], ["cls"]) else names)
-
-
 def _merged(first: Value, second: Value) -> Value:
     kind = first.kind if first.kind == second.kind else "tensor" if "tensor" in (first.kind, second.kind) else "unknown"
     return Value(first.atoms | second.atoms, kind)
@@ -363,30 +330,6 @@ def _changes(method: str) -> bool:
 
 def _is_own_method(func: ast.Attribute) -> bool:
     return isinstance(func.value, ast.Name) and func.value.id == "self"
-
-
-def _words(annotation: ast.expr | None) -> str:
-    """Return the names in an annotation (``ast.unparse`` would take longer than reading the function)."""
-    if annotation is None:
-        return ""
-    found = []
-    pending: list[ast.AST] = [annotation]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, ast.Name):
-            found.append(part.id)
-        elif isinstance(part, ast.Attribute):
-            found.append(part.attr)
-            pending.append(part.value)
-        elif isinstance(part, ast.Constant):
-            found += [part.value] if isinstance(part.value, str) else []
-        elif isinstance(part, ast.BinOp):  # Tensor | None
-            pending += (part.left, part.right)
-        elif isinstance(part, ast.Subscript):
-            pending += (part.value, part.slice)
-        else:
-            pending += ast.iter_child_nodes(part)
-    return " ".join(found)
 
 
 def _asks_for_training(test: ast.expr) -> bool:

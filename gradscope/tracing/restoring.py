@@ -140,8 +140,9 @@ class _Before:
         tensor = self._tensor
         if tensor.grad_fn is not None and not self._had_history and not tensor._is_view():
             tensor.detach_()  # a buffer that something with a gradient was added to
-        if _memory(tensor) != _memory(self._data) or tensor.dtype != self._data.dtype:
-            tensor.data = self._data
+        data = self._data
+        if (_memory(tensor), tensor.dtype, tensor.shape) != (_memory(data), data.dtype, data.shape):
+            tensor.data = data  # other memory, or resized where it lies, as the observers of a quantisation are
         _each_once(tensor.data).copy_(self._numbers)  # .data: the version counter stays as it was
 
 

@@ -236,6 +236,28 @@ def test_what_a_forward_pass_meddles_with_is_put_back(mode: str) -> None:
     assert x[0, 0] == 0.5 and more["seen"] == model.meter.total == model.count == len(model.layer._forward_hooks) == 1
 
 
+class Observed(nn.Module):
+    """Fits a buffer to its input, as the observers of quantisation-aware training do, and shrinks another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("largest", torch.zeros(0))
+        self.register_buffer("seen", torch.arange(6.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.largest.resize_(4).copy_(x.detach().amax(0))
+        self.seen.resize_(2).add_(1)
+        return self.layer(x) * self.largest
+
+
+def test_a_buffer_that_is_resized_has_its_size_again() -> None:
+    model = Observed()
+    session = gradscope.trace(model, torch.ones(2, 4), mode="real")
+    assert session.sources["layer.weight"].status == "flows"
+    assert (model.largest.shape, model.seen.tolist()) == ((0,), [0, 1, 2, 3, 4, 5])
+
+
 class Mean(nn.Module):
     """A loss with a memory: the mean of what it has seen so far."""
 

@@ -55,13 +55,18 @@ IN_PLACE = frozenset(
 OVERWRITES = frozenset({"copy_", "fill_", "zero_", "__setitem__"})
 # Calls that make memory of their own, into which others may write.
 ROOMS = frozenset({"empty", "empty_strided", "zeros", "ones", "full"})
-# Collectives write into their first argument and give out nothing (``torch.distributed``; its ``nn`` has gradients).
-COLLECTIVES = frozenset(
-    "all_gather all_gather_into_tensor all_gather_single all_reduce broadcast reduce_scatter reduce_scatter_tensor "
-    "all_to_all all_to_all_single".split()
+# What gathers for one rank writes into its second argument.
+_GATHERS = frozenset({"distributed.gather", "gather_into_tensor", "gather_single"})
+# Collectives else write into their first one, and give out nothing (``torch.distributed``; its ``nn`` has gradients).
+COLLECTIVES = _GATHERS | frozenset(
+    "all_gather all_gather_into_tensor all_gather_single all_gather_coalesced all_reduce all_reduce_coalesced "
+    "broadcast distributed.scatter reduce_scatter reduce_scatter_tensor reduce_scatter_single all_to_all "
+    "all_to_all_single".split()
 )
+# What has the name of a function of torch itself, which does something else.
+_OF_DISTRIBUTED = frozenset({"gather", "scatter"})
 # What gives out nothing: the result is the first argument.
-WRITES_FIRST = COLLECTIVES | {"__setitem__", "__set__"}
+WRITES_FIRST = frozenset({"__setitem__", "__set__"})
 # What writes into more than its first argument: fused optimizers into their state, a gradient scaler into its own.
 SEVERAL = ("_fused_", "_amp_")
 # With a rounding mode these are piecewise constant.
@@ -99,7 +104,7 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     if is_in_place(name) or kwargs.get("inplace") is True:
         written = _flattened(args if name.startswith(SEVERAL) else args[:1])
     elif name in COLLECTIVES:
-        written = _flattened(args[:1])
+        written = _flattened((*args, *kwargs.values())[1:2] if name in _GATHERS else args[:1])
     elif name in _STATISTICS:  # running mean and variance
         written = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     elif name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
@@ -109,6 +114,22 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tor
     if "out" in kwargs:
         written += kwargs["out"] if isinstance(kwargs["out"], (tuple, list)) else [kwargs["out"]]
     return [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
+
+
+def mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that an operator is about to change in place by its schema (``mutates_args``)."""
+    places = mutates(func) if isinstance(func, OPERATORS) else ()
+    written = [args[number] if number < len(args) else kwargs.get(name) for number, name in places]
+    return [tensor for tensor in _flattened(tuple(written)) if isinstance(tensor, torch.Tensor)]
+
+
+@functools.lru_cache(maxsize=4096)
+def mutates(operator: Any) -> tuple[tuple[int, str], ...]:
+    """Return the number and the name of every argument that an operator changes."""
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        operator = getattr(operator, operator.overloads()[0])  # type: ignore[no-untyped-call]
+    arguments = enumerate(operator._schema.arguments)
+    return tuple((number, each.name) for number, each in arguments if each.alias_info and each.alias_info.is_write)
 
 
 def overwrites(name: str, args: tuple[Any, ...]) -> bool:
@@ -127,14 +148,16 @@ def with_graph(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "create_graph": True, "retain_graph": None}
 
 
-def made_by(name: str, args: tuple[Any, ...], result: Any) -> Any:
-    """Return what a call gives out: the first argument where it returns nothing.
+def made_by(name: str, args: tuple[Any, ...], result: Any, written: list[torch.Tensor]) -> Any:
+    """Return what a call gives out: what it has written where it returns nothing.
 
     Of an optimizer's step over lists of tensors that is nothing: each of them depends on its own arguments only.
     """
     if name in WRITES_FIRST:
         return args[0]
-    return None if name.startswith("_foreach_") and is_in_place(name) else result
+    if name.startswith("_foreach_") and is_in_place(name):
+        return None
+    return written if result is None or name in COLLECTIVES else result
 
 
 def operation_name(func: Any) -> str | None:
@@ -156,12 +179,16 @@ def is_lasting(func: Any) -> bool:
 _NAMES: dict[Any, str | None] = {}
 # The types of torch's own functions.
 _LASTING = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+# And of its operators, which have a schema.
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def _name_of(func: Any) -> str | None:
     if isinstance(func, torch._ops.OpOverload):
         return str(func.overloadpacket.__name__)
     name = getattr(func, "__name__", None) or type(func).__name__
+    if name in _OF_DISTRIBUTED and (getattr(func, "__module__", None) or "").startswith("torch.distributed"):
+        return f"distributed.{name}"
     if name in ("__get__", "__set__"):
         owner = getattr(func, "__self__", None)  # of C, or a property, which has a name from Python 3.13 on
         attribute = getattr(owner, "__name__", "") or getattr(getattr(owner, "fget", None), "__name__", "")

@@ -19,7 +19,7 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(("tensor", "new_tensor", "Parameter", "shared memory", "pickle", "__deepcopy__"), "GS203"),
     **dict.fromkeys(("load_state_dict", "as_tensor", "asarray", "Tensor", "as_subclass"), "GS203"),
     **dict.fromkeys(("sample",), "GS205"),
-    **dict.fromkeys(COLLECTIVES, "GS206"),
+    **dict.fromkeys((*COLLECTIVES, "distributed"), "GS206"),
     DERIVES: "GS207",
     **dict.fromkeys(SHARES_MEMORY, "GS301"),
     **dict.fromkeys(_SCALARS.split(), "GS302"),
@@ -136,8 +136,8 @@ def _cut_of_refusal(cuts: dict[Site, Cut], recording: Recording, operation: Oper
     if culprit.place is None:
         return None
     cut = cut_at(cuts, recording, culprit)
-    cut.rule, cut.words, cut.error = refusal.rule, refusal.message, refusal.error
-    cut.advice = refusal.advice
+    cut.rule = cut.rule if cut.rule == "GS206" else refusal.rule  # some backends' collectives warn in backward
+    cut.words, cut.error, cut.advice = refusal.message, refusal.error, refusal.advice
     if culprit.name == DERIVES and refusal.write is None:
         cut.words, cut.advice = SECOND, DERIVABLE
     if recording.training.has_step(culprit.index):

@@ -34,6 +34,7 @@ from gradscope.tracing.calls import (
     instead_of,
     is_in_place,
     made_by,
+    mutated,
     operation_name,
     overwrites,
     with_graph,
@@ -159,7 +160,7 @@ class Recorder(TorchFunctionMode):
                 self.provenance.value_of(given)  # known from here on, lest the module be taken as one operation
                 return given
             kwargs = with_graph(kwargs)
-        in_place = writes(name, args, kwargs)
+        in_place = writes(name, args, kwargs) or mutated(func, args, kwargs)
         if in_place or name in SHARES_MEMORY:
             self._keep(name, args, in_place)
         if self._over:  # the backward pass: what a checkpoint computes again must not stay in the model either
@@ -174,7 +175,7 @@ class Recorder(TorchFunctionMode):
             result = self._run(func, args, kwargs)
         finally:
             here.calls -= 1
-        self._finish(pending, made_by(name, args, result), here)
+        self._finish(pending, made_by(name, args, result, in_place), here)
         if in_place or name in NOTED:
             self.consequences.note(pending, args, kwargs, result, in_place)
         return result

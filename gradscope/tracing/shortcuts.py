@@ -14,11 +14,13 @@ from gradscope.tracing.calls import (
     MAKES_ROOM,
     MAY_BE_REFUSED,
     NOTED,
+    OPERATORS,
     ROOMS,
     ROUNDING,
     SHARES_MEMORY,
     is_lasting,
     may_write,
+    mutates,
     operation_name,
 )
 from gradscope.tracing.cuts import RULE_OF_OPERATION
@@ -46,7 +48,8 @@ def _shortcut(func: Any) -> str | None:
     name = operation_name(func)
     if name is None:
         return CLOSER if func.__name__ in _NOT_ONLY_ASKING else None
-    return CLOSER if name in _SPECIAL or may_write(name) or name.startswith("_foreach_") else name
+    writes = may_write(name) or name.startswith("_foreach_") or (isinstance(func, OPERATORS) and mutates(func))
+    return CLOSER if name in _SPECIAL or writes else name
 
 
 SHORTCUTS = _Shortcuts()

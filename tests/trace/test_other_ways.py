@@ -424,6 +424,41 @@ def test_a_look_alike_is_no_cut(between: Between, mode: str) -> None:
     assert all(source.status == "flows" for source in session.sources.values())
 
 
+# --- operators that write into what they are given ---------------------------------------------------------------
+
+
+@torch.library.custom_op("gradscope_tests::scale_into", mutates_args=("out",))
+def scale_into(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x * 2)
+
+
+def scaled_into(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(3, 4)
+    scale_into(x, out)
+    return out
+
+
+def scaled_by_keyword(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(3, 4)
+    torch.ops.gradscope_tests.scale_into(out=out, x=x)
+    return out
+
+
+def scaled_elsewhere(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale_into(x, torch.empty(3, 4))
+    return x
+
+
+@pytest.mark.parametrize("mode", ["real", "structural"])
+def test_an_operator_that_writes_into_an_argument_stops_the_gradient_there(mode: str) -> None:
+    for between in (scaled_into, scaled_by_keyword):
+        assert arriving(between)["first.weight"] is None
+        assert named(traced(between, mode), between) == [("error", "GS503", 2)]
+    assert arriving(scaled_elsewhere)["first.weight"].any()
+    assert traced(scaled_elsewhere, mode).verdict == "flows"
+
+
 # --- collectives ---------------------------------------------------------------------------------------------
 
 
@@ -433,11 +468,28 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(everywhere)
 
 
+def gathered_for_one(x: torch.Tensor) -> torch.Tensor:
+    everywhere = [torch.zeros_like(x)]
+    distributed.gather(x, gather_list=everywhere, dst=0)
+    return torch.cat(everywhere)
+
+
+def scattered(x: torch.Tensor) -> torch.Tensor:
+    own = torch.zeros_like(x)
+    distributed.scatter(own, scatter_list=[x], src=0)
+    return own
+
+
 def gathered_and_put_back(x: torch.Tensor) -> torch.Tensor:
     everywhere = [torch.zeros_like(x)]
     distributed.all_gather(everywhere, x)
     everywhere[distributed.get_rank()] = x
     return torch.cat(everywhere)
+
+
+def gathered_by_index(x: torch.Tensor) -> torch.Tensor:
+    """Torch has another function of that name."""
+    return torch.gather(x, 1, torch.zeros(x.shape, dtype=torch.long)) + x.scatter(1, torch.zeros(3, 1).long(), 1.0)
 
 
 def gathered_with_gradient(x: torch.Tensor) -> torch.Tensor:
@@ -455,10 +507,11 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_a_collective_without_gradient_is_named() -> None:
-    assert arriving(gathered)["first.weight"] is None
-    for mode in ("real", "structural"):
-        assert named(traced(gathered, mode), gathered) == [("error", "GS206", 2)]
-    for between in (gathered_and_put_back, gathered_with_gradient):
+    for between in (gathered, gathered_for_one, scattered):
+        assert arriving(between)["first.weight"] is None
+        for mode in ("real", "structural"):
+            assert named(traced(between, mode), between) == [("error", "GS206", 2)]
+    for between in (gathered_and_put_back, gathered_with_gradient, gathered_by_index):
         assert arriving(between)["first.weight"].any()
         assert named(traced(between, "real"), between) == []
 

@@ -17,7 +17,8 @@ from gradscope.tracing.recording import Operation, Recording, Site
 
 # Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
 # derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
-_BY_DESIGN = frozenset({"_SpectralNorm._power_method", "SpectralNorm.__call__"})
+# Named by torch's own frame where no code of the user's runs inside the model (nn.Sequential).
+_BY_DESIGN = frozenset({"_SpectralNorm._power_method", "SpectralNorm.__call__", "SpectralNorm.compute_weight"})
 # Functions of torch that give a step forward and another gradient back (``hard=True``).
 STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
 _ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ rsub".split())

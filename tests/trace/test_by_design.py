@@ -64,6 +64,14 @@ def test_a_normalised_layer_trains(wrapped: Wrapped, options: dict[str, object])
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", ["real", "auto"])
 @pytest.mark.parametrize("wrapped", [spectral, old_spectral])
+def test_so_does_one_among_modules_of_torch_alone(wrapped: Wrapped, mode: str) -> None:
+    session = gradscope.trace(nn.Sequential(wrapped(nn.Linear(4, 4)), nn.Tanh()), given(), mode=mode)
+    assert (session.verdict, session.findings) == ("flows", [])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("wrapped", [spectral, old_spectral])
 def test_only_the_switch_at_fault_is_named_around_it(wrapped: Wrapped, mode: str) -> None:
     session = gradscope.trace(Normalised(wrapped, quiet=True), given(), mode=mode)
     assert [(each.rule, each.function) for each in session.findings] == [("GS105", "Normalised.forward")]

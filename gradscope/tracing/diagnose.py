@@ -11,14 +11,17 @@ from dataclasses import dataclass, field, replace
 
 from gradscope.tracing.calls import WHOLE
 from gradscope.tracing.cuts import RULE_OF_OPERATION, Cut, blamed, cut_at, cut_of_loss
-from gradscope.tracing.frames import source_site
+from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.propagation import Walks, is_flat, union, walk
 from gradscope.tracing.recording import Operation, Recording, Site
 
 # Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
 # derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
-# Named by torch's own frame where no code of the user's runs inside the model (nn.Sequential).
-_BY_DESIGN = frozenset({"_SpectralNorm._power_method", "SpectralNorm.__call__", "SpectralNorm.compute_weight"})
+# Named by torch's own frame where no code of the user's runs inside the model (nn.Sequential). And what an observer of
+# quantisation sees: a scale is made of it, which fake_quantize_* has no derivative with respect to.
+_BY_DESIGN = frozenset({
+    "_SpectralNorm._power_method", "SpectralNorm.__call__", "SpectralNorm.compute_weight", "FakeQuantize.forward",
+})  # fmt: skip
 # Functions of torch that give a step forward and another gradient back (``hard=True``).
 STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
 _ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ rsub".split())
@@ -350,7 +353,9 @@ def _add_left_open(cuts: dict[Site, Cut], statuses: dict[str, str], recording: R
 
 
 def _is_by_design(operation: Operation) -> bool:
-    return any(_BY_DESIGN.intersection((each.site.function, each.site.mechanism)) for each in operation.regions)
+    names = {operation.via, code_name(operation.place.code) if operation.place is not None else ""}
+    names.update(name for each in operation.regions for name in (each.site.function, each.site.mechanism))
+    return not _BY_DESIGN.isdisjoint(names)
 
 
 def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], makers: dict[int, Operation]) -> bool:

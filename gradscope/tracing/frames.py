@@ -212,7 +212,7 @@ def _called(frame: FrameType | None, user: FrameType) -> str:
         code = frame.f_code
         is_torchs = code.co_filename.startswith(TORCH_FOLDER) and not code.co_filename.endswith(PASSING_ON)
         if is_torchs and code.co_name not in MODULE_CALL:
-            name = function_name(frame) if code.co_name.startswith("__") else code.co_name
+            name = function_name(frame) if code.co_name.startswith(("__", "forward")) else code.co_name
         frame = frame.f_back
     return name
 

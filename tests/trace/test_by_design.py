@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrizations, prune
 from two import given
 
@@ -67,6 +68,29 @@ def test_a_normalised_layer_trains(wrapped: Wrapped, options: dict[str, object])
 def test_so_does_one_among_modules_of_torch_alone(wrapped: Wrapped, mode: str) -> None:
     session = gradscope.trace(nn.Sequential(wrapped(nn.Linear(4, 4)), nn.Tanh()), given(), mode=mode)
     assert (session.verdict, session.findings) == ("flows", [])
+
+
+class Quantised(nn.Module):
+    """Quantises what it computes by a scale that is watched, or by one that is cut off by hand."""
+
+    def __init__(self, *, by_hand: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.fake = FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
+        self.by_hand = by_hand
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.layer(x)
+        return hidden * hidden.detach().abs().amax() if self.by_hand else self.fake(hidden)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_an_observer_of_quantisation_sees_is_no_cut() -> None:
+    session = gradscope.trace(Quantised(), given())
+    assert (session.verdict, session.findings) == ("flows", [])
+    session = gradscope.trace(Quantised(by_hand=True), given())
+    assert [(each.rule, each.severity) for each in session.findings] == [("GS201", "warning")]
 
 
 @pytest.mark.filterwarnings("ignore")

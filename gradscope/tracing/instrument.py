@@ -58,6 +58,8 @@ class Observer(Protocol):
 
 # Where torch makes a function for every custom operator, hundreds of them, that only it calls.
 OF_OPERATORS = "torch._library.autograd"
+# The metaclass of custom functions.
+OF_FUNCTIONS: Any = type(torch.autograd.Function)
 
 
 class InstrumentationConflict(GradscopeError):
@@ -221,8 +223,8 @@ def _begin_switch(switch: Any, frame: FrameType, observer: Observer, neutralised
 def _patch_custom_functions(patches: _Patches, observer: Observer) -> None:
     """Patch ``Function.apply``: its operations run with grad off inside and are not regions.
 
-    ``ste = Straight.apply`` at the top of a module is bound to the original, which still looks its ``forward`` up:
-    that is patched too, in every function there is.
+    ``ste = Straight.apply`` at the top of a module is bound to the original, which still looks the ``forward`` of the
+    class up: the metaclass gives out another one.
     """
     original = torch.autograd.Function.__dict__["apply"]
 
@@ -233,10 +235,54 @@ def _patch_custom_functions(patches: _Patches, observer: Observer) -> None:
         return observer.custom_function(cls.__name__, args, applied, applied)
 
     patches.replace(torch.autograd.Function, "apply", classmethod(apply))
-    for cls in _subclasses(torch.autograd.Function):
-        forward = cls.__dict__.get("forward")
-        if isinstance(forward, staticmethod) and cls.__module__ != OF_OPERATORS:
-            patches.replace(cls, "forward", staticmethod(_observed_forward(cls, forward.__func__, original, observer)))
+    patches.replace(OF_FUNCTIONS, "forward", _Forwards(original, observer))
+
+
+class _Forwards:
+    """The ``forward`` of every custom function, as its class shows it while an observer looks.
+
+    One attribute of the metaclass: there are some two hundred such classes, most of them torch's own, and to replace
+    something in each takes longer than all other patches together.
+    """
+
+    def __init__(self, apply: Any, observer: Observer) -> None:
+        self._apply = apply
+        self._observer = observer
+        self._of_outer_trace: _Forwards | None = vars(OF_FUNCTIONS).get("forward")
+
+    def __get__(self, cls: Any, metaclass: type) -> Any:
+        if cls is None:
+            return self
+        owner = next(each for each in cls.__mro__ if "forward" in vars(each))
+        forward = vars(owner)["forward"]
+        outer = self._of_outer_trace
+        shown = forward.__get__(None, cls) if outer is None else outer.__get__(cls, metaclass)
+        if not isinstance(forward, staticmethod) or not _is_custom(owner):
+            return shown
+        return _observed_forward(owner, shown, self._apply, self._observer)
+
+    def __set__(self, cls: Any, forward: Any) -> None:
+        with self._out_of_the_way():
+            cls.forward = forward
+
+    def __delete__(self, cls: Any) -> None:
+        with self._out_of_the_way():
+            del cls.forward
+
+    @contextmanager
+    def _out_of_the_way(self) -> Iterator[None]:
+        """Let a class have its own attribute changed: what a metaclass has of that name comes first."""
+        del OF_FUNCTIONS.forward
+        try:
+            yield
+        finally:
+            OF_FUNCTIONS.forward = self
+
+
+def _is_custom(cls: Any) -> bool:
+    """Tell a function that somebody wrote from torch's own bases, and from what it makes for itself and calls."""
+    base = torch.autograd.Function
+    return cls is not base and issubclass(cls, base) and cls.__module__ != OF_OPERATORS
 
 
 def _observed_forward(cls: Any, forward: Callable[..., Any], apply: Any, observer: Observer) -> Any:
@@ -251,13 +297,6 @@ def _observed_forward(cls: Any, forward: Callable[..., Any], apply: Any, observe
 
     observed.__wrapped__ = forward  # type: ignore[attr-defined]  # functools.wraps takes as long as all the rest
     return observed
-
-
-def _subclasses(cls: Any) -> list[Any]:
-    found: list[Any] = cls.__subclasses__()
-    for each in found:  # grows meanwhile
-        found += each.__subclasses__()
-    return found
 
 
 def _patch_parameter(patches: _Patches, observer: Observer) -> None:

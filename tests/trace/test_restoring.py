@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
 from torch.nn.modules import module as module_hooks
-from two import Doubled
+from two import Doubled, Two, given
 
 import gradscope
 from gradscope.errors import NotAnalysedError
@@ -57,7 +58,8 @@ def state(model: Model) -> list[Any]:
     patched = [
         *(getattr(switch, name) for switch in (no_grad, enable_grad, inference_mode, set_grad_enabled)
           for name in ("__init__", "__enter__", "__exit__")),
-        torch.autograd.Function.__dict__["apply"], Doubled.__dict__["forward"], nn.Parameter.__new__,
+        torch.autograd.Function.__dict__["apply"], Doubled.__dict__["forward"], "forward" in vars(type(Doubled)),
+        nn.Parameter.__new__,
         torch.Tensor.__reduce_ex__, torch._utils._rebuild_tensor, nn.Module.register_parameter, nn.Module._call_impl,
         threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit, nn.init.normal_,
     ]  # fmt: skip
@@ -125,6 +127,20 @@ def test_a_trace_inside_a_traced_forward_leaves_the_outer_one_its_patches() -> N
     assert (state(model), state(inner)) == before
     assert seen == ["blocked"]
     assert [each.rule for each in session.findings if each.severity != "note"] == ["GS104"]
+
+
+def test_the_forward_of_a_custom_function_can_be_replaced_in_a_run() -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def replacing(x: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(Doubled, "forward", staticmethod(lambda ctx, x: x * 4)):
+            seen.append((x, double(x)))
+        return double(x)
+
+    own = Doubled.__dict__["forward"]
+    assert gradscope.trace(Two(replacing), given(), mode="real").verdict == "flows"
+    assert Doubled.__dict__["forward"] is own
+    assert all(torch.equal(y, x * 4) for x, y in seen) and torch.equal(double(torch.ones(2)), torch.tensor([2.0, 2.0]))
 
 
 def test_a_foreign_patch_that_was_there_before_survives() -> None:

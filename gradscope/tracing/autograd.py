@@ -102,18 +102,21 @@ def walk_graph(sinks: Iterable[torch.Tensor], written: Writes | None = None) -> 
             pending.append((sink.grad_fn, None))
         elif sink.requires_grad and sink.is_leaf:
             leaves[id(sink)] = sink
+    operations, nodes = graph.operations, graph.nodes
     while pending:
         node, above = pending.pop()
-        if node in graph.operations:
+        if node in operations:
             continue
-        graph.nodes.append(node)
-        if type(node) is AccumulateGrad:  # half of all nodes: nothing is saved there, nothing follows
-            graph.operations[node] = above
-            leaves[id(node.variable)] = node.variable
+        nodes.append(node)
+        kind = type(node)
+        if kind is AccumulateGrad:  # half of all nodes: nothing is saved there, nothing follows
+            operations[node] = above
+            variable = node.variable
+            leaves[id(variable)] = variable
             continue
-        operation = graph.operations[node] = node.metadata.get(TAG, above)
-        graph.custom = graph.custom or isinstance(node, BackwardCFunction)
-        refusal = _refusal(node, operation, written)
+        operation = operations[node] = node.metadata.get(TAG, above)
+        graph.custom = graph.custom or (kind not in _ORDINARY and isinstance(node, BackwardCFunction))
+        refusal = None if kind in _ORDINARY and written is None else _refusal(node, operation, written)
         if refusal is not None and operation is not None:
             graph.refusals.setdefault(operation, refusal)
         if refusal is None or refusal.silent:
@@ -131,15 +134,20 @@ def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _refusal(node: Any, operation: int | None, written: Writes | None) -> Refusal | None:
-    name = _name(node)
-    if name == RAISES:
-        said = "its derivative is not implemented"
-        return Refusal("GS502", "torch has no derivative for it.", said, True, advice=WRITE_IT)
-    if name == WARNS:
-        return Refusal("GS502", "the operator has no autograd formula: backward warns and gives no gradient.")
-    if name.startswith(GENERATED) and name in _operators_without_backward():
-        said = "no autograd formula was registered for it"
-        return Refusal("GS502", f"{said} (torch.library.register_autograd).", said, True)
+    kind = type(node)
+    if kind not in _ORDINARY:
+        name = _name(node)
+        if name == RAISES:
+            said = "its derivative is not implemented"
+            return Refusal("GS502", "torch has no derivative for it.", said, True, advice=WRITE_IT)
+        if name == WARNS:
+            return Refusal("GS502", "the operator has no autograd formula: backward warns and gives no gradient.")
+        if name.startswith(GENERATED):
+            if name in _operators_without_backward():
+                said = "no autograd formula was registered for it"
+                return Refusal("GS502", f"{said} (torch.library.register_autograd).", said, True)
+        elif kind in _NAMES and not issubclass(kind, BackwardCFunction):
+            _ORDINARY.add(kind)
     writes = written(operation) if written is not None and operation is not None else None
     return _spoiled(node, writes) if writes else None
 
@@ -156,6 +164,8 @@ def _name(node: Any) -> str:
 
 
 _NAMES: dict[type, str] = {}
+# The kinds among them whose derivative is torch's own.
+_ORDINARY: set[type] = set()
 
 
 def _operators_without_backward() -> set[str]:

@@ -297,9 +297,10 @@ class Recording:
             if operation.given is not None and numbers.intersection(operation.inputs[operation.given :]):
                 operation.given = None
 
-    def later_writes(self) -> Callable[[int], list[Write]]:
+    def later_writes(self) -> Callable[[int], list[Write]] | None:
         """Return what tells, for an operation, the writes after it into memory that it took in or gave out.
 
+        None where nothing was written.
         Of those that a version counter shows, the last one is enough; a buffer may be written thousands of times.
         """
         by_memory: dict[int, list[Write]] = {}
@@ -307,14 +308,16 @@ class Recording:
             by_memory.setdefault(write.memory, []).append(write)
         telling = {memory: [*(write for write in writes[:-1] if write.unseen), writes[-1]]
                    for memory, writes in by_memory.items()}  # fmt: skip
+        written = {value.id: value.memory for value in self.values if value.memory in telling}
+        if not written:
+            return None
 
         def after(number: int) -> list[Write]:
             if number >= len(self.operations):  # of another trace, around this one
                 return []
             operation = self.operations[number]
-            touched = {self.values[value].memory for value in (*operation.inputs, *operation.outputs)}
-            later = [write for memory in touched.intersection(telling) for write in telling[memory]
-                     if write.operation > number]  # fmt: skip
+            touched = {written[value] for value in (*operation.inputs, *operation.outputs) if value in written}
+            later = [write for memory in touched for write in telling[memory] if write.operation > number]
             return sorted(later, key=lambda write: write.operation)
 
         return after

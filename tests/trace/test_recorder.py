@@ -60,4 +60,5 @@ def test_of_the_writes_into_one_memory_the_last_one_is_told_and_those_behind_aut
     recording.operations = [Operation(number, "add_", (0,), (0,), None, None) for number in range(5)]
     recording.writes = [Write(1, number, unseen=number == 2) for number in range(5)]
     after = recording.later_writes()
+    assert after is not None
     assert [[write.operation for write in after(number)] for number in range(6)] == [[2, 4], [2, 4], [4], [4], [], []]

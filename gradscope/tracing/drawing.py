@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import linecache
 import os
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from gradscope.flow import FlowEdge, FlowGraph, FlowNode, FlowStatus
 from gradscope.paths import short_path
 from gradscope.tracing.diagnose import Diagnosis
 from gradscope.tracing.frames import expression, source_site
 from gradscope.tracing.propagation import arriving, linked_to
-from gradscope.tracing.recording import CONSTRUCTOR, Operation, Recording, Scope, Site
+from gradscope.tracing.recording import CONSTRUCTOR, Operation, Place, Recording, Scope, Site
 
 LONGEST_LABEL = 52
 MODULE_DEPTH = 4
@@ -30,16 +32,58 @@ def draw(
     ``ids`` names the finding of each blamed site; ``described`` are the inputs in words, shown
     where an input is no tensor (an image) and so has no value in the recording.
     """
-    return _Drawing(recording, diagnosis, ids, frozen).graph(described)
+    files = _Files(recording)
+    if recording.error is not None or recording.raised_in is not None:  # an exception holds frames, and they tensors
+        return _Drawing(recording, diagnosis, ids, frozen, files).graph(described)
+    return _DrawnLater(lambda: _Drawing(recording, diagnosis, ids, frozen, files).graph(described))
+
+
+class _DrawnLater(FlowGraph):
+    """A graph that is drawn when it is first looked at: who asks for a verdict alone does not wait for it."""
+
+    __slots__ = ("_draw",)
+
+    def __init__(self, draw: Callable[[], FlowGraph]) -> None:
+        self._draw: Callable[[], FlowGraph] | None = draw
+
+    def __getattr__(self, name: str) -> Any:
+        """Draw; asked only for what is not there yet."""
+        if name not in ("nodes", "edges") or self._draw is None:
+            raise AttributeError(name)
+        drawn, self._draw = self._draw(), None
+        self.nodes, self.edges = drawn.nodes, drawn.edges
+        return getattr(drawn, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FlowGraph) and (self.nodes, self.edges) == (other.nodes, other.edges)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FlowGraph, (self.nodes, self.edges)
+
+
+class _Files:
+    """The files of a recording as they were when it was made: how each is named to the user, and its lines."""
+
+    def __init__(self, recording: Recording) -> None:
+        calls = [*recording.operations, recording.pending] if recording.pending is not None else recording.operations
+        found = {each.place.code.co_filename for each in calls if each.place is not None}
+        found.update(scope.region.site.path for scope in recording.scopes if scope.region is not None)
+        self.names = {path: short_path(path) for path in found}
+        self.lines = {path: linecache.getlines(path) for path in found}
 
 
 class _Drawing:
-    def __init__(self, recording: Recording, diagnosis: Diagnosis, ids: dict[Site, str], frozen: set[str]) -> None:
+    def __init__(
+        self, recording: Recording, diagnosis: Diagnosis, ids: dict[Site, str], frozen: set[str], files: _Files
+    ) -> None:
         self.recording = recording
         self.diagnosis = diagnosis
         self.ids = ids
         self.blamed_lines = {(site.path, site.line) for site in ids}
         self.frozen = frozen
+        self.files = files
         self.nodes: dict[str, FlowNode] = {}
         self.order: dict[str, int] = {}
         self.home: dict[int, str] = {}
@@ -133,7 +177,7 @@ class _Drawing:
         above = f"s{parent.id}" if parent else None
         if scope.kind == "region" and scope.region is not None:
             site = scope.region.site
-            path, line = short_path(site.path), site.line
+            path, line = self.files.names[site.path], site.line
             return self._add(
                 FlowNode(
                     node_id, _region_label(site), "region", "none", above, path=path, line=line, finding=self.ids[site]
@@ -164,11 +208,14 @@ class _Drawing:
         return self._add(node)
 
     def _label(self, operation: Operation, names: list[str]) -> str:
-        text = expression(operation.place) if operation.place else ""
+        text = self._expression(operation.place)
         if text and len(text) <= LONGEST_LABEL:
             return text
         kept = [name for name in names if not name.startswith("__")] or names
         return " · ".join(kept)[-LONGEST_LABEL:]
+
+    def _expression(self, place: Place | None) -> str:
+        return expression(place, self.files.lines[place.code.co_filename]) if place is not None else ""
 
     def _add(self, node: FlowNode) -> FlowNode:
         self.order[node.id] = len(self.order)
@@ -249,14 +296,14 @@ class _Drawing:
                 self._lead_to(f"output.{index}", value)
         for node in self.nodes.values():
             if os.path.isabs(node.path):
-                node.path = short_path(node.path)
+                node.path = self.files.names.get(node.path, node.path)
 
     def _add_crash(self, error: BaseException) -> None:
         """End the picture with the call that raised."""
         pending = self.recording.pending
         place = pending.place if pending is not None else None
         modules = [scope.label for scope in self.recording.ancestors(pending.scope) if scope.module] if pending else []
-        where = modules[-1] if modules else expression(place) if place else ""
+        where = modules[-1] if modules else self._expression(place)
         label = f"{where or 'the run'}  raises {type(error).__name__}"
         node = FlowNode("crash", label, "output", "blocked")
         node.path, node.line = (place.code.co_filename, place.line) if place else ("", 0)

@@ -251,14 +251,19 @@ def excerpt(path: str, line: int) -> Excerpt | None:
     return Excerpt.around(linecache.getlines(path), line)
 
 
-def expression(place: Place) -> str:
-    """Return the source text of the call at a place (the whole line on Python 3.10)."""
+def expression(place: Place, lines: list[str] | None = None) -> str:
+    """Return the source text of the call at a place (the whole line on Python 3.10); ``lines``: those of its file."""
+    lines = linecache.getlines(place.code.co_filename) if lines is None else lines
     if sys.version_info >= (3, 11):
         line, end_line, column, end_column = _position(place.code, place.offset // 2)
         if line is not None and line == end_line:
-            text = linecache.getline(place.code.co_filename, line).encode()
+            text = _line(lines, line).encode()
             return text[column:end_column].decode(errors="replace").strip()
-    return source_line(place.code.co_filename, place.line)
+    return _line(lines, place.line).strip()
+
+
+def _line(lines: list[str], number: int) -> str:
+    return lines[number - 1] if 1 <= number <= len(lines) else ""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import importlib
+import linecache
+import pickle
 import sys
+from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -100,3 +107,60 @@ def test_a_cut_deep_in_a_large_model_stays_in_sight_in_every_picture() -> None:
     hidden = [(a.label, b.label) for a, b, _ in edges_between(fold(session.graph, 12), session.graph)
               if a in b.walk() or b in a.walk()]  # fmt: skip
     assert hidden == []
+
+
+SOURCE = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            hidden = self.linear(x) * 2
+        return (hidden + 1) * x.mean()
+"""
+
+
+def test_a_graph_that_is_looked_at_later_shows_files_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "drawn_later.py"
+    file.write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    model, x = importlib.import_module("drawn_later").Net(), torch.randn(2, 4, requires_grad=True)
+    now, later = (gradscope.trace(model, x, mode="real") for _ in range(2))
+    expected = now.to_dict()["graph"]
+    assert "(hidden + 1) * x.mean()" in [node["label"] for node in expected["nodes"]]
+    file.write_text("\n" * 40)
+    linecache.checkcache()
+    monkeypatch.undo()  # another working folder, and none of the imports
+    assert later.to_dict()["graph"] == expected
+
+
+def test_a_graph_that_nobody_looked_at_yet_can_be_compared_copied_and_pickled() -> None:
+    sessions = [gradscope.trace(Ways(), torch.randn(3, 8), mode="real", verify=False) for _ in range(4)]
+    drawn = sessions[0].graph.to_dict()
+    assert sessions[0].graph == sessions[1].graph
+    assert copy.deepcopy(sessions[2].graph).to_dict() == drawn
+    assert pickle.loads(pickle.dumps(sessions[3].graph)).to_dict() == drawn
+    assert not hasattr(sessions[3].graph, "vertices")
+
+
+def test_a_session_holds_no_tensor_and_no_module() -> None:
+    session = gradscope.trace(Ways(), torch.randn(3, 8, requires_grad=True), mode="real")
+    pending, seen = [session], set()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or isinstance(each, (type, ModuleType)):
+            continue
+        seen.add(id(each))
+        assert not isinstance(each, (Tensor, nn.Module)), each
+        inside = (each.__closure__, each.__defaults__) if isinstance(each, FunctionType) else (each,)
+        pending += gc.get_referents(*inside)
+    assert len(seen) > 500

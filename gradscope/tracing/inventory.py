@@ -72,7 +72,7 @@ class Inventory:
 
     def loose_tensors(self) -> list[torch.Tensor]:
         """Return the tensors in plain attributes of modules and the objects there: a metric's state, a memory."""
-        parts = [part for _, part in self.parts]
+        parts = list({id(part): part for _, part in self.parts}.values())  # every layer may hold the same configuration
         objects = [vars(part) for part in parts if hasattr(part, "__dict__") and not isinstance(part, IMMUTABLE)]
         return tensors_in([*parts, *objects])
 

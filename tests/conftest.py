@@ -25,6 +25,17 @@ def sessions_made() -> Iterator[list[Session]]:
         yield sessions
 
 
+@pytest.fixture
+def pretended_cuda() -> None:
+    """Skip where a parameter on a pretended CUDA device ends the process."""
+    import torch
+
+    from gradscope.tracing.older_torch import PRETENDS_CUDA
+
+    if torch.__version__ < PRETENDS_CUDA and not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} cannot pretend CUDA without a GPU")
+
+
 @pytest.fixture(autouse=True)
 def _sessions_can_be_read_back(sessions_made: list[Session]) -> Iterator[None]:
     yield

@@ -64,6 +64,7 @@ SHELL = re.compile(r"[|<>&;$]")
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in PAGES])
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("pretended_cuda")
 def test_a_page_says_what_happens(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text(encoding="utf-8")
     if needed := NEEDS.match(text):

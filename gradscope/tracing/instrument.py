@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradscope.errors import GradscopeError
 from gradscope.tracing.frames import call_chain, is_user_file, region_site, user_place
+from gradscope.tracing.older_torch import shown, unseen_collectives
 from gradscope.tracing.recording import Place, Region, Site
 from gradscope.tracing.structural import CannotFollow
 
@@ -83,6 +84,8 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_copying(patches, observer)
         _patch_pickling(patches, observer)
         _patch_dlpack(patches)
+        for name in unseen_collectives():
+            patches.replace(torch.distributed, name, shown(getattr(torch.distributed, name)))
         _patch_replays(patches, observer)
         _patch_threads(patches, observer)
         _patch_modules(patches, observer)
@@ -357,7 +360,9 @@ def _patch_dlpack(patches: _Patches) -> None:
             raise CannotFollow("the memory of a tensor that has none is asked for")
         return tensor
 
-    patches.replace(torch._C, "_from_dlpack", _from_dlpack)
+    for home in (torch._C, torch.utils.dlpack):
+        if hasattr(home, "_from_dlpack"):
+            patches.replace(home, "_from_dlpack", _from_dlpack)
 
 
 def _patch_replays(patches: _Patches, observer: Observer) -> None:

@@ -18,6 +18,7 @@ from gradscope.session import Session
 from gradscope.tracing.confirm import confirm
 from gradscope.tracing.cuts import Cut
 from gradscope.tracing.drawing import draw
+from gradscope.tracing.older_torch import refuse_old_torch
 from gradscope.tracing.propagation import reaching
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.restoring import unhurried_collector
@@ -36,9 +37,11 @@ def trace_subject(subject: Subject, workshop: Workshop, *, verify: bool = True, 
     """Return the session of one subject; ``numeric`` also takes finite differences.
 
     Raises:
+        UsageError: torch is older than what models are traced with.
         NotAnalysedError: the forward pass failed for a reason that is not autograd's, or gave no
             floating tensor to ask a gradient of.
     """
+    refuse_old_torch()
     with unhurried_collector():  # until all that was recorded is freed again
         return _traced(subject, workshop, verify=verify, numeric=numeric)
 

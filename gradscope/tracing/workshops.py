@@ -11,6 +11,7 @@ from torch import nn
 
 from gradscope.errors import UsageError
 from gradscope.tracing.inventory import Inventory
+from gradscope.tracing.older_torch import PRETENDS_CUDA
 from gradscope.tracing.restoring import kept, swapped
 from gradscope.tracing.structural import PretendedDevice
 from gradscope.tracing.subject import Workshop
@@ -20,9 +21,26 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def _is_there(kind: str) -> bool:
-    if kind == "cuda":
-        return torch.cuda.is_available()
-    return torch.backends.mps.is_available() if kind == "mps" else kind == "cpu"
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    backend = getattr(torch, kind, None)  # torch.cuda, torch.xpu, and those that other packages add
+    return kind == "cpu" or bool(getattr(backend, "is_available", bool)())
+
+
+def _refuse_to_pretend(kind: str) -> None:
+    """Raise where parameters on a pretended device of this kind would end the whole process."""
+    if kind in ("cpu", "meta") or _is_there(kind) or (kind == "mps" and torch.backends.mps.is_built()):
+        return
+    if kind != "cuda":
+        why = f"torch {torch.__version__} is built without {kind} here"
+    elif torch.__version__ < PRETENDS_CUDA:
+        why = f"torch {torch.__version__} finds no CUDA here, and only torch {PRETENDS_CUDA} can do without"
+    else:
+        return
+    raise UsageError(
+        f"{why}, so that it cannot even be pretended.",
+        hint="Use another device, such as cpu: gradients flow the same way on all of them.",
+    )
 
 
 class RealWorkshop:
@@ -84,12 +102,7 @@ class StructuralWorkshop:
     mode: Literal["real", "structural"] = "structural"
 
     def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False, stays: bool = False) -> None:
-        # torch would end the whole process.
-        if torch.device(device).type == "mps" and not torch.backends.mps.is_built():
-            raise UsageError(
-                f"torch {torch.__version__} is built without MPS here, so that {device} cannot even be pretended.",
-                hint="Use `--device cuda` or `--device cpu`: gradients flow the same way on all of them.",
-            )
+        _refuse_to_pretend(torch.device(device).type)
         self._casts = casts
         self._stays = stays
         self._pretended = PretendedDevice(device)
@@ -167,7 +180,7 @@ def _home_of(model: Inventory) -> torch.device:
 def open_workshop(
     mode: str, device: str, dtype: str | None = None, *, casts: bool = False, stays: bool = False
 ) -> Workshop:
-    """Return the workshop for a mode and a device; ``auto`` means structural on pretended CUDA.
+    """Return the workshop for a mode and a device; ``auto`` means structural on CUDA, pretended where that can be.
 
     ``casts``: a caller's own model and inputs are brought to the dtype as well; ``stays``: they stay where they are.
 
@@ -175,8 +188,13 @@ def open_workshop(
     libraries traced here choose themselves.
     """
     if device == "auto":
-        device = "cuda" if mode != "real" or torch.cuda.is_available() else "cpu"
-    chosen: torch.dtype = getattr(torch, dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16"))
+        is_pretended = mode != "real" and torch.__version__ >= PRETENDS_CUDA
+        device = "cuda" if is_pretended or torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"torch knows no device {device!r}.", hint="Use auto, cpu, cuda or mps.") from error
+    chosen: torch.dtype = getattr(torch, dtype or ("float32" if kind == "cpu" else "bfloat16"))
     if mode == "real":
         return RealWorkshop(device, chosen, casts=casts, stays=stays)
     return StructuralWorkshop(device, chosen, casts=casts, stays=stays)

@@ -270,6 +270,7 @@ def test_compiled(monkeypatch: Any) -> None:
     assert len(made) == 1
 
 
+@pytest.mark.usefixtures("pretended_cuda")
 @pytest.mark.parametrize("stray", [False, True])
 def test_everything_runs_on_the_accelerator(stray: bool) -> None:
     """Fake CUDA tensors: an operation that mixes in a CPU tensor raises."""

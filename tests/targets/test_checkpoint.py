@@ -60,7 +60,11 @@ def trace(folder: Path, mode: str, device: str) -> Session:
 
 
 @pytest.mark.parametrize(("mode", "device"), [("real", "cpu"), ("structural", "cuda"), ("structural", "cpu")])
-def test_a_checkpoint_is_loaded_and_traced(checkpoint: Path, mode: str, device: str) -> None:
+def test_a_checkpoint_is_loaded_and_traced(
+    checkpoint: Path, mode: str, device: str, request: pytest.FixtureRequest
+) -> None:
+    if device == "cuda":
+        request.getfixturevalue("pretended_cuda")
     session = trace(checkpoint, mode, device)
     assert session.verdict == "blocked"
     assert session.fix_verified

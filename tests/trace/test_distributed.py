@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed
 
 RANKS = """
@@ -75,6 +76,7 @@ distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="this torch shards on accelerators only")
 def test_a_sharded_model_is_refused_and_trains_on(tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

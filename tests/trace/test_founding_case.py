@@ -133,6 +133,7 @@ def test_a_failing_forward_also_leaves_torch_as_it_was(monkeypatch: pytest.Monke
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.usefixtures("pretended_cuda")
 def test_the_readme_shows_what_is_printed(default: Session) -> None:
     if TAKES_TENSORS:
         pytest.skip("the README shows the lines of deepseek-ocr-encoder 0.1.0")

@@ -509,7 +509,8 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 def test_a_collective_without_gradient_is_named() -> None:
     for between in (gathered, gathered_for_one, scattered):
         assert arriving(between)["first.weight"] is None
-        for mode in ("real", "structural"):
+        # fake tensors know no collectives before torch 2.9
+        for mode in ("real", "structural") if torch.__version__ >= "2.9" else ("real",):
             assert named(traced(between, mode), between) == [("error", "GS206", 2)]
     for between in (gathered_and_put_back, gathered_with_gradient, gathered_by_index):
         assert arriving(between)["first.weight"].any()
@@ -731,6 +732,7 @@ def test_what_a_custom_function_is_not_given_is_judged_by_its_backward(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that is not there")
+@pytest.mark.usefixtures("pretended_cuda")
 def test_a_backward_of_its_own_needs_numbers_on_a_device_that_is_not_there() -> None:
     with pytest.raises(NotAnalysedError, match="not given"):
         gradscope.trace(Held(Reversible), torch.ones(4, 4), mode="structural", device="cuda")

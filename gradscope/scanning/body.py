@@ -315,6 +315,9 @@ _SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp, ast.L
 
 def _merged(first: Value, second: Value) -> Value:
     kind = first.kind if first.kind == second.kind else "tensor" if "tensor" in (first.kind, second.kind) else "unknown"
+    for value, other in ((first, second), (second, first)):
+        if value.kind == "number" and not other.atoms and kind == "unknown":
+            kind = "number"
     return Value(first.atoms | second.atoms, kind)
 
 

@@ -79,7 +79,7 @@ class Calls(Expressions):
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
         name = dotted.rpartition(".")[2]
-        value = joined(given)
+        value = joined([each if each.kind != "number" else _cuts_of(each) for each in given])
         if name in torch_ops.SHAPE_ONLY:
             return Value(NOTHING, "tensor")
         if name in torch_ops.INDEX_VALUED:
@@ -95,7 +95,7 @@ class Calls(Expressions):
             value = given[0]  # the others say which dtype and device
             if _carries(value):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
-            return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "tensor")
+            return Value(_cuts_of(value).atoms, "tensor")
         if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
             return Value(self.report(node, "GS207", f"{name} without create_graph", value), "tensor")
         if name == "checkpoint" and _is_reentrant(node):
@@ -207,10 +207,10 @@ class Calls(Expressions):
             if node.args or base.kind not in ("tensor", "unknown"):
                 return base
             return Value(self.report(node, rule, f".{name}()", base), "tensor")
+        kind = {"sample": "tensor", "numpy": "unknown"}.get(name, "number")
         if not sure:
-            return Value(base.atoms, "unknown")
-        cut = self.report(node, rule, f".{name}()", base)
-        return Value(cut, {"sample": "tensor", "numpy": "unknown"}.get(name, "plain"))
+            return Value(base.atoms, "number" if kind == "number" else "unknown")
+        return Value(self.report(node, rule, f".{name}()", base), kind)
 
     def apply(self, node: ast.Call, switch: Switch) -> Value:
         """Take note of a switch around a function; return what stands for the result."""
@@ -242,6 +242,11 @@ FROZEN = "frozen, and frozen is not blocked"
 def _carries(value: Value) -> bool:
     """Tell whether a value is a tensor that was computed of something."""
     return value.kind == "tensor" and bool(value.atoms)
+
+
+def _cuts_of(value: Value) -> Value:
+    """Return what is left of a value of which no gradient comes: where it was lost."""
+    return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "plain")
 
 
 def _makes_anew(node: ast.Call, name: str) -> bool:

@@ -16,7 +16,10 @@ from gradscope.scanning.switches import Names
 
 
 class Value(NamedTuple):
-    """Atoms and kind: ``tensor``, ``index`` (integers or truth values), ``module``, ``plain`` or ``unknown``."""
+    """Atoms and kind: ``tensor``, ``index`` (integers or truth values), ``module``, ``plain`` or ``unknown``.
+
+    A ``number`` is what ``.item()`` makes of a tensor: it depends on it, and no gradient gets into what is made of it.
+    """
 
     atoms: Atoms = NOTHING
     kind: str = "unknown"

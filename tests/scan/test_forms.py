@@ -65,6 +65,7 @@ STOPPED = {
     "a manager of its own": net("def forward(self, x):\n    with quiet():\n        return self.layer(x)", "@contextlib.contextmanager\ndef quiet():\n    before = torch.is_grad_enabled()\n    torch.set_grad_enabled(False)\n    try:\n        yield\n    finally:\n        torch.set_grad_enabled(before)\n"),
     "a wrapper of a wrapper": net(f"@quieter\n{RUN}", "def quiet(fn):\n    return torch.no_grad()(fn)\ndef quieter(fn):\n    return quiet(fn)\n"),
     "a class made in a function": HEAD + "def make():\n" + indent(net(f"@torch.no_grad()\n{RUN}").removeprefix(HEAD), "    ") + "    return Net\n",
+    "numbers of a tensor": net("@torch.no_grad()\ndef forward(self, x):\n    return self.score(self.layer(x)).tolist()"),
     "a dictionary of tensors": net("@torch.no_grad()\ndef forward(self, batch: dict[str, torch.Tensor]):\n    return batch['x'] * 2"),
     "a tensor or a number": net("@torch.no_grad()\ndef forward(self, x: torch.Tensor | float = 1.0):\n    return x * 2"),
     "a part called by a method": HEAD + "class Net(nn.Module):\n    def __init__(self, vae):\n        super().__init__()\n        self.vae = vae\n    @torch.no_grad()\n    def forward(self, ids):\n        return self.vae.decode(ids)[0]\n",
@@ -87,6 +88,8 @@ FLOWING = {
     "what requires it": net("def forward(self, x):\n    with nullcontext() if x.requires_grad else torch.no_grad():\n        return self.layer(x)"),
     "off and on for an index": net("def forward(self, x):\n    torch.set_grad_enabled(False)\n    best = x.argmax()\n    torch.set_grad_enabled(True)\n    return self.layer(x)[best]"),
     "a table of settings": net("def forward(self, x, scale: float, sigma=1.0):\n    with torch.no_grad():\n        table = torch.linspace(0, 1, 4) * scale / sigma\n    return self.layer(x) * table"),
+    "a number in a tensor": net("def forward(self, x):\n    with torch.no_grad():\n        most = bound(self.layer(x)).item()\n        table = torch.clamp(torch.ones(4), max=most)\n    return self.layer(x) * table"),
+    "a number or infinity": net("def forward(self, x):\n    if self.training:\n        most = torch.inf\n    else:\n        most = bound(self.layer(x)).item()\n    with torch.no_grad():\n        table = torch.clamp(torch.ones(4), max=most)\n    return self.layer(x) * table"),
     "a stack that is closed": net("def forward(self, x):\n    with ExitStack() as stack:\n        stack.enter_context(torch.no_grad())\n        n = x.shape\n    return self.layer(x)"),
 }  # fmt: skip
 

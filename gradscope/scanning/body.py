@@ -102,16 +102,28 @@ class Body(Regions):
         self._assign([node.target], node.value, also=self.value(node.target))
 
     def _return(self, node: ast.Return) -> None:
-        value = self._handed_out(node.value)
-        if isinstance(node.value, ast.Tuple) and any("off:" in atom for atom in value.atoms):
-            self.hand_out(self._silently(node.value.elts))
+        if isinstance(node.value, ast.Tuple):
+            parts = [self.value(element) for element in node.value.elts]
+            value = joined(parts)
+            self.hand_out(parts)
+        else:
+            value = self._handed_out(node.value)
+            self._note_results_of_one_call([value])
         self._give(value, bool(node.value))
 
     def hand_out(self, parts: Sequence[Value]) -> None:
-        """Take note of a part of the result that nothing but stopped values are in."""
+        """Take note of a part of the result that nothing but stopped values are in, or nothing but one call's."""
         for value in parts:
             if value.atoms and all("off:" in atom or atom.startswith("in:") for atom in value.atoms):
                 self._gives_apart = True
+        self._note_results_of_one_call(parts)
+
+    def _note_results_of_one_call(self, parts: Sequence[Value]) -> None:
+        """Whether that call is of a stopped function is known when the files are joined."""
+        for value in parts:
+            made_of = [atom for atom in value.atoms if not atom.startswith(("arg:", "cut:"))]
+            if len(made_of) == 1 and made_of[0].startswith("call:"):
+                self.returned.add(f"{APART}:{made_of[0][5:]}")
 
     def _for(self, node: ast.For | ast.AsyncFor) -> None:
         if isinstance(node, ast.AsyncFor):

@@ -277,10 +277,11 @@ def _is_reentrant(node: ast.Call) -> bool:
 def _through(node: ast.Call, target: str, given: list[Value]) -> Atoms:
     """Return the atoms of a call's arguments, each marked with its way into the function called."""
     found: set[str] = set()
+    starred = next((number for number, each in enumerate(node.args) if isinstance(each, ast.Starred)), len(given))
     for number, value in enumerate(given):
         if value.atoms:
             rest = number - len(node.args)
-            way = number if rest < 0 else node.keywords[rest].arg or "*"
+            way = (number if number < starred else "*") if rest < 0 else node.keywords[rest].arg or "*"
             found.update(
                 atom if "arg:" in atom or "cut:" in atom or atom.startswith("in:") else f"arg:{target}:{way}:{atom}"
                 for atom in value.atoms

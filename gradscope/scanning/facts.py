@@ -11,6 +11,7 @@ package are joined.
 - ``in:12``: what was computed in the block that begins on line 12
 - ``off:...``: any of these, computed where gradients are switched off
 - ``apart``: a part of the result is computed with gradients off and nothing else
+- ``apart:self.x``: a part of the result is what such a call gives and nothing else
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
 from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, source_of
-from gradscope.scanning.training import Training, Way
+from gradscope.scanning.training import Loss, Training, Way
 
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
@@ -263,10 +263,21 @@ class Judge:
             why = f"nothing that {place.name} gives back is made of it"
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
         if site.how == "block" and self.reach.gets_past(site.depends, place):
-            message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
-            return Judgement(facts, site, "warning", "possible", message, way)
+            return self._in_part(facts, site, way)
+        if len(way) > 1:
+            loss, way = self.training.loss(site.depends, place)
+            if loss is Loss.NONE:
+                why = f"no forward pass hands {place.name} anything that wants a gradient"
+                return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+            if loss is Loss.PART:
+                return self._in_part(facts, site, way)
+            entry = self._entry_name(way[0], place)
         message = f"{where(site)}: training through {entry} loses the gradient here."
         return Judgement(facts, site, "error", "likely", message, way)
+
+    def _in_part(self, facts: FileFacts, site: Site, way: Way) -> Judgement:
+        message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
+        return Judgement(facts, site, "warning", "possible", message, way)
 
     def _entry_name(self, entry: Place, place: Place) -> str:
         """Return the name of a forward pass as the class has it that the region is in: ``Child.forward``, inherited."""

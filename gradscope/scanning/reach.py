@@ -80,12 +80,13 @@ class Reach:
     def _live(self, atoms: Atoms, place: Place) -> Atoms:
         """Return the atoms that can carry a gradient: float inputs, parameters, modules."""
         owner = self.owner(place)
-        return frozenset(atom for atom in atoms if self._is_live(atom, place, owner))
+        return frozenset(atom for atom in atoms if self.is_live(atom, place, owner))
 
-    def _is_live(self, atom: str, place: Place, owner: Place | None) -> bool:
+    def is_live(self, atom: str, place: Place, owner: Place | None) -> bool:
+        """Tell whether an atom can carry a gradient: a float input, a parameter, a module."""
         kind, _, name = atom.partition(":")
         if kind == "off":
-            return self._is_live(name, place, owner)
+            return self.is_live(name, place, owner)
         if kind == "param":
             return True
         if kind == "arg":
@@ -116,7 +117,7 @@ class Reach:
     def _way_out(self, atom: str, place: Place, owner: Place | None) -> bool | Use:
         """Tell whether a gradient reaches what an atom is about; or the function that decides about it."""
         kind, _, name = atom.partition(":")
-        if kind == "off" or ":off:" in atom or not self._is_live(atom, place, owner):
+        if kind == "off" or ":off:" in atom or not self.is_live(atom, place, owner):
             return False
         target = self.package.target(name.partition(":")[0], place, owner) if kind in ("call", "arg") else None
         if target is None or self.package.function(target) is None:
@@ -139,8 +140,11 @@ class Reach:
         function, owner = self.package.function(place), self.owner(place)
         if function is None or APART in function.returns:
             return False
-        flowing = {source_of(atom) for atom in function.returns if self._flows_out(atom, place, owner)}
-        return {source_of(atom) for atom in self.live(atoms, place)} <= flowing
+        return {source_of(atom) for atom in self.live(atoms, place)} <= self.flowing(function.returns, place, owner)
+
+    def flowing(self, atoms: Atoms, place: Place, owner: Place | None) -> set[str]:
+        """Return what a gradient reaches through these, of all that they are about."""
+        return {source_of(atom) for atom in atoms if self._flows_out(atom, place, owner)}
 
     def _is_passed_on(self, way: str, place: Place, owner: Place | None) -> bool:
         """Tell whether an argument is live and comes out again of the function it was given to."""
@@ -155,7 +159,7 @@ class Reach:
             passed_on = any(each == f"param:{name}" or each.endswith(f":param:{name}") for each in function.returns)
             if name and not passed_on:
                 return False
-        return self._is_live(atom, place, owner)
+        return self.is_live(atom, place, owner)
 
     def _holds_weights(self, owner: Place, name: str) -> bool:
         computed = self.package.property(owner, name)

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from gradscope.scanning.facts import APART, NOTHING, Atoms
 from gradscope.scanning.intent import meant_by_class
 from gradscope.scanning.package import Package, Place
-from gradscope.scanning.reach import FORWARDS, Reach
+from gradscope.scanning.reach import FORWARDS, NOT_COMPUTE, Reach, Use, source_of
 
 # From a forward pass to a function, call by call.
 Way: TypeAlias = list[Place]
+# What a gradient is for: ``param:x``, ``attr:x``, ``call:self.x``, without the way it takes.
+Sources: TypeAlias = frozenset[str]
+
+
+class Loss(IntEnum):
+    """How much of a gradient is lost in a function that a forward pass calls."""
+
+    NONE = 0
+    PART = 1
+    WHOLE = 2
+
+
+class Argument(NamedTuple):
+    """What a call is given: its target as written, the position or keyword, and the atom that is handed over."""
+
+    target: str
+    position: str
+    atom: str
 
 
 class Training:
-    """Answers which functions a forward pass comes to, and on which way."""
+    """Answers which functions a forward pass comes to, on which way, and what it loses there."""
 
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         self.package: Package = reach.package
+        self._entries: dict[Place, list[Use]] = {}
 
     @cached_property
     def reached(self) -> dict[Place, Way]:
@@ -36,6 +57,8 @@ class Training:
             for place, way in self.reach.reachable(entry, owner, always=always).items():
                 if place not in reached or len(way) < len(reached[place]):
                     reached[place] = way
+                if place in self.reach.regions and not always:
+                    self._entries.setdefault(place, []).append((entry, owner))
         return reached
 
     @cached_property
@@ -62,3 +85,130 @@ class Training:
     def _with_regions(self) -> frozenset[Place]:
         """The classes with a region in a method of their own."""
         return frozenset(owner for place in self.reach.regions if (owner := self.reach.owner(place)) is not None)
+
+    # --- what is lost on the way back -------------------------------------------------------------
+
+    def loss(self, atoms: Atoms, place: Place) -> tuple[Loss, Way]:
+        """Return how much of the gradient for these is lost to a forward pass that calls the function, and the way.
+
+        A caller that hands over nothing live loses nothing; one that lets a gradient past the call loses a part.
+        """
+        sources = frozenset(source_of(atom) for atom in atoms if self._may_carry(atom, place, self.reach.owner(place)))
+        worst: tuple[Loss, Way] = Loss.NONE, self.reached[place]
+        for entry in self._entries.get(place, ()):
+            callers = self._callers(entry)
+            for use in [use for use in callers if use[0] == place]:
+                worst = max(worst, self._loss_at(use, sources, entry, callers, []), key=lambda found: found[0])
+                if worst[0] is Loss.WHOLE:
+                    return worst
+        return worst
+
+    def _callers(self, entry: Use) -> dict[Use, list[Use]]:
+        """Return who calls whom for the value of a forward pass, from the called to the callers."""
+        callers: dict[Use, list[Use]] = {entry: []}
+        pending = [entry]
+        while pending:
+            use = pending.pop()
+            for call, target in self.package.callees(*use):
+                if call.used and target.name.rpartition(".")[2] not in NOT_COMPUTE:
+                    called = (target, self.reach.owner_for(target, use[1]))
+                    if called not in callers:
+                        pending.append(called)
+                    if use not in callers.setdefault(called, []):
+                        callers[called].append(use)
+        return callers
+
+    def _loss_at(
+        self, use: Use, sources: Sources, entry: Use, callers: dict[Use, list[Use]], passed: list[Use]
+    ) -> tuple[Loss, Way]:
+        way = [each[0] for each in (use, *reversed(passed))]
+        if use == entry or len(passed) > FARTHEST:
+            return Loss.WHOLE, way
+        worst: tuple[Loss, Way] = Loss.NONE, way
+        if use in passed:  # in circles: whoever came into the circle is looked at as well
+            return worst
+        for caller in callers[use]:
+            targets = {call.target for call, target in self.package.callees(*caller) if target == use[0]}
+            lost = self._lost_to(caller, use, targets, sources)
+            if lost is None:
+                return Loss.WHOLE, [*self.reached[caller[0]], *way]
+            if not lost:
+                continue
+            if self._gets_past(caller, targets, lost):
+                found = Loss.PART, [*self.reached[caller[0]], *way]
+            else:
+                found = self._loss_at(caller, lost, entry, callers, [*passed, use])
+            worst = max(worst, found, key=lambda each: each[0])
+            if worst[0] is Loss.WHOLE:
+                break
+        return worst
+
+    def _may_carry(self, atom: str, place: Place, owner: Place | None) -> bool:
+        """Tell whether an atom can carry a gradient, as far as is known: so may what ``self`` holds of unknown kind."""
+        kind, _, name = source_of(atom).partition(":")
+        is_unknown = kind == "attr" and owner is not None and not self.package.attribute(owner, name)
+        return is_unknown or self.reach.is_live(atom, place, owner)
+
+    def _gets_past(self, caller: Use, targets: set[str], sources: Sources) -> bool:
+        """Tell whether a gradient for all of these also reaches the caller's result beside the calls of a function."""
+        function = self.package.function(caller[0])
+        if function is None or any(f"{APART}:{target}" in function.returns for target in targets):
+            return False
+        results = {f"call:{target}" for target in targets}
+        beside = frozenset(
+            atom for atom in function.returns
+            if source_of(atom) not in results and not ((given := _argument(atom)) and given.target in targets)
+        )  # fmt: skip
+        live = {source for source in sources if self.reach.is_live(source, *caller)}
+        return bool(live) and live <= self.reach.flowing(beside, *caller)
+
+    def _lost_to(self, caller: Use, use: Use, targets: set[str], sources: Sources) -> Sources | None:
+        """Return what in the caller feeds that for which a function loses the gradient; None if that is not seen."""
+        function = self.package.function(caller[0])
+        returns = function.returns if function else NOTHING
+        given = [each for each in map(_argument, returns) if each]
+        if not any(each.target in targets for each in given) and not any(
+            atom.rpartition("call:")[2] in targets for atom in returns
+        ):
+            return None
+        lost: set[str] = set()
+        for source in sources:
+            kind, _, name = source.partition(":")
+            if kind == "attr" or name.startswith("self."):
+                of_a_part = {f"call:{target}" for target in targets} if self.reach.is_live(source, *use) else {UNKNOWN}
+                lost |= {source} if caller[1] == use[1] else of_a_part
+                continue
+            for each in given:
+                if each.target in targets and self._means(each.position, name, use[0]):
+                    lost |= self._fed_by(each.atom, given, caller)
+        return frozenset(lost)
+
+    def _means(self, position: str, name: str, place: Place) -> bool:
+        """Tell whether an argument at a position, or by a keyword, is or may be a function's parameter of this name."""
+        function = self.package.function(place)
+        signature = function.signature if function else ()
+        if position.isdigit():
+            position = signature[int(position)] if int(position) < len(signature) else "*"
+        return position in (name, "*") or (name not in signature and position not in signature)
+
+    def _fed_by(self, atom: str, given: list[Argument], caller: Use, depth: int = 0) -> set[str]:
+        """Return the sources that an atom carries: its own, and what the call that it is the result of was given."""
+        source = source_of(atom)
+        found = {source} if self._may_carry(atom, *caller) else set()
+        if source.startswith("call:") and depth < FARTHEST:
+            for each in given:
+                if each.target == source[5:]:
+                    found |= self._fed_by(each.atom, given, caller, depth + 1)
+        return found
+
+
+# What another object holds, of a kind that is not known.
+UNKNOWN = "attr:?"
+# Calls further apart than this are not followed: what is lost over them counts as lost.
+FARTHEST = 8
+
+
+def _argument(atom: str) -> Argument | None:
+    """Read ``arg:self.x:0:param:y``, whether or not gradients were off there."""
+    atom = atom.removeprefix("off:")
+    return Argument(*atom.split(":", 3)[1:]) if atom.startswith("arg:") else None

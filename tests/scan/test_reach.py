@@ -525,3 +525,117 @@ def test_a_predictor_is_for_inference_also_where_the_switch_is_inside_it(tmp_pat
         "set_image": "warning", "set_threshold": "note", "_predict": "warning", "_unused": "note",
     }  # fmt: skip
     assert found["_predict"].chain == ("Predictor.predict", "Predictor._predict")
+
+
+CALLED = """
+    import torch
+    from torch import nn
+
+    @torch.no_grad()
+    def best(values, extra=None):
+        return values.amax() if extra is None else values.amax() + extra.amax()
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        @torch.no_grad()
+        def measure(self, x):
+            return self.inner(x)
+
+    class Net(nn.Module):
+        def __init__(self, parts, settings: int):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.other = nn.Linear(4, 4)
+            self.part = Part()
+            self.parts = parts
+            self.register_buffer("base", torch.ones(4))
+
+        @torch.no_grad()
+        def scale(self, x):
+            return self.layer(x).std()
+
+        @torch.no_grad()
+        def embed(self, x):
+            return self.other(x)
+
+        def shifted(self, x):
+            return self.layer(x) - best(x)
+
+        def handed_on(self, x):
+            return self.scale(x)
+
+        def forward(self, x, z, ids, *more):
+            {}
+    """
+LOST_IN_PART = {
+    "a scale": "return self.layer(x) / self.scale(x)",
+    "a call further": "return self.layer(x) / self.handed_on(x)",
+    "a function": "y = self.layer(x)\nreturn y - best(y)",
+    "in between": "return self.shifted(x)",
+    "through a call that was given it": "return self.layer(x) * self.layer(best(self.layer(x)))",
+    "a statistic beside the result": "y = self.layer(x)\nreturn y, accuracy(best(y), ids)",
+    "by a keyword": "y = self.layer(x)\nreturn y - best(extra=y, values=self.base)",
+    "all that is gathered": "return torch.cat(more) - best(*more)",
+}
+LOST_WHOLE = {
+    "a layer of its own": "return self.layer(x) + self.embed(x)",
+    "a layer of another object": "return self.layer(x) + self.part.measure(x)",
+    "nothing else": "return self.layer(self.scale(x))",
+    "a result of its own": "return self.layer(x), self.scale(x)",
+    "an item of its own": "out = {'y': self.layer(x)}\nout['scale'] = self.scale(x)\nreturn out",
+    "one way or the other": "if self.training:\n    return self.layer(x)\nreturn self.handed_on(x)",
+    "one of its inputs": "return self.layer(x) - best(self.layer(x), z)",
+    "on one of two ways": "return self.shifted(x), best(self.layer(x))",
+    "handed over in a list": "return self.layer(x) + best(*[self.other(x)])",
+}
+NOT_LOST = {
+    "a buffer": "return self.layer(x) - best(self.base)",
+    "a buffer that is worked on": "return self.layer(x) - best(values=self.base.exp() * 2)",
+    "integers": "return self.layer(x) - best(x.argmax(-1))",
+}
+
+
+@pytest.mark.parametrize(
+    ("severity", "case", "body"),
+    [
+        (severity, case, body)
+        for severity, bodies in (("warning", LOST_IN_PART), ("error", LOST_WHOLE), ("note", NOT_LOST))
+        for case, body in bodies.items()
+    ],
+)
+def test_what_a_caller_loses_decides(tmp_path: Path, severity: str, case: str, body: str) -> None:
+    """A call of a stopped function is to its caller what a block is: lost is what is given to it and nothing else."""
+    source = dedent(CALLED).format(body.replace("\n", "\n        "))
+    found = scan(str(write(tmp_path, {"__init__": "", "net": source})), cache=False).findings
+    reached = [each for each in found if each.chain[:1] == ("Net.forward",) or "no forward pass hands" in each.message]
+    assert {each.severity for each in reached} == {severity}
+
+
+def test_a_part_that_calls_itself_loses_what_its_callers_lose(tmp_path: Path) -> None:
+    source = """
+        import torch
+        from torch import nn
+
+        class Tree(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            @torch.no_grad()
+            def leaf(self, x):
+                return self.layer(x)
+
+            def walk(self, x):
+                return self.step(x) if len(x) > 1 else self.leaf(x)
+
+            def step(self, x):
+                return self.walk(x[0])
+
+            def forward(self, x):
+                return self.layer(x) * self.walk(x)
+        """
+    found = scan(str(write(tmp_path, {"__init__": "", "net": source})), cache=False).findings
+    assert [(each.severity, each.chain) for each in found] == [("warning", ("Tree.forward", "Tree.walk", "Tree.leaf"))]

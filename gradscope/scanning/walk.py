@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -43,6 +44,7 @@ class FileReader:
         self._left_out: dict[str, list[str]] = {}
         self._source = ""
         self._kept_parameters: dict[str, list[str]] = {}
+        self._registering: list[int] = []
         self._applied: list[tuple[Site, str, str]] = []
 
     def read(self, source: str, needles: Needles) -> FileFacts:
@@ -61,6 +63,7 @@ class FileReader:
         self._copies = CopiesInFile(self._known, self.names, source, parsed.blanked)
         self._source = self.names.source = source
         self._kept_parameters = kept_parameters(source, parameters)
+        self._registering = line_numbers(source, [each.start() for each in _REGISTERS.finditer(source)])
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
         line_of = dict(zip(offsets, self._lines, strict=True))
@@ -264,6 +267,14 @@ class FileReader:
                 typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
                 for part in statements(method.body):
                     self._attribute(part, klass, typed)
+            elif within(self._registering, method):
+                self._registered_later(method, klass)
+
+    def _registered_later(self, method: FunctionNode, klass: Class) -> None:
+        """A buffer is one wherever it is registered."""
+        for part in statements(self._copies.whole(method).body):
+            if isinstance(part, ast.Expr):
+                self._attribute(part, klass, {})
 
     def _kept_functions(self, method: FunctionNode, klass: Class) -> None:
         """``self.run = self._run``, ``self.run = helper``: a callable kept under another name."""
@@ -349,6 +360,7 @@ class FileReader:
 _REGISTERED = {
     "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
 }  # fmt: skip
+_REGISTERS = re.compile(r"register_buffer\(")
 _GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
 _CERTAIN = ("module", "parameter", "buffer")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -553,6 +553,10 @@ CALLED = """
             self.parts = parts
             self.register_buffer("base", torch.ones(4))
 
+        def prepare(self, values):
+            if values is not None:
+                self.register_buffer("later", values)
+
         @torch.no_grad()
         def scale(self, x):
             return self.layer(x).std()
@@ -593,6 +597,7 @@ LOST_WHOLE = {
 }
 NOT_LOST = {
     "a buffer": "return self.layer(x) - best(self.base)",
+    "a buffer registered later": "return self.layer(x) - best(self.later)",
     "a buffer that is worked on": "return self.layer(x) - best(values=self.base.exp() * 2)",
     "integers": "return self.layer(x) - best(x.argmax(-1))",
 }

@@ -191,6 +191,8 @@ class Calls(Expressions):
             return Value(self.report(node, "GS203", ".new_tensor()", given[0]), "tensor")
         if name in ("float", "to", "type_as", "double", "half") and isinstance(func.value, ast.Compare):
             self._hard_mask(func.value)
+        if name in torch_ops.LIKE_ANOTHER and base.kind != "module":
+            given = []  # a dtype, a device, a shape is taken of it
         value = joined([base, *given, *self._forward_of(func)])
         kind = "tensor" if base.kind in ("tensor", "module") else "unknown"
         return value if value.kind == kind else Value(value.atoms, kind)

@@ -24,6 +24,8 @@ SHAPE_ONLY = frozenset(
     "randn_like new_zeros new_ones new_empty new_full tril_indices triu_indices meshgrid is_tensor get_device "
     "manual_seed Generator device finfo iinfo".split()
 )
+# Methods that take the dtype, device or shape of another tensor and none of its numbers.
+LIKE_ANOTHER = frozenset("to type_as view_as expand_as reshape_as".split())
 # Derivatives, which are constants to autograd unless create_graph says otherwise.
 DERIVATIVES = frozenset(
     [

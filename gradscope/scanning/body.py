@@ -71,7 +71,8 @@ class Body(Regions):
             note = words(argument.annotation)
             if name in ("self", "cls"):
                 continue
-            if holds_no_floats(name, note) or (name in plain and "Tensor" not in note):
+            telling = "" if argument is arguments.vararg else name  # *args are called so whatever they hold
+            if holds_no_floats(telling, note) or (name in plain and "Tensor" not in note):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN
                 continue
             self.parameters.add(name)

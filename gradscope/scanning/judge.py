@@ -156,10 +156,12 @@ class Judge:
     def _is_known(self, owner: Place) -> bool:
         """Tell whether every public method of a class and its bases was read: one that was not may be a way in.
 
-        A class that calls ``self.forward`` and has none is half a class: its subclasses have the way in.
+        A class without a forward pass that calls ``self.forward``, or that others with one derive from, is half a
+        class: its subclasses have the way in.
         """
-        if self.package.method(owner, "forward") is None and any(
-            call.target == "self.forward" for place in self._methods(owner) for call in self._calls(place)
+        if self.package.method(owner, "forward") is None and (
+            self._has_heirs(owner)
+            or any(call.target == "self.forward" for place in self._methods(owner) for call in self._calls(place))
         ):
             return False
         for place in self.package.mro(owner):
@@ -174,6 +176,19 @@ class Judge:
             if any(function and not function.gives_value for name, function in read.items() if name in FORWARDS):
                 return False  # abstract: the way in is a subclass's
         return True
+
+    def _has_heirs(self, owner: Place) -> bool:
+        """Tell whether a class that derives from this one has a forward pass, or was not read and may have one."""
+        name = owner.name.rpartition(".")[2]
+        heirs = self.package.descendants(name) - {name}
+        places = [
+            Place(facts.module, heir) for facts in self.package.files.values() for heir in heirs & facts.headers.keys()
+        ]
+        return any(
+            place.name not in self.package.files[place.module].classes or self.package.method(place, "forward")
+            for place in places
+            if owner in self.package.mro(place)
+        )
 
     # --- one site -----------------------------------------------------------------------------------
 

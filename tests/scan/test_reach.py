@@ -346,15 +346,24 @@ def test_targets_and_teachers_block_no_entry(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_half_a_class_has_its_way_in_in_a_subclass(tmp_path: Path) -> None:
+HALVES = {
+    "it calls forward": "@torch.inference_mode()\ndef embed(self, x):\n    return self.forward(x)",
+    "its heir has one": "def normalise(self, x):\n    with torch.no_grad():\n        return self.norm(x)",
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_half_a_class_has_its_way_in_in_a_subclass(tmp_path: Path, case: str) -> None:
     source = """
         import torch
         from torch import nn
 
         class Base(nn.Module):
-            @torch.inference_mode()
-            def inference(self, x):
-                return self.forward(x)
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm1d(4)
+
+            {}
 
         class Full(Base):
             def __init__(self):
@@ -364,8 +373,11 @@ def test_half_a_class_has_its_way_in_in_a_subclass(tmp_path: Path) -> None:
             def forward(self, x):
                 return self.layer(x)
         """
-    package = write(tmp_path, {"__init__": "", "net": source})
+    half = dedent(source).format(HALVES[case].replace("\n", "\n    "))
+    package = write(tmp_path, {"__init__": "", "net": half})
     assert [each.severity for each in scan(str(package), cache=False).findings] == ["warning"]
+    (package / "net.py").write_text(half.replace("(Base)", "(nn.Module)").replace("forward(x)", "norm(x)"))
+    assert [each.severity for each in scan(str(package), cache=False).findings] == ["error"]
 
 
 def test_an_inherited_forward_calls_what_the_subclass_puts_in(tmp_path: Path) -> None:

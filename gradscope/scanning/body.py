@@ -129,7 +129,7 @@ class Body(Regions):
     def _for(self, node: ast.For | ast.AsyncFor) -> None:
         if isinstance(node, ast.AsyncFor):
             self.suspended(node.iter, "await")
-        self.bind(node.target, self.as_computed(self.value(node.iter)))
+        self.bind_each(node.target, node.iter)
         self._loop([*node.body, *node.orelse])
 
     def _while(self, node: ast.While) -> None:

@@ -89,6 +89,19 @@ class Expressions:
         elif isinstance(target, ast.Attribute) and not (isinstance(target.value, ast.Name) and target.attr != "data"):
             self._attribute(target, written=True)
 
+    def bind_each(self, target: ast.expr, node: ast.expr) -> None:
+        """Let the target of a loop stand for the items of a value; ``zip`` and ``enumerate`` give them side by side."""
+        value = self.as_computed(self.value(node))
+        function = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        if function in ("zip", "enumerate") and isinstance(node, ast.Call) and isinstance(target, ast.Tuple):
+            parts = [self.as_computed(part) for part in self._silently(node.args)]
+            parts = [PLAIN, *parts[:1]] if function == "enumerate" else parts
+            if len(parts) == len(target.elts) and not any(isinstance(each, ast.Starred) for each in node.args):
+                for element, part in zip(target.elts, parts, strict=True):
+                    self.bind(element, part)
+                return
+        self.bind(target, value)
+
     def report(
         self, node: ast.expr, rule: str, mechanism: str, value: Value = UNKNOWN, harmless: str = "", at: int = 0
     ) -> Atoms:
@@ -228,7 +241,7 @@ class Expressions:
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> Value:
         for generator in node.generators:
-            self.bind(generator.target, self.value(generator.iter))
+            self.bind_each(generator.target, generator.iter)
             for test in generator.ifs:
                 self.value(test)
         if isinstance(node, ast.DictComp):

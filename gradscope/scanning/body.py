@@ -27,6 +27,7 @@ class Body(Regions):
         self._gives_integers = gives_integers(node)
         if outer is not None:
             self.env = dict(outer.env)
+            self.has_numbers = outer.has_numbers
             self.parameters = set(outer.parameters)
 
     def read(self) -> Function:
@@ -122,6 +123,8 @@ class Body(Regions):
     def _note_results_of_one_call(self, parts: Sequence[Value]) -> None:
         """Whether that call is of a stopped function is known when the files are joined."""
         for value in parts:
+            if not value.atoms:
+                continue
             made_of = [atom for atom in value.atoms if not atom.startswith(("arg:", "cut:"))]
             if len(made_of) == 1 and made_of[0].startswith("call:"):
                 self.returned.add(f"{APART}:{made_of[0][5:]}")

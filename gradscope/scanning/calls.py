@@ -79,7 +79,7 @@ class Calls(Expressions):
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
         name = dotted.rpartition(".")[2]
-        value = joined([each if each.kind != "number" else _cuts_of(each) for each in given])
+        value = joined(given if not self.has_numbers else [_cuts_of(v) if v.kind == "number" else v for v in given])
         if name in torch_ops.SHAPE_ONLY:
             return Value(NOTHING, "tensor")
         if name in torch_ops.INDEX_VALUED:
@@ -210,6 +210,7 @@ class Calls(Expressions):
                 return base
             return Value(self.report(node, rule, f".{name}()", base), "tensor")
         kind = {"sample": "tensor", "numpy": "unknown"}.get(name, "number")
+        self.has_numbers = self.has_numbers or kind == "number"
         if not sure:
             return Value(base.atoms, "number" if kind == "number" else "unknown")
         return Value(self.report(node, rule, f".{name}()", base), kind)

@@ -54,10 +54,12 @@ class Training:
     def _reached_from_forwards(self, *, always: bool = False) -> dict[Place, Way]:
         reached: dict[Place, Way] = {}
         for owner, entry in self._trained:
-            for place, way in self.reach.reachable(entry, owner, always=always).items():
+            found = self.reach.reachable(entry, owner, always=always)
+            for place, way in found.items():
                 if place not in reached or len(way) < len(reached[place]):
                     reached[place] = way
-                if place in self.reach.regions and not always:
+            if not always:
+                for place in found.keys() & self.reach.regions.keys():
                     self._entries.setdefault(place, []).append((entry, owner))
         return reached
 

@@ -58,6 +58,7 @@ class Expressions:
         self.parameters: set[str] = set()
         self.discarded: ast.expr | None = None
         self.sometimes = False
+        self.has_numbers = False  # as long as there are none, nobody looks for them
         self.conditions: list[tuple[ast.expr, bool]] = []  # the tests of the enclosing ifs, and which arm
 
     def value(self, node: ast.expr | None) -> Value:
@@ -91,16 +92,12 @@ class Expressions:
 
     def bind_each(self, target: ast.expr, node: ast.expr) -> None:
         """Let the target of a loop stand for the items of a value; ``zip`` and ``enumerate`` give them side by side."""
-        value = self.as_computed(self.value(node))
-        function = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-        if function in ("zip", "enumerate") and isinstance(node, ast.Call) and isinstance(target, ast.Tuple):
-            parts = [self.as_computed(part) for part in self._silently(node.args)]
-            parts = [PLAIN, *parts[:1]] if function == "enumerate" else parts
-            if len(parts) == len(target.elts) and not any(isinstance(each, ast.Starred) for each in node.args):
-                for element, part in zip(target.elts, parts, strict=True):
-                    self.bind(element, part)
-                return
-        self.bind(target, value)
+        given: list[ast.expr | None] = _side_by_side(node) if isinstance(target, ast.Tuple) else []
+        if isinstance(target, ast.Tuple) and len(given) == len(target.elts):
+            for element, part in zip(target.elts, given, strict=True):
+                self.bind(element, self.as_computed(self.value(part)))
+        else:
+            self.bind(target, self.as_computed(self.value(node)))
 
     def report(
         self, node: ast.expr, rule: str, mechanism: str, value: Value = UNKNOWN, harmless: str = "", at: int = 0
@@ -258,6 +255,15 @@ class Expressions:
         ast.Slice: _slice, ast.Tuple: _elements, ast.List: _elements, ast.Set: _elements,
         ast.Yield: _suspension, ast.YieldFrom: _suspension, ast.Await: _suspension,
     }  # fmt: skip
+
+
+def _side_by_side(node: ast.expr) -> list[ast.expr | None]:
+    """Return what ``zip`` and ``enumerate`` take items from, side by side; None stands for the number that counts."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
+        return []
+    if node.func.id == "enumerate":
+        return [None, node.args[0]]
+    return [*node.args] if node.func.id == "zip" and not any(isinstance(arg, ast.Starred) for arg in node.args) else []
 
 
 def gives_indices(node: ast.expr) -> bool:

@@ -44,7 +44,7 @@ class FileReader:
         self._left_out: dict[str, list[str]] = {}
         self._source = ""
         self._kept_parameters: dict[str, list[str]] = {}
-        self._registering: list[int] = []
+        self._registering: list[int] | None = None
         self._applied: list[tuple[Site, str, str]] = []
 
     def read(self, source: str, needles: Needles) -> FileFacts:
@@ -63,7 +63,6 @@ class FileReader:
         self._copies = CopiesInFile(self._known, self.names, source, parsed.blanked)
         self._source = self.names.source = source
         self._kept_parameters = kept_parameters(source, parameters)
-        self._registering = line_numbers(source, [each.start() for each in _REGISTERS.finditer(source)])
         self.facts.parsed = True
         self._lines = line_numbers(source, offsets)
         line_of = dict(zip(offsets, self._lines, strict=True))
@@ -267,8 +266,14 @@ class FileReader:
                 typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
                 for part in statements(method.body):
                     self._attribute(part, klass, typed)
-            elif within(self._registering, method):
+            elif self._registers(method):
                 self._registered_later(method, klass)
+
+    def _registers(self, method: FunctionNode) -> bool:
+        if self._registering is None:
+            calls = _REGISTERS.finditer(self._source) if "register_buffer" in self._source else ()
+            self._registering = line_numbers(self._source, [call.start() for call in calls])
+        return within(self._registering, method)
 
     def _registered_later(self, method: FunctionNode, klass: Class) -> None:
         """A buffer is one wherever it is registered."""

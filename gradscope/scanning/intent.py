@@ -24,7 +24,7 @@ _TRAINING_TOOL = re.compile(
     r"(?:accuracy|compute_metrics?|metric.*|get_acc|validation_step|test_step|training_step_end|on_.*|add_noise_sample.*)|"
     r"main|preprocess.*|_?post_?process.*|collate.*|get_(?:targets|targets_single|assigned.*)|_?assign.*|match.*|"
     r"_?get_(?:src|tgt)_permutation_idx|select_(?:topk|candidates|highest).*|_?sample_.*indices?|_?sinkhorn.*|_?k_?means.*|"
-    r"\w*_assignments?)$"
+    r"\w*_(?:assignments?|matching))$"
 )
 # Public methods that touch modules and are no way to compute with them.
 _HANDLING = re.compile(
@@ -34,7 +34,7 @@ _HANDLING = re.compile(
 _CLASSES = re.compile(
     r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
-    r"Attack(?:er)?|Explainer|PostProcess(?:ing|or)?|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
+    r"Attack(?:er)?|Explainer|Post[Pp]rocess\w*|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
 )
 _FILES = re.compile(
     r"(?:^|/)(?:tests?|testing|test_utils|examples?|scripts?|benchmarks?|tools|conversion|convert\w*|quantizers?|"
@@ -64,9 +64,10 @@ _NOT_TRAINED = re.compile(
     r"(?:^|_)(?:row|col|column|batch)_(?:offsets?|ptr)$"
 )
 _TEACHERS = re.compile(
-    r"(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
+    r"(?:^|_)teacher(?:_|$)|(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
     r"policy)|_(?:ema|target)$|_(?:encoder|decoder|proj|model|net|head)_m$"
 )
+_KEPT_TEACHERS = re.compile(r"^ema$|(?:^|_)teacher(?:_model)?$")  # called by a method of theirs
 _TABLES = re.compile(r"Rotary|Rope|RoPE|Sinusoid|Position\w*(?:Embedding|Encoding)|RandomFourier")
 
 
@@ -77,10 +78,10 @@ def meant_by_result(names: tuple[str, ...]) -> str:
     return ""
 
 
-def meant_by_module(names: Iterable[str]) -> str:
+def meant_by_module(called: Iterable[str], read: Iterable[str] = ()) -> str:
     """Return why a block is not to be trained through if it runs a teacher, judged by the names of its modules."""
-    teacher = next((name for name in sorted(names) if _TEACHERS.search(name)), "")
-    return f"it runs {teacher}, which is updated and not trained" if teacher else ""
+    teachers = [*filter(_TEACHERS.search, sorted(called)), *filter(_KEPT_TEACHERS.search, sorted(read))]
+    return f"it runs {teachers[0]}, which is updated and not trained" if teachers else ""
 
 
 def is_table(place: Place) -> bool:

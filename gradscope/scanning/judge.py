@@ -234,8 +234,10 @@ class Judge:
             return "a positional table, computed from sizes and positions"
         if site.how == "block" and self._prepares_loss(site, place):
             return "it prepares targets or weights of a loss"
-        if site.how == "block" and self.reach.flows(place, self.reach.owner(place)):
-            teacher = meant_by_module(atom.rpartition("self.")[2] for atom in live if "call:self." in atom)
+        # A forward pass that does nothing but run a teacher is stopped all the same.
+        if place.name.rpartition(".")[2] not in FORWARDS or self.reach.flows(place, self.reach.owner(place)):
+            called = (atom.rpartition("self.")[2] for atom in live if "call:self." in atom)
+            teacher = meant_by_module(called, (atom.rpartition("attr:")[2] for atom in site.depends if "attr:" in atom))
             if teacher:
                 return teacher
         return meant_by_result(site.gives)

@@ -54,7 +54,7 @@ INTEGER_NAMES = (
     r"(?:^|_)(?:ids?|idx|index|indices|mask|masks|labels?|position|positions|pos|length|lengths|lens|size|sizes|shape|"
     r"shapes|num|nums|count|counts|dtype|device|config|name|names|path|seed|generator|dim|dims|axis|step|steps|timestep|"
     r"timesteps|t|offset|offsets|stride|grid|thw|targets?|verbose|kwargs|args|epoch|batch_idx|seqlens?|dict|info|"
-    r"height|width|h|w|seq_len|length|cls|self|logger|optimizer|filename|image_sizes|spatial_shapes|start|end)$"
+    r"gts?|gt_\w+|ground_truths?|height|width|h|w|seq_len|length|cls|self|logger|optimizer|filename|image_sizes|spatial_shapes|start|end)$"
 )
 INTEGER_ANNOTATIONS = (
     r"Long|Int(?!er)|Bool|\bint\b|\bfloat\b|\bbool\b|\bstr\b|\bdtype\b|\bdevice\b|PretrainedConfig|Config\b|Path|dict"

@@ -146,6 +146,10 @@ NOTES = {
     "rows and columns": "def forward(self, x):\n    with torch.no_grad():\n        row_offsets, column_indices = locate(self.layer(x))\n    return self.layer(x, row_offsets, column_indices)",
     "a teacher": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.target_encoder(x)\n    return self.layer(x) - goal",
     "a momentum encoder": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.text_encoder_m(x)\n    return self.layer(x) - goal",
+    "a teacher in a method of its own": "@torch.no_grad()\ndef encode(self, x):\n    return self.clip_teacher(x)\ndef forward(self, x):\n    return self.layer(x) - self.encode(x)",
+    "an average that is kept": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.ema.model.extract(x)\n    return self.layer(x) - goal",
+    "the truth": "def forward(self, x, gt_boxes):\n    with torch.no_grad():\n        boxes = gt_boxes.float()\n    return self.layer(x) - boxes",
+    "a matching": "@torch.no_grad()\ndef compute_matching(self, x):\n    return x.exp() / x.exp().sum()\ndef forward(self, x, y):\n    return self.layer(x) - self.compute_matching(y)",
     "weights to draw by": "def forward(self, x):\n    sims = self.layer(x)\n    with torch.no_grad():\n        chances = sims.softmax(-1)\n    pick = torch.multinomial(chances, 1).item()\n    return sims * x[pick]",
     "an alignment": "def forward(self, x):\n    with torch.no_grad():\n        path = self.maximum_path(self.layer(x))\n    return self.layer(x), path",
     "assignments to prototypes": "def forward(self, x):\n    return self.layer(x) - sinkhorn(x)\n\n@torch.no_grad()\ndef sinkhorn(x):\n    return x.exp() / x.exp().sum()",
@@ -167,7 +171,9 @@ def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: s
     assert {each.severity for each in scan(str(package), cache=False).findings} == {"note"}
 
 
-@pytest.mark.parametrize("name", ["PostProcess", "BeamSearcher", "RandomAttack", "MaskExplainer", "DurationCalculator"])
+@pytest.mark.parametrize(
+    "name", ["PostProcess", "PostProcessMasks", "BeamSearcher", "RandomAttack", "MaskExplainer", "DurationCalculator"]
+)
 def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str) -> None:
     source = f"""
         import torch
@@ -417,7 +423,7 @@ def test_an_inherited_forward_calls_what_the_subclass_puts_in(tmp_path: Path) ->
 
 
 def test_a_name_alone_excuses_nothing(tmp_path: Path) -> None:
-    """A rotary class that runs a layer over its float input, and an index that is not returned, are errors."""
+    """A rotary class that runs a layer over its float input, and a forward pass that is all teacher, are errors."""
     source = """
         import torch
         from torch import nn
@@ -430,9 +436,18 @@ def test_a_name_alone_excuses_nothing(tmp_path: Path) -> None:
             @torch.no_grad()
             def forward(self, x, position_ids):
                 return self.project(x)
+
+        class Target(nn.Module):
+            def __init__(self, teacher):
+                super().__init__()
+                self.teacher = teacher
+
+            def forward(self, x):
+                with torch.no_grad():
+                    return self.teacher(x)
         """
     package = write(tmp_path, {"__init__": "", "net": source})
-    assert [each.severity for each in scan(str(package), cache=False).findings] == ["error"]
+    assert [each.severity for each in scan(str(package), cache=False).findings] == ["error", "error"]
 
 
 def test_an_attribute_that_shadows_nothing_is_followed_through_super_and_properties(tmp_path: Path) -> None:

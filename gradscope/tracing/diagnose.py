@@ -11,20 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from gradscope.tracing.calls import WHOLE
 from gradscope.tracing.cuts import RULE_OF_OPERATION, Cut, blamed, cut_at, cut_of_loss
-from gradscope.tracing.frames import code_name, source_site
+from gradscope.tracing.frames import source_site
+from gradscope.tracing.intended import STRAIGHT_THROUGH, Intentions, is_by_design
 from gradscope.tracing.propagation import Walks, is_flat, union, walk
 from gradscope.tracing.recording import Operation, Recording, Site
-
-# Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
-# derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
-# Named by torch's own frame where no code of the user's runs inside the model (nn.Sequential). And what an observer of
-# quantisation sees: a scale is made of it, which fake_quantize_* has no derivative with respect to.
-_BY_DESIGN = frozenset({
-    "_SpectralNorm._power_method", "SpectralNorm.__call__", "SpectralNorm.compute_weight", "FakeQuantize.forward",
-})  # fmt: skip
-# Functions of torch that give a step forward and another gradient back (``hard=True``).
-STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
-_ADDITIONS = frozenset("add add_ sub sub_ __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ rsub".split())
 
 
 @dataclass(slots=True)
@@ -92,7 +82,7 @@ def _diagnose(recording: Recording) -> Diagnosis:
     walks = walk(recording, start, bits)
     statuses = _statuses(recording, walks, bits)
     wanted = {status: _bits_of(statuses, status, bits) for status in ("blocked", "flows", "nondifferentiable")}
-    losses = [each for each in _frontier(recording, walks, wanted["blocked"]) if not _is_by_design(each[0])]
+    losses = [each for each in _frontier(recording, walks, wanted["blocked"]) if not is_by_design(each[0])]
     cuts = _cuts(recording, losses, bits)
     _add_left(cuts, recording, walks, wanted["blocked"], bits)
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
@@ -292,17 +282,12 @@ def _add_partial(
 ) -> set[str]:
     """Note the sources whose gradient arrives on one path and is cut on another; return those with a surrogate."""
     surrogates: set[str] = set()
-    consumers: dict[int, list[Operation]] = {}
-    makers: dict[int, Operation] = {}
     losses = list(_frontier(recording, walks, wanted))
-    if losses:
-        for operation in recording.operations:
-            for value in operation.inputs:
-                consumers.setdefault(value, []).append(operation)
-            for value in operation.outputs:
-                makers[value] = operation
+    intentions = Intentions(recording.operations if losses else ())
     for operation, lost in losses:
-        if _is_by_design(operation) or _is_straight_through(operation, consumers, makers):
+        if intentions.is_shift(operation):
+            continue
+        if is_by_design(operation) or intentions.is_straight_through(operation):
             surrogates |= _named(lost, bits)
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
@@ -350,28 +335,3 @@ def _add_left_open(cuts: dict[Site, Cut], statuses: dict[str, str], recording: R
             if status in ("flows", "partial", "zero"):
                 statuses[name] = "blocked"
                 cut.sources.add(name)
-
-
-def _is_by_design(operation: Operation) -> bool:
-    names = {operation.via, code_name(operation.place.code) if operation.place is not None else ""}
-    names.update(name for each in operation.regions for name in (each.site.function, each.site.mechanism))
-    return not _BY_DESIGN.isdisjoint(names)
-
-
-def _is_straight_through(cut: Operation, consumers: dict[int, list[Operation]], makers: dict[int, Operation]) -> bool:
-    """Tell ``x + (q - x).detach()`` and ``hard - soft.detach() + soft``: the gradient is meant to go around.
-
-    Either the detached value is a difference of something that it is added back to, or it is taken off
-    something that the original is added to.
-    """
-    source = makers.get(cut.inputs[0])
-    subtracted = set(source.inputs) if source is not None and source.name in _ADDITIONS else set()
-    subtracted.add(cut.inputs[0])
-    for output in cut.outputs:
-        users = consumers.get(output, [])
-        further = [after for user in users if user.name in _ADDITIONS for out in user.outputs
-                   for after in consumers.get(out, ())]  # fmt: skip
-        for user in (*users, *further):
-            if user.name in _ADDITIONS and subtracted.intersection(user.inputs):
-                return True
-    return False

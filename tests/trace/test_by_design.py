@@ -1,4 +1,4 @@
-"""What torch's own normalisations leave unrecorded on purpose: no finding, and no name beside the line at fault."""
+"""What is left unrecorded on purpose and costs nothing: no finding, and no name beside the line at fault."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrizations, prune
-from two import given
+from two import Between, arriving, given, named, traced
 
 import gradscope
 
@@ -100,3 +100,70 @@ def test_only_the_switch_at_fault_is_named_around_it(wrapped: Wrapped, mode: str
     session = gradscope.trace(Normalised(wrapped, quiet=True), given(), mode=mode)
     assert [(each.rule, each.function) for each in session.findings] == [("GS105", "Normalised.forward")]
     assert session.fix_verified
+
+
+# --- softmax: what is shifted by its largest value ------------------------------------------------------------
+
+
+def shifted_softmax(x: torch.Tensor) -> torch.Tensor:
+    weights = (x - x.detach().amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def shifted_without_recording(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        largest = x.max(-1, keepdim=True).values
+    weights = torch.exp(x - largest)
+    return (weights @ torch.eye(4)) / weights.sum(-1, keepdim=True)
+
+
+def logsumexp(x: torch.Tensor) -> torch.Tensor:
+    largest = x.max(-1, keepdim=True)[0].detach()
+    return x - ((x - largest).exp().sum(-1, keepdim=True).log() + largest)
+
+
+def softmax_over_neighbours(x: torch.Tensor) -> torch.Tensor:
+    """As graph networks do it: each row belongs to a node."""
+    node = torch.tensor([[0], [1], [0]]).expand(3, 4)
+    largest = x.new_zeros(2, 4).scatter_reduce_(0, node, x.detach(), "amax", include_self=False)
+    weights = (x - largest.index_select(0, node[:, 0])).exp()
+    return weights / x.new_zeros(2, 4).scatter_add_(0, node, weights).index_select(0, node[:, 0])
+
+
+def exact(between: Between) -> torch.Tensor:
+    """Return the input's gradient where nothing is cut off: torch.softmax in the place of what is written out."""
+    whole = {
+        shifted_softmax: lambda x: x.softmax(-1),
+        shifted_without_recording: lambda x: x.softmax(-1),
+        logsumexp: lambda x: x.log_softmax(-1),
+        softmax_over_neighbours: lambda x: torch.stack([*x[[0, 2]].softmax(0), torch.ones(4)])[[0, 2, 1]],
+    }[between]
+    gradient = arriving(whole)["input.0"]
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("between", [shifted_softmax, shifted_without_recording, logsumexp, softmax_over_neighbours])
+def test_a_softmax_shifted_by_its_largest_value_misses_nothing(between: Between, mode: str) -> None:
+    assert torch.allclose(arriving(between)["input.0"], exact(between), atol=1e-6)
+    session = traced(between, mode)
+    assert (session.verdict, session.findings) == ("flows", [])
+
+
+def shifted_only(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.amax(-1, keepdim=True).detach()).exp()
+
+
+def shifted_for_a_square(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.amax(-1, keepdim=True).detach()).square()
+
+
+def shift_used_elsewhere(x: torch.Tensor) -> torch.Tensor:
+    largest = x.amax(-1, keepdim=True).detach()
+    return (x - largest).exp() / (x - largest).exp().sum(-1, keepdim=True) * largest
+
+
+@pytest.mark.parametrize("between", [shifted_only, shifted_for_a_square, shift_used_elsewhere])
+def test_a_shift_that_something_else_is_made_of_stays_a_cut(between: Between) -> None:
+    assert [(severity, rule) for severity, rule, _ in named(traced(between), between)] == [("warning", "GS201")]

@@ -284,11 +284,13 @@ def _add_partial(
     surrogates: set[str] = set()
     losses = list(_frontier(recording, walks, wanted))
     intentions = Intentions(recording.operations if losses else ())
+    intended = {operation.index for operation, _ in losses
+                if is_by_design(operation) or intentions.is_straight_through(operation)}  # fmt: skip
     for operation, lost in losses:
-        if intentions.is_shift(operation):
-            continue
-        if is_by_design(operation) or intentions.is_straight_through(operation):
+        if operation.index in intended:
             surrogates |= _named(lost, bits)
+            continue
+        if intentions.is_shift(operation) or (intended and intentions.lead_on(operation, intended, walks.counts)):
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
         found = blamed(cuts, recording, operation)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from gradscope.tracing.frames import code_name
+from gradscope.tracing.propagation import is_flat
 from gradscope.tracing.recording import Operation
 
 # Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
@@ -17,7 +18,8 @@ _BY_DESIGN = frozenset({
 # Functions of torch that give a step forward and another gradient back (``hard=True``).
 STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
 _SUBTRACTIONS = frozenset("sub sub_ subtract __sub__ __isub__".split())
-_ADDITIONS = _SUBTRACTIONS | frozenset("add add_ __add__ __radd__ __iadd__ __rsub__ rsub".split())
+_REVERSED = frozenset({"rsub", "__rsub__"})
+_ADDITIONS = _SUBTRACTIONS | _REVERSED | frozenset("add add_ __add__ __radd__ __iadd__".split())
 _EXPONENTIALS = frozenset("exp exp_ exp2 exp2_".split())
 _DIVISIONS = frozenset("div div_ divide true_divide __truediv__ __itruediv__".split())
 # What gives the largest of some numbers, and what hands numbers on in another shape.
@@ -26,6 +28,9 @@ _CARRIES = frozenset(
     "view reshape expand expand_as view_as unsqueeze squeeze flatten transpose permute index_select gather "
     "repeat_interleave __getitem__ clone contiguous to type_as float detach".split()
 )
+
+# So many sums are looked through, one within the other.
+_DEEPEST = 4
 
 
 class Intentions:
@@ -40,23 +45,59 @@ class Intentions:
             for value in operation.outputs:
                 self._makers[value] = operation
 
+    # --- straight through: what is added and taken off again ------------------------------------------------
+
     def is_straight_through(self, cut: Operation) -> bool:
         """Tell ``x + (q - x).detach()`` and ``hard - soft.detach() + soft``: the gradient is meant to go around.
 
-        Either the detached value is a difference of something that it is added back to, or it is taken off
-        something that the original is added to.
+        What is cut off, or a term of it, stands once more, with the other sign, in a sum that it becomes a term of.
         """
-        source = self._makers.get(cut.inputs[0])
-        subtracted = set(source.inputs) if source is not None and source.name in _ADDITIONS else set()
-        subtracted.add(cut.inputs[0])
-        for output in cut.outputs:
-            users = self._consumers.get(output, [])
-            further = [after for user in users if user.name in _ADDITIONS for out in user.outputs
-                       for after in self._consumers.get(out, ())]  # fmt: skip
-            for user in (*users, *further):
-                if user.name in _ADDITIONS and subtracted.intersection(user.inputs):
-                    return True
-        return False
+        taken = cut.inputs[0]
+        # Under no_grad it is the sum itself of which nothing is recorded.
+        own = self._terms_of(cut) if cut.name in _ADDITIONS else [(1, taken), *self._terms(taken)]
+        return any((-sign * own_sign, term) in total for sign, total in self._sums_with(cut.outputs)
+                   for own_sign, term in own)  # fmt: skip
+
+    def _sums_with(self, values: Iterable[int]) -> Iterator[tuple[int, set[tuple[int, int]]]]:
+        """Yield the sums that a value is a term of: its sign there, and all terms with theirs."""
+        pending = [(value, 1, 0) for value in values]
+        while pending:
+            value, sign, depth = pending.pop()
+            for user in self._consumers.get(value, ()) if depth < _DEEPEST else ():
+                if user.name in _ADDITIONS:
+                    own = sign * next(sign for sign, term in _signed(user) if term == value)
+                    yield own, set(self._terms_of(user))
+                    pending += [(output, own, depth + 1) for output in user.outputs]
+
+    def _terms(self, value: int, sign: int = 1, depth: int = 0) -> list[tuple[int, int]]:
+        """Return what a value is the sum of, and what is in the sums among that, each with its sign."""
+        maker = self._makers.get(value)
+        is_sum = maker is not None and maker.name in _ADDITIONS and depth < _DEEPEST
+        return self._terms_of(maker, sign, depth + 1) if maker is not None and is_sum else []
+
+    def _terms_of(self, addition: Operation, sign: int = 1, depth: int = 0) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for own, value in _signed(addition):
+            found += [(sign * own, value), *self._terms(value, sign * own, depth)]
+        return found
+
+    def lead_on(self, cut: Operation, intended: set[int], counts: list[int]) -> bool:
+        """Tell whether what is cut off goes on to other cuts only, that are meant (by index).
+
+        ``scale = x.abs().mean().detach()`` of ``x + (scale * x.sign() - x).detach()``: nothing more is missed there.
+        """
+        pending, seen = [value for value in cut.outputs if counts[value]], set(cut.outputs)
+        while pending:
+            users = self._consumers.get(pending.pop())
+            if users is None:  # the result
+                return False
+            for user in users:
+                if user.index not in intended and not is_flat(user):
+                    pending += [value for value in user.outputs if counts[value] and value not in seen]
+                    seen.update(user.outputs)
+        return True
+
+    # --- softmax of what was shifted ------------------------------------------------------------------------
 
     def is_shift(self, cut: Operation) -> bool:
         """Tell ``exp(x - x.max().detach())`` that is divided by its sum: no shift changes that, nor its derivative.
@@ -103,6 +144,13 @@ class Intentions:
                 pending += [output for output in user.outputs if output not in made]
                 made.update(user.outputs)
         return False
+
+
+def _signed(addition: Operation) -> Iterator[tuple[int, int]]:
+    """Yield the sign and the value of each term; of a number that is no tensor there is none."""
+    first, others = (-1, 1) if addition.name in _REVERSED else (1, -1 if addition.name in _SUBTRACTIONS else 1)
+    for number, value in enumerate(addition.inputs):
+        yield others if number else first, value
 
 
 def is_by_design(cut: Operation) -> bool:

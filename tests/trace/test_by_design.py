@@ -102,6 +102,62 @@ def test_only_the_switch_at_fault_is_named_around_it(wrapped: Wrapped, mode: str
     assert session.fix_verified
 
 
+# --- straight through: what is added and taken off again --------------------------------------------------------
+
+
+def rounded_first(x: torch.Tensor) -> torch.Tensor:
+    return x.round().detach() + x - x.detach()
+
+
+def rounded_without_recording(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        error = x.round() - x
+    return x + error
+
+
+def scaled_by_what_is_cut_off(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().mean().detach()
+    return x + (scale * x.sign() - x).detach()
+
+
+def error_taken_off(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale = x.abs().amax() / 7
+    rest = (x - (x / scale).round() * scale).detach()
+    return (x - rest).view(3, 4)
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize(
+    "between", [rounded_first, rounded_without_recording, scaled_by_what_is_cut_off, error_taken_off]
+)
+def test_what_is_added_and_taken_off_again_goes_straight_through(between: Between, mode: str) -> None:
+    straight = arriving(torch.clone)["input.0"]
+    assert torch.allclose(arriving(between)["input.0"], straight)
+    session = traced(between, mode)
+    assert (session.verdict, session.findings) == ("flows", [])
+
+
+def added_to_itself(x: torch.Tensor) -> torch.Tensor:
+    return x + x.detach()
+
+
+def residual(x: torch.Tensor) -> torch.Tensor:
+    return x + (x + x.sin()).detach()
+
+
+def scale_used_elsewhere(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().mean().detach()
+    return (x + (scale * x.sign() - x).detach()) * scale
+
+
+@pytest.mark.parametrize(("between", "line"), [(added_to_itself, 1), (residual, 1), (scale_used_elsewhere, 1)])
+def test_what_is_only_added_stays_a_cut(between: Between, line: int) -> None:
+    assert named(traced(between), between) == [("warning", "GS201", line)]
+    session = traced(between, "auto", numeric=True)
+    assert session.sources["first.weight"].status == "partial"
+
+
 # --- softmax: what is shifted by its largest value ------------------------------------------------------------
 
 

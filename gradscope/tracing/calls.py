@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gradscope.tracing.control_flow import meaning_of
+
 # ``torch.autograd.grad``; and the calls that give a derivative of what they take in (the other one in forward mode).
 DERIVES = "grad"
 DERIVATIVES = frozenset({DERIVES, "_unpack_dual"})
@@ -195,7 +197,7 @@ def _name_of(func: Any) -> str | None:
         if name == "__set__":
             return name if attribute == "data" else None
         return attribute if attribute in DATA_PROPERTIES or attribute == CUDA_ARRAY else None
-    return None if name in SHAPE_ONLY else str(name)
+    return None if name in SHAPE_ONLY or meaning_of(func) is not None else str(name)
 
 
 def instead_of(name: str, args: tuple[Any, ...]) -> torch.Tensor:

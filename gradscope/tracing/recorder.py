@@ -42,6 +42,7 @@ from gradscope.tracing.calls import (
 )
 from gradscope.tracing.consequences import Consequences
 from gradscope.tracing.contents import hidden_tensors, tensors_in
+from gradscope.tracing.control_flow import meaning_of
 from gradscope.tracing.cuts import RULE_OF_OPERATION
 from gradscope.tracing.frames import Places, call_chain, inside_of, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
@@ -192,7 +193,11 @@ class Recorder(TorchFunctionMode):
         return self._is_neutralised(place, name) and not isinstance(func, torch._ops.OpOverload)
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
-        """Run a call that moves no numbers; a tensor that it makes is new and known."""
+        """Run a call that moves no numbers itself; a tensor that it makes is new and known."""
+        meaning = meaning_of(func)
+        if meaning is not None:
+            with self:  # what a branch calls is recorded as if it stood in its place
+                return meaning(*args, **kwargs)
         name = func.__name__
         if name in MAKES_ROOM:
             return self.consequences.room(name, self._run(func, args, kwargs))

@@ -23,6 +23,7 @@ from gradscope.tracing.calls import (
     mutates,
     operation_name,
 )
+from gradscope.tracing.control_flow import meaning_of
 from gradscope.tracing.cuts import RULE_OF_OPERATION
 
 # In place of a name: to be looked at more closely.
@@ -47,7 +48,7 @@ class _Shortcuts(dict[Any, "str | None"]):
 def _shortcut(func: Any) -> str | None:
     name = operation_name(func)
     if name is None:
-        return CLOSER if func.__name__ in _NOT_ONLY_ASKING else None
+        return CLOSER if func.__name__ in _NOT_ONLY_ASKING or meaning_of(func) is not None else None
     writes = may_write(name) or name.startswith("_foreach_") or (isinstance(func, OPERATORS) and mutates(func))
     return CLOSER if name in _SPECIAL or writes else name
 

@@ -86,7 +86,9 @@ def kept(model: Inventory, given: tuple[Any, ...] = ()) -> Iterator[Callable[[to
     Scripted modules change theirs unseen: their buffers are copied beforehand.
     """
     parameters = model.tensors(("_parameters",))
-    owners = _owners([*parameters, *model.tensors(("_buffers",)), *model.loose_tensors(), *tensors_in(given)])
+    others = [*model.tensors(("_buffers",)), *model.loose_tensors()]
+    flags = [each.requires_grad for each in others]
+    owners = _owners([*parameters, *others, *tensors_in(given)])
     own, parts = [module.__dict__ for module in model.modules], [part for _, part in model.parts]
     copies: dict[int, list[_Before]] = {}
 
@@ -107,6 +109,9 @@ def kept(model: Inventory, given: tuple[Any, ...] = ()) -> Iterator[Callable[[to
     finally:
         for before in itertools.chain.from_iterable(copies.values()):
             before.put_back()
+        for tensor, flag in zip(others, flags, strict=True):
+            if tensor.requires_grad != flag and tensor.is_leaf:
+                tensor.requires_grad_(flag)
 
 
 def _owners(tensors: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:

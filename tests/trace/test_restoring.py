@@ -230,6 +230,7 @@ class Meddling(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
         self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("zero", torch.zeros(()))
         self.meter = SimpleNamespace(total=torch.zeros(1))
 
     def forward(self, x: torch.Tensor, more: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -238,7 +239,8 @@ class Meddling(nn.Module):
         self.meter.total.add_(1)
         self.count.numpy()[0] += 1
         self.layer.register_forward_hook(lambda *_: None)
-        return self.layer(x)
+        self.zero.requires_grad_()
+        return self.layer(x) + self.zero
 
 
 @pytest.mark.parametrize("mode", ["real", "auto"])
@@ -246,7 +248,7 @@ def test_what_a_forward_pass_meddles_with_is_put_back(mode: str) -> None:
     model, x, more = Meddling(), torch.ones(2, 4), {"seen": torch.zeros(1)}
     gradscope.trace(model, x, more, mode=mode)
     assert torch.equal(x, torch.ones(2, 4)) and more["seen"] == 0
-    assert model.meter.total == 0 and model.count == 0
+    assert model.meter.total == 0 and model.count == 0 and not model.zero.requires_grad
     assert not model.layer._forward_hooks
     model(x, more)
     assert x[0, 0] == 0.5 and more["seen"] == model.meter.total == model.count == len(model.layer._forward_hooks) == 1

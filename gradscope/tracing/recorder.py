@@ -41,7 +41,7 @@ from gradscope.tracing.calls import (
     writes,
 )
 from gradscope.tracing.consequences import Consequences
-from gradscope.tracing.contents import hidden_tensors, tensors_in
+from gradscope.tracing.contents import DIFFERENTIABLE, hidden_tensors, tensors_in
 from gradscope.tracing.control_flow import meaning_of
 from gradscope.tracing.cuts import RULE_OF_OPERATION
 from gradscope.tracing.frames import Places, call_chain, inside_of, source_site, user_place
@@ -416,5 +416,5 @@ class Recorder(TorchFunctionMode):
 
     @unwatched
     def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:
-        """Return the values of the floating tensors of a result."""
-        return tuple(self.provenance.value_of(tensor) for tensor in result if tensor.is_floating_point())
+        """Return the values of the tensors of a result that may have a gradient."""
+        return tuple(self.provenance.value_of(tensor) for tensor in result if tensor.dtype in DIFFERENTIABLE)

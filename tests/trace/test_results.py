@@ -161,3 +161,25 @@ def test_what_went_in_is_said_part_by_part() -> None:
     session = gradscope.trace(Nested(), [X] * 4, target={"scale": torch.ones(2, 1)})
     shape = "x".join(map(str, X.shape))
     assert session.target["inputs"] == [f"[{', '.join([f'{shape} float32'] * 3)}, ...]", "target={scale: 2x1 float32}"]
+
+
+class Spectrum(nn.Module):
+    """Gives out complex numbers, and takes some of them by their angle only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, dtype=torch.complex64)
+        self.phase = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.fft.fft(x)) * torch.polar(torch.ones(2, 4), self.phase(x).detach())
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_a_complex_result_can_be_asked_a_gradient_of(mode: str) -> None:
+    session = gradscope.trace(Spectrum(), torch.randn(2, 4), mode=mode)
+    assert {name: source.status for name, source in session.sources.items()} == {
+        "layer.weight": "flows", "layer.bias": "flows", "phase.weight": "blocked", "phase.bias": "blocked",
+        "input.0": "partial",
+    }  # fmt: skip
+    assert [each.rule for each in session.findings] == ["GS201"]

@@ -37,7 +37,8 @@ class Run:
 
     ``gradients`` has the sources that a backward pass was made for and their graph reaches (None: nothing arrived);
     ``troubled`` says that a watched pass has more to tell. ``strangers`` and ``guesses`` count tensors of no known
-    origin and modules taken as one; ``dispatched`` runs looked closer.
+    origin and modules taken as one; ``dispatched`` runs looked closer. ``froze`` are those of the frozen that the call
+    froze itself.
     """
 
     recording: Recording
@@ -50,6 +51,7 @@ class Run:
     strangers: int = 0
     guesses: int = 0
     dispatched: bool = False
+    froze: set[str] = field(default_factory=set)
 
 
 class Outcome:
@@ -97,7 +99,7 @@ class Outcome:
         try:
             named = self._named()
             graph = self._walked(sinks, named)
-            recording.reached = self._reached(graph, named)
+            recording.reached = self._reached(graph, named) | self._frozen_meanwhile(run, named)
             recording.walked = True
             if backward != "none":
                 self._go_back(run, sinks, graph, named, watched=backward == "watched")
@@ -123,6 +125,15 @@ class Outcome:
         leaves = {id(tensor) for tensor in graph.leaves}
         known = self._recording.leaves
         return frozenset(name for name, tensor in named.items() if name in known and id(tensor) in leaves)
+
+    def _frozen_meanwhile(self, run: Run, named: dict[str, torch.Tensor]) -> frozenset[str]:
+        """Note the parameters that the call froze; return those that a gradient would reach: frozen is not blocked."""
+        with torch._C.DisableTorchFunction():
+            frozen = {name for name in run.parameters & self._recording.leaves.keys()
+                      if not named[name].requires_grad and not named[name].is_inference()}  # fmt: skip
+        run.frozen |= frozen
+        run.froze = frozen
+        return linked_sources(self._recording) & frozen if frozen else frozenset()
 
     def _note_kept(self) -> None:
         """Note a state that the call began with, and that it leaves with a graph: what comes of it the next one shows.

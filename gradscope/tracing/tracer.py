@@ -224,11 +224,13 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
     statuses = {source.status for source in sources}
     if statuses == {"unused"} and not proof.diagnosis.untold:
         remarks.append("None of the sources asked about is used for the result: there is no gradient to arrive.")
-    if proof.first.frozen and not proof.as_given:
+    frozen = proof.first.frozen - proof.first.froze
+    if frozen and not proof.as_given:
         remarks.append(
-            f"{len(proof.first.frozen)} frozen parameters were unfrozen for the run and frozen again: "
-            "frozen is not blocked."
+            f"{len(frozen)} frozen parameters were unfrozen for the run and frozen again: frozen is not blocked."
         )
+    if proof.first.froze:
+        remarks.append(f"The call itself freezes {_by_module(sorted(proof.first.froze))}: no gradient comes there.")
     if _is_all_frozen(subject, proof) and statuses == {"flows"}:
         remarks.append(
             'As given, nothing requires a gradient: backward() from the result raises "element 0 of tensors does not '

@@ -183,3 +183,31 @@ def test_a_complex_result_can_be_asked_a_gradient_of(mode: str) -> None:
         "input.0": "partial",
     }  # fmt: skip
     assert [each.rule for each in session.findings] == ["GS201"]
+
+
+class FreezesTheDiscriminator(nn.Module):
+    """The loss of a generator: its critic is frozen in the call, as is a layer that is not used at all."""
+
+    def __init__(self, *, cut: bool = False) -> None:
+        super().__init__()
+        self.generator, self.critic, self.spare = nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 4)
+        self.cut = cut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.critic.requires_grad_(False)
+        self.spare.requires_grad_(False)
+        score = self.critic(self.generator(x))
+        return score.detach() * self.generator(x) if self.cut else score
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_a_parameter_that_the_call_freezes_is_frozen_and_not_unused(mode: str) -> None:
+    model = FreezesTheDiscriminator()
+    session = gradscope.trace(model, torch.randn(2, 4), mode=mode)
+    assert session.verdict == "flows" and session.findings == []
+    critic, spare = session.sources["critic.weight"], session.sources["spare.weight"]
+    assert (critic.status, critic.frozen, spare.status, spare.frozen) == ("flows", True, "unused", True)
+    assert "The call itself freezes critic (2), spare (2): no gradient comes there." in session.remarks
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    session = gradscope.trace(FreezesTheDiscriminator(cut=True), torch.randn(2, 4), mode=mode)
+    assert session.sources["critic.weight"].status == "blocked"

@@ -283,7 +283,7 @@ def _add_partial(
     """Note the sources whose gradient arrives on one path and is cut on another; return those with a surrogate."""
     surrogates: set[str] = set()
     losses = list(_frontier(recording, walks, wanted))
-    intentions = Intentions(recording.operations if losses else ())
+    intentions = Intentions(recording.operations if losses else (), recording.sinks)
     intended = {operation.index for operation, _ in losses
                 if is_by_design(operation) or intentions.is_straight_through(operation)}  # fmt: skip
     for operation, lost in losses:

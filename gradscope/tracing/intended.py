@@ -21,12 +21,13 @@ _SUBTRACTIONS = frozenset("sub sub_ subtract __sub__ __isub__".split())
 _REVERSED = frozenset({"rsub", "__rsub__"})
 _ADDITIONS = _SUBTRACTIONS | _REVERSED | frozenset("add add_ __add__ __radd__ __iadd__".split())
 _EXPONENTIALS = frozenset("exp exp_ exp2 exp2_".split())
+_SOFTMAX = frozenset({"softmax", "log_softmax", "logsumexp"})
 _DIVISIONS = frozenset("div div_ divide true_divide __truediv__ __itruediv__".split())
 # What gives the largest of some numbers, and what hands numbers on in another shape.
 _LARGEST = frozenset("max amax maximum cummax scatter_reduce scatter_reduce_ index_reduce index_reduce_".split())
 _CARRIES = frozenset(
     "view reshape expand expand_as view_as unsqueeze squeeze flatten transpose permute index_select gather "
-    "repeat_interleave __getitem__ clone contiguous to type_as float detach".split()
+    "repeat_interleave masked_fill __getitem__ clone contiguous to type_as float detach".split()
 )
 
 # So many sums are looked through, one within the other.
@@ -36,7 +37,8 @@ _DEEPEST = 4
 class Intentions:
     """Tells of operations that lose a part of a gradient whether that is meant: by what is made of it afterwards."""
 
-    def __init__(self, operations: Iterable[Operation]) -> None:
+    def __init__(self, operations: Iterable[Operation], results: Iterable[int]) -> None:
+        self._results = frozenset(results)
         self._consumers: dict[int, list[Operation]] = {}
         self._makers: dict[int, Operation] = {}
         for operation in operations:
@@ -109,6 +111,8 @@ class Intentions:
         pending = list(cut.outputs)
         while pending:
             value = pending.pop()
+            if value in self._results:
+                return False
             for user in self._consumers.get(value, ()):
                 if user.name in _LARGEST or user.name in _CARRIES:
                     is_largest = is_largest or user.name in _LARGEST
@@ -131,19 +135,33 @@ class Intentions:
         return user.name in _ADDITIONS and all(other is not None and other.name == "log" for other in others)
 
     def _is_normalised(self, shifted: int) -> bool:
-        """Tell whether a value is used in an exponential only, which is divided by its sum, or whose log is taken."""
-        users = self._consumers.get(shifted, ())
-        if not users or any(user.name not in _EXPONENTIALS for user in users):
-            return False
-        made = {output for user in users for output in user.outputs}
+        """Tell whether a value is used in an exponential that is divided by its sum, or whose sum's log is taken.
+
+        Else only that log may be taken off it (``x - x.exp().sum().log()``).
+        """
+        others: list[Operation] = []
+        made: set[int] = set()
+        pending = [shifted]
+        while pending:
+            value = pending.pop()
+            if value in self._results:
+                return False
+            for user in self._consumers.get(value, ()):
+                if user.name in _EXPONENTIALS or user.name in _SOFTMAX:
+                    made.update(user.outputs)
+                elif user.name in _CARRIES:
+                    pending += user.outputs
+                else:
+                    others.append(user)
+        is_normalised = any(self._makers[value].name in _SOFTMAX for value in made)
         pending = list(made)
         while pending:
             for user in self._consumers.get(pending.pop(), ()):
-                if user.name == "log" or (user.name in _DIVISIONS and made.issuperset(user.inputs)):
-                    return True
+                divided = user.name in _DIVISIONS and made.issuperset(user.inputs)
+                is_normalised = is_normalised or divided or user.name == "log"
                 pending += [output for output in user.outputs if output not in made]
                 made.update(user.outputs)
-        return False
+        return is_normalised and all(user.name in _SUBTRACTIONS and user.inputs[-1] in made for user in others)
 
 
 def _signed(addition: Operation) -> Iterator[tuple[int, int]]:

@@ -178,6 +178,13 @@ def logsumexp(x: torch.Tensor) -> torch.Tensor:
     return x - ((x - largest).exp().sum(-1, keepdim=True).log() + largest)
 
 
+def log_softmax_without_itself(x: torch.Tensor) -> torch.Tensor:
+    """As contrastive losses do it."""
+    logits = x - x.max(dim=1, keepdim=True)[0].detach()
+    others = logits.masked_fill(torch.eye(3, 4).bool(), -1e9)
+    return logits - (others.exp() * (1 - torch.eye(3, 4))).sum(1, keepdim=True).log()
+
+
 def softmax_over_neighbours(x: torch.Tensor) -> torch.Tensor:
     """As graph networks do it: each row belongs to a node."""
     node = torch.tensor([[0], [1], [0]]).expand(3, 4)
@@ -192,6 +199,9 @@ def exact(between: Between) -> torch.Tensor:
         shifted_softmax: lambda x: x.softmax(-1),
         shifted_without_recording: lambda x: x.softmax(-1),
         logsumexp: lambda x: x.log_softmax(-1),
+        log_softmax_without_itself: lambda x: (
+            x - x.masked_fill(torch.eye(3, 4).bool(), -1e9).logsumexp(1, keepdim=True)
+        ),
         softmax_over_neighbours: lambda x: torch.stack([*x[[0, 2]].softmax(0), torch.ones(4)])[[0, 2, 1]],
     }[between]
     gradient = arriving(whole)["input.0"]
@@ -200,7 +210,9 @@ def exact(between: Between) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["real", "auto"])
-@pytest.mark.parametrize("between", [shifted_softmax, shifted_without_recording, logsumexp, softmax_over_neighbours])
+@pytest.mark.parametrize("between", [
+    shifted_softmax, shifted_without_recording, logsumexp, log_softmax_without_itself, softmax_over_neighbours,
+])  # fmt: skip
 def test_a_softmax_shifted_by_its_largest_value_misses_nothing(between: Between, mode: str) -> None:
     assert torch.allclose(arriving(between)["input.0"], exact(between), atol=1e-6)
     session = traced(between, mode)
@@ -220,6 +232,27 @@ def shift_used_elsewhere(x: torch.Tensor) -> torch.Tensor:
     return (x - largest).exp() / (x - largest).exp().sum(-1, keepdim=True) * largest
 
 
-@pytest.mark.parametrize("between", [shifted_only, shifted_for_a_square, shift_used_elsewhere])
+def test_a_shift_that_is_given_out_stays_a_cut() -> None:
+    class Shifting(nn.Module):
+        def __init__(self, out: str) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(4, 4), out
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self.layer(x)
+            largest = hidden.detach().amax(-1, keepdim=True)
+            shifted = hidden - largest
+            return shifted.softmax(-1), {"shift": largest, "shifted": shifted, "none": torch.ones(1)}[self.out]
+
+    verdicts = [gradscope.trace(Shifting(out), given()).verdict for out in ("none", "shift", "shifted")]
+    assert verdicts == ["flows", "partial", "partial"]
+
+
+def shifted_and_given_on(x: torch.Tensor) -> torch.Tensor:
+    shifted = x - x.amax(-1, keepdim=True).detach()
+    return shifted * shifted.softmax(-1)
+
+
+@pytest.mark.parametrize("between", [shifted_only, shifted_for_a_square, shift_used_elsewhere, shifted_and_given_on])
 def test_a_shift_that_something_else_is_made_of_stays_a_cut(between: Between) -> None:
     assert [(severity, rule) for severity, rule, _ in named(traced(between), between)] == [("warning", "GS201")]

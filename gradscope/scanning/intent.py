@@ -20,7 +20,7 @@ _SETUP = re.compile(
 )
 _TRAINING_TOOL = re.compile(
     r"^(?:step|_?step_.*|_?(?:ema_|momentum_)?update(?:_.*)?|ema|zero_grad|clip_grad.*|_?(?:validate|validation|evaluate|"
-    r"eval|test|benchmark|profile|bench|measure|calibrate|warmup|log|plot|visuali[sz]e|export|track|record)(?:_.*)?|"
+    r"eval|test|benchmark|profile|bench|measure|calibrate|warmup|log(?!_(?:p|q)?(?:prob|lik|dens|pdf|cdf|det|abs|mel|spec|soft|sig|sum|scale|norm|evidence|partition|weight))|plot|visuali[sz]e|export|track|record)(?:_.*)?|"
     r"(?:accuracy|compute_metrics?|metric.*|get_acc|validation_step|test_step|training_step_end|on_.*|add_noise_sample.*)|"
     r"main|preprocess.*|_?post_?process.*|collate.*|get_(?:targets|targets_single|assigned.*)|_?assign.*|match.*|"
     r"_?get_(?:src|tgt)_permutation_idx|select_(?:topk|candidates|highest).*|_?sample_.*indices?|_?sinkhorn.*|_?k_?means.*|"

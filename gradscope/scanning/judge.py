@@ -307,7 +307,8 @@ class Judge:
         """A region in a function that no forward pass was seen to call."""
         name = place.name.rpartition(".")[2]
         owner = self.reach.owner(place)
-        runs_model = any(atom.startswith(("call:", "attr:")) for atom in live)
+        kinds = {source_of(atom).partition(":")[0] for atom in live}
+        runs_model = not kinds.isdisjoint(("call", "attr")) and not self._works_on_itself(place, owner, kinds)
         is_inner = place.name.rpartition(".")[0] in facts.functions
         report = self.report_of.get(owner) if owner else None
         if (name.startswith("_") and name not in FORWARDS) or is_inner or not (owner or runs_model):
@@ -327,6 +328,12 @@ class Judge:
         is_part = name in FORWARDS or (site.how == "block" and self.reach.flows(place, owner))
         what = "what comes out of it carries no gradient" if is_part else "it is for inference only"
         return Judgement(facts, site, "warning", "likely", f"{where(site)}: {what}.", advice=advice)
+
+    def _works_on_itself(self, place: Place, owner: Place | None, kinds: set[str]) -> bool:
+        """Tell whether a module's method takes and gives no tensor: it changes its own weights."""
+        function = self.package.function(place)
+        gives = function is None or function.gives_value or function.kind == "generator"
+        return owner is not None and self.package.is_module(owner) and not gives and "param" not in kinds
 
     def _way_through(self, report: ClassReport, place: Place, site: Site) -> Chain | None:
         """Return the way from a public method of an object that is no module (a predictor) to a method switched off.

@@ -671,3 +671,21 @@ def test_a_part_that_calls_itself_loses_what_its_callers_lose(tmp_path: Path) ->
         """
     found = scan(str(write(tmp_path, {"__init__": "", "net": source})), cache=False).findings
     assert [(each.severity, each.chain) for each in found] == [("warning", ("Tree.forward", "Tree.walk", "Tree.leaf"))]
+
+
+BESIDE = {
+    "a sampler": ("@torch.no_grad()\ndef draw(model, x):\n    return step(model(x), x)\n\ndef step(a, b):\n    return a - b", "warning"),
+    "a step of its own": ("@torch.no_grad()\ndef draw(a, b):\n    return step(a, b)\n\ndef step(a, b):\n    return a - b", "note"),
+    "a density": ("class Posterior:\n    def __init__(self, net):\n        self.net = net\n    @torch.no_grad()\n    def log_prob(self, x):\n        return self.net(x)", "warning"),
+    "a log": ("class Posterior:\n    def __init__(self, net):\n        self.net = net\n    @torch.no_grad()\n    def log_images(self, x):\n        return self.net(x)", "note"),
+    "a grid made finer": ("class Grid(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.plane = nn.Parameter(torch.ones(4))\n    @torch.no_grad()\n    def upsample(self, size: int):\n        self.plane = finer(self.plane, size)", "note"),
+    "an image looked at": ("class Grid(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.plane = nn.Parameter(torch.ones(4))\n    @torch.no_grad()\n    def look(self, image):\n        self.seen = finer(self.plane, image)", "warning"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_no_forward_pass_calls_is_for_inference_where_it_runs_a_model(tmp_path: Path, case: str) -> None:
+    source, severity = BESIDE[case]
+    package = write(tmp_path, {"__init__": "", "net": f"import torch\nfrom torch import nn\n\n{source}\n"})
+    found = scan(str(package), cache=False).findings
+    assert [each.severity for each in found if each.rule == "GS102"] == [severity]

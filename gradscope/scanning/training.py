@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
 
 from gradscope.scanning.facts import APART, NOTHING, Atoms
@@ -40,6 +40,7 @@ class Training:
         self.reach = reach
         self.package: Package = reach.package
         self._entries: dict[Place, list[Use]] = {}
+        self._callers = lru_cache(maxsize=None)(self._callers_for)
 
     @cached_property
     def reached(self) -> dict[Place, Way]:
@@ -105,7 +106,7 @@ class Training:
                     return worst
         return worst
 
-    def _callers(self, entry: Use) -> dict[Use, list[Use]]:
+    def _callers_for(self, entry: Use) -> dict[Use, list[Use]]:
         """Return who calls whom for the value of a forward pass, from the called to the callers."""
         callers: dict[Use, list[Use]] = {entry: []}
         pending = [entry]

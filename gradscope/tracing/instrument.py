@@ -21,12 +21,11 @@ import torch
 from torch import nn
 from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.overrides import handle_torch_function
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import TorchFunctionMode, handle_torch_function
 
-from gradscope.errors import GradscopeError
 from gradscope.tracing.frames import call_chain, is_user_file, region_site, user_place
 from gradscope.tracing.older_torch import shown, unseen_collectives
+from gradscope.tracing.patches import Patches
 from gradscope.tracing.recording import Place, Region, Site
 from gradscope.tracing.structural import CannotFollow
 
@@ -63,10 +62,6 @@ OF_OPERATORS = "torch._library.autograd"
 OF_FUNCTIONS: Any = type(torch.autograd.Function)
 
 
-class InstrumentationConflict(GradscopeError):
-    """Another tool replaced one of our patches while the trace ran and left its own behind."""
-
-
 @contextmanager
 def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
     """Report switches, module calls and custom functions to ``observer`` while the block runs.
@@ -74,7 +69,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
     The ``neutralised`` sites are not entered: a skipped switch changes no grad mode, in either
     direction, so that an outer region stays visible.
     """
-    with _Patches() as patches:
+    with Patches() as patches:
         _patch_switch(patches, no_grad, observer, neutralised)
         _patch_switch(patches, enable_grad, observer, neutralised)
         _patch_switch(patches, inference_mode, observer, neutralised)
@@ -89,6 +84,8 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_replays(patches, observer)
         _patch_threads(patches, observer)
         _patch_modules(patches, observer)
+        if isinstance(observer, TorchFunctionMode):
+            _patch_functional(patches, observer)
         _hook_steps(patches, observer)
         yield
 
@@ -96,53 +93,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
 # --- the parts -----------------------------------------------------------------------------------
 
 
-_INHERITED = object()
-
-
-class _Patches:
-    """What was replaced, in order. An ``ExitStack`` would do, and take twice as long for its sixty entries."""
-
-    def __init__(self) -> None:
-        self._made: list[tuple[Any, str, Any, Any]] = []
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> _Patches:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        conflicts = [f"{owner.__name__}.{name}" for owner, name, original, installed in reversed(self._made)
-                     if not _restore(owner, name, original, installed)]  # fmt: skip
-        if conflicts:
-            raise InstrumentationConflict(
-                f"{conflicts[-1]} was patched by another tool while gradscope traced.",
-                hint="Stop that tool inside the traced code and trace again.",
-            )
-
-    def replace(self, owner: Any, name: str, replacement: Any) -> None:
-        """Set an attribute of a class or a module; one that was inherited is taken off again."""
-        original = owner.__dict__.get(name, _INHERITED)
-        setattr(owner, name, replacement)
-        self._made.append((owner, name, original, owner.__dict__[name]))
-
-    def hook(self, handle: RemovableHandle) -> None:
-        """Remove a hook in the end."""
-        self._hooks.append(handle)
-
-
-def _restore(owner: Any, name: str, original: Any, installed: Any) -> bool:
-    """Put back what was there; False where another tool replaced what was installed."""
-    if owner.__dict__.get(name) is not installed:
-        return False
-    if original is _INHERITED:
-        delattr(owner, name)
-    else:
-        setattr(owner, name, original)
-    return True
-
-
-def _patch_switch(patches: _Patches, cls: type, observer: Observer, neutralised: frozenset[Site]) -> None:
+def _patch_switch(patches: Patches, cls: type, observer: Observer, neutralised: frozenset[Site]) -> None:
     enter, leave = cls.__enter__, cls.__exit__  # type: ignore[attr-defined]
     skipped: set[int] = set()
 
@@ -181,7 +132,7 @@ def _disables(switch: Any) -> bool:
     return bool(switch.mode) if isinstance(switch, inference_mode) else isinstance(switch, no_grad)
 
 
-def _patch_set_grad_enabled(patches: _Patches, observer: Observer, neutralised: frozenset[Site]) -> None:
+def _patch_set_grad_enabled(patches: Patches, observer: Observer, neutralised: frozenset[Site]) -> None:
     """Patch the switch that acts when it is constructed, whether or not a ``with`` follows."""
     construct, wrap = set_grad_enabled.__init__, set_grad_enabled.__call__
     enter, leave = set_grad_enabled.__enter__, set_grad_enabled.__exit__
@@ -223,7 +174,7 @@ def _begin_switch(switch: Any, frame: FrameType, observer: Observer, neutralised
         observer.enter_region(switch, Region(site, not switch.mode, call_chain(frame)))
 
 
-def _patch_custom_functions(patches: _Patches, observer: Observer) -> None:
+def _patch_custom_functions(patches: Patches, observer: Observer) -> None:
     """Patch ``Function.apply``: its operations run with grad off inside and are not regions.
 
     ``ste = Straight.apply`` at the top of a module is bound to the original, which still looks the ``forward`` of the
@@ -302,7 +253,7 @@ def _observed_forward(cls: Any, forward: Callable[..., Any], apply: Any, observe
     return observed
 
 
-def _patch_parameter(patches: _Patches, observer: Observer) -> None:
+def _patch_parameter(patches: Patches, observer: Observer) -> None:
     """Patch ``nn.Parameter(t)``: it makes a leaf of any tensor, and no torch function sees it."""
     original = nn.Parameter.__new__
 
@@ -315,7 +266,7 @@ def _patch_parameter(patches: _Patches, observer: Observer) -> None:
     patches.replace(nn.Parameter, "__new__", staticmethod(__new__))
 
 
-def _patch_copying(patches: _Patches, observer: Observer) -> None:
+def _patch_copying(patches: Patches, observer: Observer) -> None:
     """Patch the deepcopy of a parameter, which asks no mode, as that of every other tensor does: one call, not four."""
     original: Callable[..., Any] = nn.Parameter.__deepcopy__
 
@@ -327,7 +278,7 @@ def _patch_copying(patches: _Patches, observer: Observer) -> None:
     patches.replace(nn.Parameter, "__deepcopy__", __deepcopy__)
 
 
-def _patch_pickling(patches: _Patches, observer: Observer) -> None:
+def _patch_pickling(patches: Patches, observer: Observer) -> None:
     """Patch both ways through bytes: a plain tensor is pickled, and made again, without a torch function."""
     original: Callable[[torch.Tensor, Any], Any] = torch.Tensor.__reduce_ex__
 
@@ -348,7 +299,7 @@ def _patch_pickling(patches: _Patches, observer: Observer) -> None:
     patches.replace(torch._utils, "_rebuild_tensor", _rebuild_tensor)
 
 
-def _patch_dlpack(patches: _Patches) -> None:
+def _patch_dlpack(patches: Patches) -> None:
     """Patch the way back from a DLPack capsule: a fake tensor has a null address there."""
     original: Callable[..., torch.Tensor] = torch._C._from_dlpack
 
@@ -365,7 +316,7 @@ def _patch_dlpack(patches: _Patches) -> None:
             patches.replace(home, "_from_dlpack", _from_dlpack)
 
 
-def _patch_replays(patches: _Patches, observer: Observer) -> None:
+def _patch_replays(patches: Patches, observer: Observer) -> None:
     """Patch the replay of CUDA graphs, which runs kernels and calls nothing."""
     original: Callable[[Any], None] = torch.cuda.CUDAGraph.replay
 
@@ -377,7 +328,7 @@ def _patch_replays(patches: _Patches, observer: Observer) -> None:
     patches.replace(torch.cuda.CUDAGraph, "replay", replay)
 
 
-def _patch_threads(patches: _Patches, observer: Observer) -> None:
+def _patch_threads(patches: Patches, observer: Observer) -> None:
     """Patch what starts work in another thread: torch's modes are a thread's own, so it has to enter them itself.
 
     The threads of a pool outlive the run, therefore each piece of their work is wrapped and not the thread.
@@ -404,7 +355,7 @@ def _patch_threads(patches: _Patches, observer: Observer) -> None:
     patches.replace(ThreadPoolExecutor, "submit", submit_observed)
 
 
-def _hook_steps(patches: _Patches, observer: Observer) -> None:
+def _hook_steps(patches: Patches, observer: Observer) -> None:
     """Note which operations are an optimizer's step: torch has hooks for that."""
 
     def begins(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -419,7 +370,7 @@ def _hook_steps(patches: _Patches, observer: Observer) -> None:
     patches.hook(register_optimizer_step_post_hook(ends))
 
 
-def _patch_modules(patches: _Patches, observer: Observer) -> None:
+def _patch_modules(patches: Patches, observer: Observer) -> None:
     """Patch the call of a module. Torch's global hooks would do, and send every call the long way round."""
     original: Callable[..., Any] = nn.Module._call_impl
 
@@ -435,3 +386,23 @@ def _patch_modules(patches: _Patches, observer: Observer) -> None:
         return output
 
     patches.replace(nn.Module, "_call_impl", _call_impl)
+
+
+def _patch_functional(patches: Patches, mode: TorchFunctionMode) -> None:
+    """Patch how functions of torch that are written in Python (``F.relu``, ``F.layer_norm``) ask the mode.
+
+    Torch looks for subclasses and sets the mode aside by a context manager, which takes longer than to record the call.
+    """
+    original: Callable[..., Any] = vars(nn.functional)["handle_torch_function"]
+
+    def handle(public_api: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
+        depth = torch._C._len_torch_function_stack()
+        if not depth or torch._C._get_function_stack_at(depth - 1) is not mode:
+            return original(public_api, relevant_args, *args, **kwargs)
+        torch._C._pop_torch_function_stack()
+        try:
+            return mode.__torch_function__(public_api, (), args, kwargs)
+        finally:
+            torch._C._push_on_torch_function_stack(mode)
+
+    patches.replace(nn.functional, "handle_torch_function", handle)

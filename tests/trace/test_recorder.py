@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import gradscope
 from gradscope.tracing.recorder import Recorder
@@ -26,6 +27,35 @@ def test_questions_to_a_tensor_do_not_go_through_the_mode_of_the_run() -> None:
         room = torch.empty_like(tensor)
         room + tensor
     assert ran == ["empty_like", "add"]
+
+
+class Noting(TorchFunctionMode):
+    """A mode of the target's own, which sees what a layer computes and doubles it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is nn.functional.relu else result
+
+
+def test_a_mode_of_the_targets_own_is_asked_before_the_recorder() -> None:
+    inner = Noting()
+
+    class Target(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with inner:
+                return nn.functional.relu(x)
+
+    x = torch.ones(2, requires_grad=True)
+    results: list[torch.Tensor] = []
+    session = gradscope.trace(Target(), x, loss=lambda y: results.append(y) or y.sum(), mode="real", verify=False)
+    assert (session.verdict, inner.seen) == ("flows", ["relu"])
+    assert results[0].tolist() == [2, 2]
+    assert session.stats["operations"] == 5  # detach and to of the input; relu, mul, sum
 
 
 # --- long passes ---------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def state(model: Model) -> list[Any]:
         *(getattr(switch, name) for switch in (no_grad, enable_grad, inference_mode, set_grad_enabled)
           for name in ("__init__", "__enter__", "__exit__")),
         torch.autograd.Function.__dict__["apply"], Doubled.__dict__["forward"], "forward" in vars(type(Doubled)),
-        nn.Parameter.__new__,
+        nn.Parameter.__new__, nn.functional.handle_torch_function,
         torch.Tensor.__reduce_ex__, torch._utils._rebuild_tensor, nn.Module.register_parameter, nn.Module._call_impl,
         threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit, nn.init.normal_,
     ]  # fmt: skip

@@ -91,9 +91,11 @@ class Provenance:
     def remember(self, tensor: torch.Tensor) -> Value:
         """Make a new value of what a tensor holds now."""
         values, key = self._recording.values, id(tensor)
-        version, dtype = _version(tensor), tensor.dtype
-        wrapped = is_wrapped(tensor)
-        inference = version == UNVERSIONED and tensor.is_inference()
+        dtype, wrapped = tensor.dtype, is_wrapped(tensor)
+        try:
+            version, inference = tensor._version, False
+        except RuntimeError:
+            version, inference = UNVERSIONED, tensor.is_inference()
         is_leaf = key in self._leaves
         has_graph = tensor.grad_fn is not None
         if wrapped:

@@ -18,21 +18,17 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gradscope.tracing.autograd import tag, unwatched
+from gradscope.tracing.autograd import unwatched
 from gradscope.tracing.calls import (
-    AS_ANOTHER,
     DERIVES,
-    ESCAPES,
     MAKES_ROOM,
     MAY_BE_REFUSED,
     MENDABLE,
     NOTED,
-    ROOMS,
     ROUNDING,
     SHAPE_ONLY,
     SHARES_MEMORY,
     instead_of,
-    is_in_place,
     made_by,
     mutated,
     operation_name,
@@ -43,11 +39,11 @@ from gradscope.tracing.calls import (
 from gradscope.tracing.consequences import Consequences
 from gradscope.tracing.contents import DIFFERENTIABLE, hidden_tensors, tensors_in
 from gradscope.tracing.control_flow import meaning_of
-from gradscope.tracing.cuts import RULE_OF_OPERATION
-from gradscope.tracing.frames import Places, call_chain, inside_of, source_site, user_place
+from gradscope.tracing.frames import Places, call_chain, source_site, user_place
 from gradscope.tracing.module_calls import ModuleCalls
+from gradscope.tracing.operations import Operations
 from gradscope.tracing.provenance import Provenance
-from gradscope.tracing.recording import CONSTRUCTOR, BackwardPass, Operation, Place, Recording, Region, Site
+from gradscope.tracing.recording import CONSTRUCTOR, BackwardPass, Place, Recording, Region, Site
 from gradscope.tracing.replays import Replays
 from gradscope.tracing.scopes import OpenScopes, Threads
 from gradscope.tracing.shortcuts import CLOSER, SHORTCUTS
@@ -87,6 +83,7 @@ class Recorder(TorchFunctionMode):
         self._cuts_removed = bool(neutralised)
         self._neutralised = frozenset(site for site in neutralised if site.mechanism in MENDABLE)
         self._threads = Threads(self.recording)
+        self._operations = Operations(self.recording, self.provenance, self._threads)
         self._places = Places()
         self._over = False
         self._looks_closer = bool(self._neutralised)
@@ -136,13 +133,13 @@ class Recorder(TorchFunctionMode):
         if name is CLOSER or self._looks_closer or (kwargs and ("out" in kwargs or kwargs.get("inplace"))):
             return self._look_closer(func, args, kwargs, frame, here)
         given = (*args, *kwargs.values()) if kwargs else args
-        pending = self._start(name, given, self._places.of(frame), here)
+        pending = self._operations.start(name, given, self._places.of(frame), here)
         here.calls += 1
         try:
             result = self._run(func, args, kwargs)
         finally:
             here.calls -= 1
-        self._finish(pending, result, here)
+        self._operations.finish(pending, result, here)
         return result
 
     def _look_closer(
@@ -168,7 +165,7 @@ class Recorder(TorchFunctionMode):
             return self._run(func, args, kwargs)
         if name == "backward":
             return self._go_back(func, args, kwargs, place)
-        pending = self._begin(name, args, kwargs, place, frame)
+        pending = self._operations.begin(name, args, kwargs, place, frame)
         if self._cuts_removed and name in SHARES_MEMORY and args[0].requires_grad:
             args = (args[0].detach(), *args[1:])  # with a gradient it would raise; the way out is known by now
         here.calls += 1
@@ -176,7 +173,7 @@ class Recorder(TorchFunctionMode):
             result = self._run(func, args, kwargs)
         finally:
             here.calls -= 1
-        self._finish(pending, made_by(name, args, result, in_place), here)
+        self._operations.finish(pending, made_by(name, args, result, in_place), here)
         if in_place or name in NOTED:
             self.consequences.note(pending, args, kwargs, result, in_place)
         return result
@@ -210,7 +207,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)  # asks the tensor itself: no mode of the run is needed for that
         if name == "register_hook":
             self.consequences.hook(args[0], user_place(frame))
-        self._begin(name, args[:1], {}, user_place(frame), frame)
+        self._operations.begin(name, args[:1], {}, user_place(frame), frame)
         result = func(*args, **kwargs)
         self.recording.pending = None
         return result
@@ -218,7 +215,7 @@ class Recorder(TorchFunctionMode):
     def _go_back(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Any:
         """Let the target go backward itself; from what is told before, and the gradients are known after."""
         leaves, reached = self.look_ahead(tensors_in(args[:1])) if self.look_ahead is not None else ([], None)
-        pending = self._begin("backward", args[:1], {}, place, sys._getframe(1))
+        pending = self._operations.begin("backward", args[:1], {}, place, sys._getframe(1))
         result = self._run(func, args, kwargs)
         self.recording.training.passes.append(BackwardPass(len(self.recording.operations), pending.inputs, reached))
         self.recording.pending = None
@@ -248,7 +245,7 @@ class Recorder(TorchFunctionMode):
         if name == "BackwardHookFunction":  # torch's way of running a module's full backward hooks
             place = self._here.place_of_hook() or place
         with torch._C.DisableTorchFunction():
-            pending = self._begin(name, args, {}, place, sys._getframe(1))
+            pending = self._operations.begin(name, args, {}, place, sys._getframe(1))
             given = dict.fromkeys(self.provenance.value_of(each) for each in args if isinstance(each, torch.Tensor))
         pending.custom, pending.given = True, len(given)
         before = len(self.recording.values)
@@ -267,8 +264,8 @@ class Recorder(TorchFunctionMode):
         shown = [each for each in tensors_in(result) if all(each is not other for other in hidden)]
         with torch._C.DisableTorchFunction():
             if hidden:  # connected to nothing, whatever becomes of the others
-                self._finish(replace(pending), hidden)
-            self._finish(pending, shown)
+                self._operations.finish(replace(pending), hidden)
+            self._operations.finish(pending, shown)
         self.provenance.made_by_function.update(dict.fromkeys(pending.outputs, pending.index))
         return result
 
@@ -294,14 +291,15 @@ class Recorder(TorchFunctionMode):
         if name not in SHAPE_ONLY:
             frame = sys._getframe(1)
             with torch._C.DisableTorchFunction():
-                self._finish(self._begin(name, args, kwargs, user_place(frame), frame), result)
+                self._operations.finish(self._operations.begin(name, args, kwargs, user_place(frame), frame), result)
 
     def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter:
         """Record ``nn.Parameter(tensor)``, which cuts what the tensor was computed from."""
         made = make()
         if isinstance(data, torch.Tensor) and self.provenance.is_known(data):
             with torch._C.DisableTorchFunction():
-                self._finish(self._new("Parameter", (self.provenance.value_of(data),), place), made)
+                operation = self._operations.new("Parameter", (self.provenance.value_of(data),), place)
+                self._operations.finish(operation, made)
         return made
 
     def replayed(self, graph: Any, place: Place | None, replay: Callable[[], None]) -> None:
@@ -311,63 +309,18 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             written = self.replays.begin(graph, self._before_write)
             replay()
-            self.replays.end(written, functools.partial(self._new, place=place))
+            self.replays.end(written, functools.partial(self._operations.new, place=place))
 
     @unwatched
     def pickled(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note that a tensor was written to bytes, from which another one may be made."""
         number = self.provenance.value_of(tensor)
-        self.provenance.escapes.escaped(self._new("pickle", (number,), place), None)
+        self.provenance.escapes.escaped(self._operations.new("pickle", (number,), place), None)
 
     @unwatched
     def unpickled(self, tensor: torch.Tensor) -> None:
         """Note that a tensor was made of bytes."""
         self.provenance.entered(tensor)
-
-    def _new(self, name: str, inputs: tuple[int, ...], place: Place | None, *, custom: bool = False) -> Operation:
-        """Return an operation that starts here and now."""
-        here = self._here
-        return Operation(len(self.recording.operations), name, inputs, (), place, here.scope, here.active, custom)
-
-    def _begin(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None, frame: FrameType
-    ) -> Operation:
-        """Note that a call starts, with what of its arguments it uses the numbers of; ``frame`` called it."""
-        if name in AS_ANOTHER or name == "__deepcopy__":  # the memo of a deepcopy holds all copies made so far
-            args, kwargs = args[:1], {}
-        elif name in ("new_tensor", "new"):  # of the dtype and device of the first, and the numbers of the second
-            args = args[1:]
-        operation = self._start(name, (*args, *kwargs.values()), place, self._here)
-        if name in RULE_OF_OPERATION:
-            operation.chain, operation.via = call_chain(frame), inside_of(frame, name)
-        return operation
-
-    def _start(self, name: str, given: tuple[Any, ...], place: Place | None, here: OpenScopes) -> Operation:
-        provenance, recording = self.provenance, self.recording
-        provenance.place = place
-        inputs = provenance.values_of(given)
-        if provenance.escapes.scalars:
-            inputs += provenance.escapes.scalars_in(given)
-        regions = here.active if here.regions else ()
-        operation = Operation(len(recording.operations), name, inputs, (), place, here.scope, regions)
-        recording.pending = operation
-        return operation
-
-    def _finish(self, pending: Operation, produced: Any, here: OpenScopes | None = None) -> None:
-        recording = self.recording
-        recording.pending = None
-        made = [produced] if type(produced) is torch.Tensor else tensors_in(produced)
-        pending.outputs = tuple([self.provenance.remember(tensor).id for tensor in made])
-        if pending.name in ROOMS:
-            recording.values[pending.outputs[0]].room = True
-        # What gives out nothing counts where it lets numbers out, or writes: what is blamed for that has to be there.
-        counts = pending.outputs or pending.name in ESCAPES or is_in_place(pending.name)
-        made_for_inference = bool((here or self._here).regions) and any(tensor.is_inference() for tensor in made)
-        if (pending.inputs and counts) or made_for_inference:
-            since, pending.index = pending.index, len(recording.operations)
-            recording.operations.append(pending)
-            for tensor in made:
-                tag(tensor, pending.index, since)
 
     def step(self, optimizer: torch.optim.Optimizer, place: Place | None, *, begins: bool) -> None:
         """Note that an optimizer begins its step, or that it ends it."""
@@ -412,7 +365,7 @@ class Recorder(TorchFunctionMode):
     def _record_module(
         self, name: str, inputs: tuple[int, ...], place: Place | None, results: list[torch.Tensor]
     ) -> None:
-        self._finish(self._new(name, inputs, place, custom=True), results)
+        self._operations.finish(self._operations.new(name, inputs, place, custom=True), results)
 
     @unwatched
     def value_ids(self, result: list[torch.Tensor]) -> tuple[int, ...]:

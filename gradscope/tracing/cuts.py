@@ -27,7 +27,9 @@ RULE_OF_OPERATION = {
     **dict.fromkeys(_COMPARISONS.split(), "GS402"),
     **dict.fromkeys(("long", "int", "short", "char", "byte", "bool", "to", "type"), "GS403"),
 }
-SWITCHES = frozenset({"no_grad", "inference_mode", "set_grad_enabled", "enable_grad"})
+# What an exported program has in the place of a switch (``torch.ops.higher_order``).
+EXPORTED_SWITCH = "wrap_with_set_grad_enabled"
+SWITCHES = frozenset({"no_grad", "inference_mode", "set_grad_enabled", "enable_grad", EXPORTED_SWITCH})
 RULE_OF_REGION = {
     ("inference_mode", "decorator"): "GS101",
     ("no_grad", "decorator"): "GS102",

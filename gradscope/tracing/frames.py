@@ -8,6 +8,7 @@ import inspect
 import itertools
 import linecache
 import os
+import re
 import sys
 import sysconfig
 import textwrap
@@ -40,6 +41,8 @@ CALLERS = frozenset(os.path.join(OWN_FOLDER, "tracing", name) for name in ("runn
 
 # Libraries that run kernels; the line that launches one is meant. A folder of that name may be anybody's.
 LAUNCHERS = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("triton", "cupy", "numba"))
+# A line of a traceback in words.
+_TRACED = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
 # Libraries whose frames only pass a call on.
 WRAPPERS = frozenset({"typing_extensions.py", "decorator.py", "wrapt", "beartype", "jaxtyping", "typeguard"})
 
@@ -190,6 +193,18 @@ def region_site(frame: FrameType, mechanism: str) -> Site:
     statement = linecache.getline(found.f_code.co_filename, found.f_lineno).strip()
     how = "block" if statement.startswith(("with", "async with")) else "call"
     return Site(found.f_code.co_filename, found.f_lineno, function_name(found), mechanism, how)
+
+
+def exported_site(graph: Any, mechanism: str) -> Site | None:
+    """Return the line that a graph of an exported program begins with, as it remembers it; None where it does not."""
+    nodes = graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ()
+    for node in nodes:
+        lines = _TRACED.findall(node.meta.get("stack_trace") or "")
+        users = [line for line in lines if is_user_file(line[0])]
+        if users:
+            path, line, function = users[-1]
+            return Site(path, int(line), function, mechanism, "call")
+    return None
 
 
 def inside_of(frame: FrameType | None, name: str) -> str:

@@ -23,7 +23,8 @@ from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_g
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
-from gradscope.tracing.frames import call_chain, is_user_file, region_site, user_place
+from gradscope.tracing.cuts import EXPORTED_SWITCH
+from gradscope.tracing.frames import call_chain, exported_site, is_user_file, region_site, user_place
 from gradscope.tracing.older_torch import shown, unseen_collectives
 from gradscope.tracing.patches import Patches
 from gradscope.tracing.recording import Place, Region, Site
@@ -74,6 +75,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_switch(patches, enable_grad, observer, neutralised)
         _patch_switch(patches, inference_mode, observer, neutralised)
         _patch_set_grad_enabled(patches, observer, neutralised)
+        _patch_exported(patches, observer, neutralised)
         _patch_custom_functions(patches, observer)
         _patch_parameter(patches, observer)
         _patch_copying(patches, observer)
@@ -172,6 +174,32 @@ def _begin_switch(switch: Any, frame: FrameType, observer: Observer, neutralised
         torch._C._set_grad_enabled(switch.prev)
     elif observer.is_watching:
         observer.enter_region(switch, Region(site, not switch.mode, call_chain(frame)))
+
+
+def _patch_exported(patches: Patches, observer: Observer, neutralised: frozenset[Site]) -> None:
+    """Patch the switch of an exported program: what ran under one is a graph of its own there."""
+    cls = getattr(sys.modules.get("torch._higher_order_ops.wrap"), "WrapWithSetGradEnabled", None)
+    if cls is None:  # nothing of that kind is loaded
+        return
+    original: Callable[..., Any] = cls.__call__
+
+    def __call__(self: Any, enable_grad: bool, wrapped_func: Any, *args: Any, **kwargs: Any) -> Any:
+        if not observer.is_here:
+            return original(self, enable_grad, wrapped_func, *args, **kwargs)
+        frame, key, before = sys._getframe(1), object(), torch.is_grad_enabled()
+        site = exported_site(wrapped_func, EXPORTED_SWITCH) or region_site(frame, EXPORTED_SWITCH)
+        if site in neutralised:
+            return wrapped_func(*args, **kwargs)
+        if observer.is_watching:
+            observer.enter_region(key, Region(site, not enable_grad, call_chain(frame)))
+        torch._C._set_grad_enabled(enable_grad)
+        try:
+            return wrapped_func(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
+            observer.leave_region(key)
+
+    patches.replace(cls, "__call__", __call__)
 
 
 def _patch_custom_functions(patches: Patches, observer: Observer) -> None:

@@ -6,7 +6,7 @@ from gradscope.findings import Confidence, Finding, Severity, listed
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
 from gradscope.tracing.calls import DERIVES
-from gradscope.tracing.cuts import SWITCHES, Cut
+from gradscope.tracing.cuts import EXPORTED_SWITCH, SWITCHES, Cut
 from gradscope.tracing.frames import excerpt, source_line, source_site
 from gradscope.tracing.recording import Recording, Site
 from gradscope.tracing.verify import Proof
@@ -15,6 +15,7 @@ ADVICE = {
     "GS1": "Do not enter {mechanism} here when a gradient is wanted.",
     "GS107": "Switch it back before the call is over: {mechanism} as a block, which ends, or as a decorator.",
     "set_grad_enabled": "Let what {mechanism} is given here be True when a gradient is wanted.",
+    EXPORTED_SWITCH: "Export the program again without the switch here: it keeps the one that it was exported with.",
     "GS2": "Keep the graph: leave out {mechanism} on the path that is trained.",
     "GS202": "Keep the graph: leave out {mechanism} on the path that is trained; put a computed weight to use with "
     "torch.func.functional_call.",

@@ -22,6 +22,7 @@ from two import Between, Straight, Two, arriving, given, named, traced
 
 import gradscope
 from gradscope.errors import NotAnalysedError, UsageError
+from gradscope.paths import short_path
 
 # --- threads -------------------------------------------------------------------------------------------
 
@@ -529,6 +530,22 @@ class WithoutGrad(nn.Module):
         with torch.no_grad():
             y = self.layer(x)
         return y
+
+
+def test_a_switch_in_an_exported_program_is_named_by_the_line_that_was_exported() -> None:
+    """And not by torch's own, nor for lack of a formula of ``linear``."""
+    x = torch.randn(2, 4)
+    program = torch.export.export(WithoutGrad(), (x,))
+    model = nn.Sequential(nn.Linear(4, 4), program.module(), nn.Linear(4, 4))
+    for mode in ("real", "structural"):
+        session = gradscope.trace(model, x, mode=mode)
+        assert session.sources["1.layer.weight"].status == "blocked" and session.fix_verified
+        finding = session.findings[0]
+        assert (len(session.findings), finding.rule, finding.path) == (1, "GS105", short_path(__file__))
+        first = WithoutGrad.forward.__code__.co_firstlineno
+        assert finding.line in (first + 1, first + 2)  # the switch, or what is under it
+    whole = torch.export.export(nn.Linear(4, 4), (x,)).module()
+    assert gradscope.trace(whole, x).verdict == "flows"
 
 
 @pytest.mark.filterwarnings("ignore")

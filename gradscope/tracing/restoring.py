@@ -181,6 +181,9 @@ def _wait_for_no_rank(modules: list[nn.Module]) -> None:
     for module in modules:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module.require_backward_grad_sync = module.require_forward_param_sync = False
+            # Nor let its output tell the reducer of a backward pass, of which there is one that counts: the first.
+            module._static_graph_delay_allreduce_enqueued = True
+            module.find_unused_parameters = False
 
 
 @contextmanager

@@ -196,6 +196,12 @@ class Runner:
                 f"{self.subject.name} is sharded by FSDP, which keeps weights where a trace cannot put them back.",
                 hint="Trace the model before it is sharded: that changes nothing about where gradients flow.",
             )
+        if self.workshop.mode == "real" and any(map(_learns_its_graph, held.modules)):
+            raise UsageError(
+                f"{self.subject.name} has a static graph, which its first backward pass tells it: one of a trace would "
+                "be taken for that.",
+                hint="Trace the model before it is wrapped, after its first step, or in structural mode.",
+            )
         return held
 
     def _call(self, recorder: Recorder, built: Built, run: Run, backward: Pass) -> None:
@@ -229,6 +235,15 @@ def _is_sharded(modules: list[nn.Module]) -> bool:
     kinds = (getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule"))
     sharded = tuple(kind for kind in kinds if kind is not None)
     return any(isinstance(module, sharded) for module in modules)
+
+
+def _learns_its_graph(module: nn.Module) -> bool:
+    """Tell a ``DistributedDataParallel(..., static_graph=True)`` before its first backward pass."""
+    return (
+        isinstance(module, nn.parallel.DistributedDataParallel)
+        and module.static_graph
+        and not module._static_graph_delay_allreduce_enqueued
+    )
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -84,3 +84,45 @@ def test_a_sharded_model_is_refused_and_trains_on(tmp_path: Path) -> None:
         [sys.executable, script, tmp_path / "store"], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, "sharded by FSDP" in done.stdout) == (0, True), done.stderr
+
+
+STATIC = """
+import sys
+import torch
+from torch import distributed, nn
+import gradscope
+from gradscope.errors import UsageError
+
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), static_graph=True)
+x = torch.randn(2, 4)
+
+
+def step():
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return all(parameter.grad.any() for parameter in model.parameters())
+
+
+print(gradscope.trace(model, x).verdict)
+try:
+    gradscope.trace(model, x, mode="real")
+except UsageError as error:
+    print(error.message)
+assert step() and step() and step()
+print(gradscope.trace(model, x, mode="real").verdict)
+assert step() and step()
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_a_static_graph_is_learned_from_the_first_step_and_not_from_a_trace(tmp_path: Path) -> None:
+    script = tmp_path / "static.py"
+    script.write_text(STATIC)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "store"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, refused, second = done.stdout.splitlines()
+    assert (first, "static graph" in refused, second) == ("flows", True, "flows")

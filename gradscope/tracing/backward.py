@@ -56,24 +56,27 @@ def run_backward(
     watched: bool,
     measured: bool,
     keeps_graph: bool = False,
+    hooked: bool = False,
 ) -> Backward:
     """Run backward from the sinks to the sources asked about, and measure the gradient of each that it reaches.
 
     Each gradient is dropped as soon as it is measured. Where ``watched``, every node is looked at too, which tells
-    where a gradient was lost. Only what leads to a source is run; all of it where a custom function may reach others.
-    ``keeps_graph``: a part of it is the caller's, made before the run.
+    where a gradient was lost. Only what leads to a source is run; all of it where a custom function may reach others,
+    or a hook may (``hooked``): it may go backward itself. ``keeps_graph``: a part of it is the caller's, made before
+    the run.
     """
     result = Backward(measured=measured)
     leaves = {id(leaf) for leaf in graph.leaves}
     reached = {name: tensor for name, tensor in named.items() if name in asked and id(tensor) in leaves}
-    hidden = {name: tensor for name, tensor in named.items() if name in asked and id(tensor) not in leaves
-              and graph.custom}  # fmt: skip
-    starts = [sink for sink in sinks if sink.grad_fn is not None]
+    may_reach_others = graph.custom or hooked
+    hidden = {name: tensor for name, tensor in named.items() if (name in asked or hooked) and id(tensor) not in leaves
+              and may_reach_others}  # fmt: skip
+    starts = [sink for sink in sinks if sink.grad_fn is not None or has_hook(sink)]
     if not starts or not (reached or hidden):
         return result
     watch = _Watch(graph, measured) if watched else None
     wanted = list({id(tensor): tensor for tensor in reached.values()}.values())
-    around = [tensor for tensor in named.values() if tensor.requires_grad] if graph.custom else []
+    around = [tensor for tensor in named.values() if tensor.requires_grad] if may_reach_others else []
     touched = list({id(tensor): tensor for tensor in (*graph.leaves, *around)}.values())
     with _put_aside(touched), _hooked(watch):
         collected = _collect(touched, measured)
@@ -89,6 +92,11 @@ def run_backward(
     if watch is not None:
         result.losses = watch.losses(reached, result)
     return result
+
+
+def has_hook(result: torch.Tensor) -> bool:
+    """Tell a result that is a leaf with a hook: all that comes of a backward pass is what that does (GradCache)."""
+    return result.is_leaf and result.requires_grad and bool(result._backward_hooks)
 
 
 def _weight(sink: torch.Tensor) -> torch.Tensor:

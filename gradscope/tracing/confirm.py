@@ -59,8 +59,10 @@ def confirm(subject: Subject, proof: Proof, home: torch.device) -> list[str]:
         elif status in ("partial", "flows") and answer in ("agrees", "none"):
             _clear(proof, name)
     spoiled = {name for cut in proof.cuts.values() for name in cut.wrong}
+    # What a hook computes the numeric check does not ask for.
     wrong = {name for name, answer in checked.answers.items() if answer == "differs"
              and (diagnosis.statuses[name] in ("flows", "zero") or name in spoiled)}  # fmt: skip
+    wrong -= proof.first.recording.by_hook
     remarks += _blame_wrong(proof, wrong, checked) if wrong else []
     unclear = sorted(name for name, answer in checked.answers.items() if answer == "unclear")
     if unclear:

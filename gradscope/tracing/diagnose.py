@@ -89,7 +89,8 @@ def _diagnose(recording: Recording) -> Diagnosis:
     _add_beside_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
     _add_escapes(cuts, recording, walks, wanted["blocked"], bits)
     _add_inside(cuts, statuses, recording, walks, bits)
-    surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"], bits)
+    by_hook = sum(bits[name] for name in recording.by_hook)
+    surrogates = _add_partial(cuts, statuses, recording, walks, wanted["flows"] & ~by_hook, bits)
     for operation in recording.operations:
         if operation.name in STRAIGHT_THROUGH:
             surrogates |= _named(union(walks.linked, operation.inputs), bits)

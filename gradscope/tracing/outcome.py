@@ -6,7 +6,7 @@ from, read off at that moment, since the graph is freed by it and the weights ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from gradscope.errors import in_words
 from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph, walk_graph
-from gradscope.tracing.backward import run_backward
+from gradscope.tracing.backward import has_hook, run_backward
 from gradscope.tracing.constants import kept_with_history
 from gradscope.tracing.contents import describe, left_torch, results_in
 from gradscope.tracing.cuts import FREED
@@ -101,6 +101,8 @@ class Outcome:
             graph = self._walked(sinks, named)
             recording.reached = self._reached(graph, named) | self._frozen_meanwhile(run, named)
             recording.walked = True
+            if any(map(has_hook, sinks)):
+                self._take_in_own_passes()
             if backward != "none":
                 self._go_back(run, sinks, graph, named, watched=backward == "watched")
         finally:  # a frame that an exception keeps must not keep the graph
@@ -134,6 +136,26 @@ class Outcome:
         run.frozen |= frozen
         run.froze = frozen
         return linked_sources(self._recording) & frozen if frozen else frozenset()
+
+    def _take_in_own_passes(self) -> None:
+        """Count what the call went backward to itself, where a hook on its result goes on with that (GradCache)."""
+        if self._workshop.mode == "structural":
+            raise CannotTell(
+                "A hook on the result computes gradients: only its backward pass, run with numbers, shows which.",
+                hint="Use --mode real.",
+            )
+        passes = self._recording.training.passes
+        own = frozenset().union(*(linked_sources(replace(self._recording, sinks=each.values)) for each in passes))
+        self._recording.reached |= own
+        self._recording.by_hook = own
+
+    def _note_by_hook(self, sources: frozenset[str]) -> None:
+        self._recording.by_hook |= sources
+        if sources:
+            self._recording.unseen.append(
+                f"{len(sources)} sources get their gradient from a hook of the backward pass, which computes it once "
+                "more: whether a part of it is missing was not judged."
+            )
 
     def _note_kept(self) -> None:
         """Note a state that the call began with, and that it leaves with a graph: what comes of it the next one shows.
@@ -199,8 +221,10 @@ class Outcome:
                 "The outputs are not finite with these inputs: what gradients are worth is unknown."
             )
             return
-        keeps = self._recorder.provenance.has_foreign_graph
-        result = run_backward(sinks, graph, named, run.asked, watched=watched, measured=measured, keeps_graph=keeps)
+        keeps, hooked = self._recorder.provenance.has_foreign_graph, bool(run.recording.hooks)
+        result = run_backward(
+            sinks, graph, named, run.asked, watched=watched, measured=measured, keeps_graph=keeps, hooked=hooked
+        )
         if result.error is not None and not measured and not isinstance(result.error, NotImplementedError):
             _refuse_hidden(run)
             run.recording.unseen.append("The backward pass could not be followed without numbers (--mode real).")
@@ -217,6 +241,8 @@ class Outcome:
         run.gradients, run.measured, run.troubled = result.gradients, measured, result.troubled
         run.recording.losses = result.losses
         run.recording.link_nested(result.nested)
+        if hooked and not graph.custom:
+            self._note_by_hook(result.nested)
         if result.error is not None:
             run.recording.backward_error = f"{type(result.error).__name__}: {result.error}"
 

@@ -242,6 +242,7 @@ class Recording:
     escapes: list[Operation] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
     hooks: dict[int, Place] = field(default_factory=dict)
+    by_hook: frozenset[str] = frozenset()
     losses: list[Loss] = field(default_factory=list)
     backward_error: str = ""
     reentrant: bool = False

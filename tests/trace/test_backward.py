@@ -289,6 +289,50 @@ def test_a_derivative_that_torch_does_not_have_is_mapped_to_its_call() -> None:
         assert named(session, between) == [("error", rule, 1)]
 
 
+class Cached(nn.Module):
+    """Embed without recording, and once more in a hook, with the gradient that the loss gave (GradCache)."""
+
+    def __init__(self, *, only_looks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.only_looks = only_looks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            embedded = self.layer(x)
+        embedded = embedded.detach().requires_grad_()
+        loss = self.head(embedded).square().mean()
+        loss.backward()
+
+        def embed_again(_: torch.Tensor) -> None:
+            with torch.enable_grad():
+                self.layer(x).backward(embedded.grad)
+
+        loss = loss.detach().requires_grad_()
+        loss.register_hook((lambda grad: None) if self.only_looks else embed_again)
+        return loss
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_a_gradient_that_a_hook_on_the_result_computes_arrives(mode: str) -> None:
+    model, x = Cached(), torch.randn(3, 4)
+    model(x).backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+    session = gradscope.trace(model, x, mode=mode) if mode == "auto" else gradscope.trace(model, x, wrt=["layer.*"])
+    assert (session.verdict, session.findings, session.target["mode"]) == ("flows", [], "real")
+    assert session.sources["layer.weight"].gradient.norm_l2 > 0
+    assert any("from a hook of the backward pass" in words for words in session.unseen)
+    assert gradscope.trace(model, x, numeric=True).verdict == "flows"
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_a_hook_that_only_looks_gives_no_gradient(mode: str) -> None:
+    session = gradscope.trace(Cached(only_looks=True), torch.randn(3, 4), mode=mode, wrt=["layer.*"])
+    assert session.verdict == "blocked" and session.sources["layer.weight"].status == "blocked"
+    assert "GS104" in {each.rule for each in session.findings}
+
+
 class HookedOutput(nn.Module):
     """Set a hook that raises on the output itself, as models in equilibrium do to solve for the gradient."""
 

@@ -186,7 +186,7 @@ def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
     for name in _names_of_saved(node.__class__):
         try:
             saved = getattr(node, name)
-        except RuntimeError as error:
+        except Exception as error:  # autograd's, or of a hook that was to unpack it and cannot here
             if "modified by an inplace operation" in str(error):
                 words = f"it changes a value that {node.name()} saved for the backward pass, which raises."
                 return Refusal("GS603", words, _first_sentence(str(error)), True, write=writes[-1].operation)

@@ -289,6 +289,22 @@ def test_a_derivative_that_torch_does_not_have_is_mapped_to_its_call() -> None:
         assert named(session, between) == [("error", rule, 1)]
 
 
+def changed_where_that_is_allowed(x: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        y = x.exp()
+        z = y * 2
+        y.mul_(2)
+    return y + z
+
+
+def test_what_cannot_be_unpacked_after_its_context_ends_no_trace() -> None:
+    with pytest.raises(AssertionError, match="Trying to backward outside"):
+        arriving(changed_where_that_is_allowed)
+    assert traced(changed_where_that_is_allowed, "structural").verdict == "flows"  # backward may be called inside
+    session = traced(changed_where_that_is_allowed)
+    assert session.verdict == "crashes" and session.crash["exception"] == "AssertionError"
+
+
 class Cached(nn.Module):
     """Embed without recording, and once more in a hook, with the gradient that the loss gave (GradCache)."""
 

@@ -117,7 +117,9 @@ def _entry(kind: type[nn.Module], asked: str | None) -> tuple[str, tuple[str, ..
             known = ", ".join(list(dict.fromkeys(own))[:12]) or "none of its own"
             raise UsageError(f"{kind.__name__} has no method {asked!r}.", hint=f"It has: {known}.")
         return asked, ()
-    if kind.forward is not nn.Module.forward or kind.__call__ is not nn.Module.__call__:
+    # Statically: a script has its forward in each object, and its class raises where it is asked.
+    forward = inspect.getattr_static(kind, "forward")
+    if forward is not nn.Module.forward or kind.__call__ is not nn.Module.__call__:
         return "forward", ()
     for name in USUAL_ENTRIES:
         if callable(getattr(kind, name, None)):

@@ -41,6 +41,11 @@ RULE_OF_REGION = {
 NOT_GIVEN = "it uses tensors that apply() was not given one by one (of a module, in a list): they get no gradient."
 GIVE_IT = "Pass each of them to {mechanism}.apply as an argument of its own, and return a gradient for it."
 
+# A module of which nothing is seen inside.
+LOOK_INSIDE = (
+    "Trace the Python that it was made of, where every line is seen; a script keeps what that switches off or detaches."
+)
+
 # What a reentrant checkpoint does not connect.
 UNRECORDED = "no tensor that it is given requires a gradient, and then a reentrant checkpoint records nothing."
 GIVE_TENSORS = "Pass use_reentrant=False, or give back tensors, one or a tuple of them."
@@ -158,6 +163,8 @@ def cut_at(cuts: dict[Site, Cut], recording: Recording, operation: Operation) ->
     )
     cut = cuts.setdefault(site, Cut(site, rule, chain=operation.chain or (code_name(operation.place.code),)))
     cut.module, cut.via = _module_path(recording, operation), operation.via
+    if operation.custom and operation.name.endswith(".forward"):
+        cut.advice = cut.advice or LOOK_INSIDE
     return cut
 
 

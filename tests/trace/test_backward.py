@@ -12,6 +12,7 @@ from two import Between, Two, ZeroBackward, arriving, given, named, traced
 
 import gradscope
 from gradscope.errors import NotAnalysedError
+from gradscope.tracing.backward import _look
 
 # --- zero ------------------------------------------------------------------------------------------
 
@@ -95,6 +96,27 @@ def where_before(x: torch.Tensor) -> torch.Tensor:
 def test_the_safe_way_to_write_it_is_no_finding() -> None:
     assert arriving(where_before)["first.weight"].isfinite().all()
     assert named(traced(where_before), where_before) == []
+
+
+TINY = torch.finfo(torch.float64).tiny
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([1.0, float("inf")]), torch.tensor([-float("inf"), 0.0]),
+        torch.tensor([float("nan"), float("inf")], dtype=torch.bfloat16), torch.zeros(3, 2), -torch.zeros(2),
+        torch.tensor([0.0, TINY], dtype=torch.float64), torch.tensor([0.0, -TINY], dtype=torch.float64),
+        torch.ones(2, dtype=torch.float16), torch.tensor(2.0), torch.zeros(0), torch.ones(2, 2)[:, ::2].t(),
+        torch.tensor([0j, 1j]).conj(), torch.tensor([complex(0, float("nan"))]), torch.zeros(2, dtype=torch.complex64),
+        torch.eye(3).to_sparse(), torch.zeros(3, 3).to_sparse(), torch.eye(3).to_sparse_csr(),
+    ],
+)  # fmt: skip
+def test_the_extremes_of_a_gradient_tell_what_all_its_numbers_do(grad: torch.Tensor) -> None:
+    numbers = grad.to_dense() if grad.layout != torch.strided else grad
+    found = _look(grad, measured=True)
+    assert isinstance(found, torch.Tensor)
+    assert found.tolist() == [bool(numbers.isfinite().all()), bool(numbers.any())]
 
 
 def test_outputs_that_are_not_finite_say_nothing_of_gradients() -> None:

@@ -20,8 +20,11 @@ STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
 _SUBTRACTIONS = frozenset("sub sub_ subtract __sub__ __isub__".split())
 _REVERSED = frozenset({"rsub", "__rsub__"})
 _ADDITIONS = _SUBTRACTIONS | _REVERSED | frozenset("add add_ __add__ __radd__ __iadd__".split())
+_DIFFERENCES = _SUBTRACTIONS | _REVERSED
+_SUMS = _ADDITIONS - _DIFFERENCES
 _EXPONENTIALS = frozenset("exp exp_ exp2 exp2_".split())
-_SOFTMAX = frozenset({"softmax", "log_softmax", "logsumexp"})
+_SOFTMAX = frozenset({"softmax", "log_softmax"})
+_LOGARITHMS = frozenset({"log", "logsumexp"})
 _DIVISIONS = frozenset("div div_ divide true_divide __truediv__ __itruediv__".split())
 # What gives the largest of some numbers, and what hands numbers on in another shape.
 _LARGEST = frozenset("max amax maximum cummax scatter_reduce scatter_reduce_ index_reduce index_reduce_".split())
@@ -107,7 +110,8 @@ class Intentions:
         Whatever the detached value is used for has to be that, or adding it again to the logarithm of the sum.
         """
         is_largest = self._comes_of_largest(cut)
-        shifted: list[int] = []
+        shifts, shifted = set(cut.outputs), list[int]()
+        restored: set[int] = set()
         pending = list(cut.outputs)
         while pending:
             value = pending.pop()
@@ -116,12 +120,18 @@ class Intentions:
             for user in self._consumers.get(value, ()):
                 if user.name in _LARGEST or user.name in _CARRIES:
                     is_largest = is_largest or user.name in _LARGEST
+                    shifts.update(user.outputs)
                     pending += user.outputs
                 elif user.name in _SUBTRACTIONS and user.inputs[1:] == (value,):
                     shifted += user.outputs
-                elif not self._restores(user, value):
+                elif user.name in _SUMS:
+                    restored.update(each for each in user.inputs if each not in shifts)
+                else:
                     return False
-        return is_largest and bool(shifted) and all(map(self._is_normalised, shifted))
+        if not (is_largest and shifted):
+            return False
+        logarithms: set[int] = set()
+        return all(self._is_normalised(each, shifts, logarithms) for each in shifted) and restored <= logarithms
 
     def _comes_of_largest(self, cut: Operation) -> bool:
         maker: Operation | None = cut
@@ -129,39 +139,60 @@ class Intentions:
             maker = self._makers.get(maker.inputs[0])
         return maker is not None and maker.name in _LARGEST
 
-    def _restores(self, user: Operation, shift: int) -> bool:
-        """Tell ``log(sum) + shift``."""
-        others = [self._makers.get(value) for value in user.inputs if value != shift]
-        return user.name in _ADDITIONS and all(other is not None and other.name == "log" for other in others)
+    def _is_normalised(self, shifted: int, shifts: set[int], logarithms: set[int]) -> bool:
+        """Tell whether a value is used in an exponential that is divided by its sum, or whose sum's logarithm is taken.
 
-    def _is_normalised(self, shifted: int) -> bool:
-        """Tell whether a value is used in an exponential that is divided by its sum, or whose sum's log is taken.
-
-        Else only that log may be taken off it (``x - x.exp().sum().log()``).
+        That logarithm, noted in ``logarithms``, may only be taken off the value (``x - x.exp().sum().log()``), or have
+        a shift added: alone it is another number for each.
         """
-        others: list[Operation] = []
+        own, others = {shifted}, list[Operation]()
         made: set[int] = set()
+        divided = False
         pending = [shifted]
+        while pending:
+            for user in self._consumers.get(pending.pop(), ()):
+                divided = divided or user.name in _SOFTMAX
+                if user.name in _EXPONENTIALS or user.name in _SOFTMAX:
+                    made.update(user.outputs)
+                elif user.name in _LOGARITHMS:
+                    logarithms.update(user.outputs)
+                elif user.name in _CARRIES:
+                    own.update(user.outputs)
+                    pending += user.outputs
+                else:
+                    others.append(user)
+        pending = list(made)
+        while pending:
+            for user in self._consumers.get(pending.pop(), ()):
+                if user.name in _LOGARITHMS:
+                    logarithms.update(user.outputs)
+                    continue
+                divided = divided or (user.name in _DIVISIONS and made.issuperset(user.inputs))
+                pending += [output for output in user.outputs if output not in made]
+                made.update(user.outputs)
+        return (
+            own.isdisjoint(self._results)
+            and self._cancels(logarithms, own, shifts)
+            and (divided or bool(logarithms))
+            and all(user.name in _DIFFERENCES and not logarithms.isdisjoint(user.inputs) for user in others)
+        )
+
+    def _cancels(self, logarithms: set[int], own: set[int], shifts: set[int]) -> bool:
+        """Tell whether logarithms go nowhere but into a difference from the values, or into a sum with a shift."""
+        pending = list(logarithms)
         while pending:
             value = pending.pop()
             if value in self._results:
                 return False
             for user in self._consumers.get(value, ()):
-                if user.name in _EXPONENTIALS or user.name in _SOFTMAX:
-                    made.update(user.outputs)
-                elif user.name in _CARRIES:
+                if user.name in _CARRIES:
+                    logarithms.update(user.outputs)
                     pending += user.outputs
-                else:
-                    others.append(user)
-        is_normalised = any(self._makers[value].name in _SOFTMAX for value in made)
-        pending = list(made)
-        while pending:
-            for user in self._consumers.get(pending.pop(), ()):
-                divided = user.name in _DIVISIONS and made.issuperset(user.inputs)
-                is_normalised = is_normalised or divided or user.name == "log"
-                pending += [output for output in user.outputs if output not in made]
-                made.update(user.outputs)
-        return is_normalised and all(user.name in _SUBTRACTIONS and user.inputs[-1] in made for user in others)
+                elif (user.name not in _DIFFERENCES or own.isdisjoint(user.inputs)) and (
+                    user.name not in _SUMS or shifts.isdisjoint(user.inputs)
+                ):
+                    return False
+        return True
 
 
 def _signed(addition: Operation) -> Iterator[tuple[int, int]]:

@@ -185,6 +185,16 @@ def log_softmax_without_itself(x: torch.Tensor) -> torch.Tensor:
     return logits - (others.exp() * (1 - torch.eye(3, 4))).sum(1, keepdim=True).log()
 
 
+def cross_entropy(x: torch.Tensor) -> torch.Tensor:
+    shifted = x - x.max(-1, keepdim=True).values.detach()
+    return (shifted.exp().sum(-1, keepdim=True).log() - shifted[:, :1]).expand(3, 4)
+
+
+def largest_put_back(x: torch.Tensor) -> torch.Tensor:
+    largest = x.amax(-1, keepdim=True).detach()
+    return (largest + (x - largest).logsumexp(-1, keepdim=True)).expand(3, 4)
+
+
 def softmax_over_neighbours(x: torch.Tensor) -> torch.Tensor:
     """As graph networks do it: each row belongs to a node."""
     node = torch.tensor([[0], [1], [0]]).expand(3, 4)
@@ -202,6 +212,8 @@ def exact(between: Between) -> torch.Tensor:
         log_softmax_without_itself: lambda x: (
             x - x.masked_fill(torch.eye(3, 4).bool(), -1e9).logsumexp(1, keepdim=True)
         ),
+        cross_entropy: lambda x: -x.log_softmax(-1)[:, :1].expand(3, 4),
+        largest_put_back: lambda x: x.logsumexp(-1, keepdim=True).expand(3, 4),
         softmax_over_neighbours: lambda x: torch.stack([*x[[0, 2]].softmax(0), torch.ones(4)])[[0, 2, 1]],
     }[between]
     gradient = arriving(whole)["input.0"]
@@ -211,7 +223,8 @@ def exact(between: Between) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["real", "auto"])
 @pytest.mark.parametrize("between", [
-    shifted_softmax, shifted_without_recording, logsumexp, log_softmax_without_itself, softmax_over_neighbours,
+    shifted_softmax, shifted_without_recording, logsumexp, log_softmax_without_itself, cross_entropy, largest_put_back,
+    softmax_over_neighbours,
 ])  # fmt: skip
 def test_a_softmax_shifted_by_its_largest_value_misses_nothing(between: Between, mode: str) -> None:
     assert torch.allclose(arriving(between)["input.0"], exact(between), atol=1e-6)
@@ -253,6 +266,31 @@ def shifted_and_given_on(x: torch.Tensor) -> torch.Tensor:
     return shifted * shifted.softmax(-1)
 
 
-@pytest.mark.parametrize("between", [shifted_only, shifted_for_a_square, shift_used_elsewhere, shifted_and_given_on])
+def log_of_a_sum(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.amax(-1, keepdim=True).detach()).exp().sum(-1, keepdim=True).log().expand(3, 4)
+
+
+def log_of_a_sum_in_one(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.amax(-1, keepdim=True).detach()).logsumexp(-1, keepdim=True).expand(3, 4)
+
+
+def log_less_the_largest(x: torch.Tensor) -> torch.Tensor:
+    largest = x.amax(-1, keepdim=True).detach()
+    return ((x - largest).exp().sum(-1, keepdim=True).log() - largest).expand(3, 4)
+
+
+def log_taken_off_the_unshifted(x: torch.Tensor) -> torch.Tensor:
+    return x - (x - x.amax(-1, keepdim=True).detach()).exp().sum(-1, keepdim=True).log()
+
+
+def shifted_less_its_softmax(x: torch.Tensor) -> torch.Tensor:
+    shifted = x - x.amax(-1, keepdim=True).detach()
+    return shifted - shifted.softmax(-1)
+
+
+@pytest.mark.parametrize("between", [
+    shifted_only, shifted_for_a_square, shift_used_elsewhere, shifted_and_given_on, log_of_a_sum, log_of_a_sum_in_one,
+    log_less_the_largest, log_taken_off_the_unshifted, shifted_less_its_softmax,
+])  # fmt: skip
 def test_a_shift_that_something_else_is_made_of_stays_a_cut(between: Between) -> None:
     assert [(severity, rule) for severity, rule, _ in named(traced(between), between)] == [("warning", "GS201")]

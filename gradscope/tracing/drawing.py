@@ -48,10 +48,12 @@ class _DrawnLater(FlowGraph):
 
     def __getattr__(self, name: str) -> Any:
         """Draw; asked only for what is not there yet."""
-        if name not in ("nodes", "edges") or self._draw is None:
+        draw = self._draw
+        if name not in ("nodes", "edges") or draw is None:
             raise AttributeError(name)
-        drawn, self._draw = self._draw(), None
+        drawn = draw()
         self.nodes, self.edges = drawn.nodes, drawn.edges
+        self._draw = None  # last: another thread that looks meanwhile draws as well
         return getattr(drawn, name)
 
     def __eq__(self, other: object) -> bool:

@@ -318,6 +318,8 @@ class Recording:
                 return []
             operation = self.operations[number]
             touched = {written[value] for value in (*operation.inputs, *operation.outputs) if value in written}
+            if not touched:
+                return []
             later = [write for memory in touched for write in telling[memory] if write.operation > number]
             return sorted(later, key=lambda write: write.operation)
 

@@ -54,7 +54,10 @@ def _seed_cuda_as_new(seed: int) -> None:
 
 @contextmanager
 def unhurried_collector() -> Iterator[None]:
-    """Let Python look for cycles less often: a recording keeps thousands of small objects and makes none."""
+    """Let Python look for cycles less often: a recording keeps thousands of small objects and makes none.
+
+    Those that are left when the block ends count as old: the next collections would go through them in vain.
+    """
     before = gc.get_threshold()
     raised = (max(before[0], RARELY), *before[1:])
     if before[0]:  # 0: it was turned off
@@ -64,6 +67,9 @@ def unhurried_collector() -> Iterator[None]:
     finally:
         if gc.get_threshold() == raised:
             gc.set_threshold(*before)
+        if before[0] and not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()
 
 
 @contextmanager

@@ -97,7 +97,8 @@ class Runner:
         with recorder.constructing():
             built = self.subject.build(self.workshop, held.model)
         recorder.provenance.strangers = 0
-        if built.model is not held.model:
+        is_built_anew = built.model is not held.model
+        if is_built_anew:
             named, held = parameters_of(built.model), Inventory(built.model)
         with torch._C.DisableTorchFunction():
             frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
@@ -106,7 +107,7 @@ class Runner:
         for name in sources.keys() & built.inputs.keys():
             built.inputs[name].requires_grad_(True)
         recorder.provenance.add_leaves(sources)
-        recorder.provenance.forget_outside(named.values())
+        recorder.provenance.forget_outside(named, all_of_them=not is_built_anew)
         run = Run(recorder.recording, frozen, set(named), asked)
         recorder.provenance.add_constants(constants_of(held))
         if self._loss is not None:

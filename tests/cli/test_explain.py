@@ -29,7 +29,7 @@ def test_without_a_rule_all_are_listed_within_80_columns() -> None:
 def test_a_page_is_rendered_within_80_columns(code: str) -> None:
     lines = explain(code).stdout.splitlines()
     assert lines[0] == f"{code} {RULES[code]}"
-    body = lines[: lines.index(next(line for line in lines if line.startswith("References")))]
+    body = lines[: lines.index(next(line for line in lines if line.strip() == "References"))]
     assert max(map(len, body)) <= 80
     assert not any("``" in line for line in lines)
 

@@ -57,13 +57,10 @@ class Provenance:
                     self._recording.hooks[value.id] = place
 
     @unwatched
-    def forget_outside(self, parameters: Mapping[str, torch.Tensor], *, all_of_them: bool) -> None:
-        """Take the model's own parameters from those outside; ``all_of_them``: no other was put there."""
+    def forget_outside(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Take the model's own parameters from those outside."""
+        own = {self.value_of(parameter) for parameter in parameters}
         outside = self._recording.outside
-        if all_of_them:
-            outside.clear()
-            return
-        own = {self.value_of(parameter) for parameter in parameters.values()}
         for name in [name for name, value in outside.items() if value in own]:
             del outside[name]
 

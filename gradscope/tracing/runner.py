@@ -107,7 +107,10 @@ class Runner:
         for name in sources.keys() & built.inputs.keys():
             built.inputs[name].requires_grad_(True)
         recorder.provenance.add_leaves(sources)
-        recorder.provenance.forget_outside(named, all_of_them=not is_built_anew)
+        if is_built_anew:
+            recorder.provenance.forget_outside(named.values())
+        else:
+            recorder.recording.outside.clear()  # all of them are its own
         run = Run(recorder.recording, frozen, set(named), asked)
         recorder.provenance.add_constants(constants_of(held))
         if self._loss is not None:

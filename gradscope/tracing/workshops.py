@@ -27,20 +27,15 @@ def _is_there(kind: str) -> bool:
     return kind == "cpu" or bool(getattr(backend, "is_available", bool)())
 
 
-def _refuse_to_pretend(kind: str) -> None:
-    """Raise where parameters on a pretended device of this kind would end the whole process."""
+def _why_not_pretended(kind: str) -> str:
+    """Return why parameters on a pretended device of this kind would end the whole process; empty if they would not."""
     if kind in ("cpu", "meta") or _is_there(kind) or (kind == "mps" and torch.backends.mps.is_built()):
-        return
+        return ""
     if kind != "cuda":
-        why = f"torch {torch.__version__} is built without {kind} here"
-    elif torch.__version__ < PRETENDS_CUDA:
-        why = f"torch {torch.__version__} finds no CUDA here, and only torch {PRETENDS_CUDA} can do without"
-    else:
-        return
-    raise UsageError(
-        f"{why}, so that it cannot even be pretended.",
-        hint="Use another device, such as cpu: gradients flow the same way on all of them.",
-    )
+        return f"torch {torch.__version__} is built without {kind} here"
+    if torch.__version__ < PRETENDS_CUDA:
+        return f"torch {torch.__version__} finds no CUDA here, and only torch {PRETENDS_CUDA} can do without"
+    return ""
 
 
 class RealWorkshop:
@@ -102,7 +97,12 @@ class StructuralWorkshop:
     mode: Literal["real", "structural"] = "structural"
 
     def __init__(self, device: str, dtype: torch.dtype, *, casts: bool = False, stays: bool = False) -> None:
-        _refuse_to_pretend(torch.device(device).type)
+        why = _why_not_pretended(torch.device(device).type)
+        if why:
+            raise UsageError(
+                f"{why}, so that it cannot even be pretended.",
+                hint="Use another device, such as cpu: gradients flow the same way on all of them.",
+            )
         self._casts = casts
         self._stays = stays
         self._pretended = PretendedDevice(device)
@@ -188,8 +188,8 @@ def open_workshop(
     libraries traced here choose themselves.
     """
     if device == "auto":
-        is_pretended = mode != "real" and torch.__version__ >= PRETENDS_CUDA
-        device = "cuda" if is_pretended or torch.cuda.is_available() else "cpu"
+        is_possible = _is_there("cuda") if mode == "real" else not _why_not_pretended("cuda")
+        device = "cuda" if is_possible else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

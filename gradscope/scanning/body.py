@@ -8,8 +8,15 @@ from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import APART, Atoms, Class, Function
-from gradscope.scanning.regions import FunctionNode, Regions
-from gradscope.scanning.signatures import gives_integers, holds_no_floats, positional, with_plain_defaults, words
+from gradscope.scanning.regions import Regions
+from gradscope.scanning.signatures import (
+    FunctionNode,
+    gives_integers,
+    holds_no_floats,
+    positional,
+    with_plain_defaults,
+    words,
+)
 from gradscope.scanning.switches import Names, Switch, add_imports
 from gradscope.scanning.values import INDEX, PLAIN, Value, gives_indices, joined
 

@@ -17,7 +17,7 @@ from gradscope.scanning.body import Body
 from gradscope.scanning.facts import Atoms, Class, Function, Site
 from gradscope.scanning.lines import first_line, line_numbers
 from gradscope.scanning.reading import parse_function
-from gradscope.scanning.regions import FunctionNode
+from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names
 
 # An atom that ends in a line: ``cut:12``, ``off:cut:12``, ``in:12``.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from gradscope.scanning.facts import Site
-from gradscope.scanning.regions import FunctionNode
+from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names
 
 

@@ -143,6 +143,11 @@ def parameters_made(source: str) -> list[int]:
     return list(_places(source, "Parameter("))
 
 
+def buffers_registered(source: str) -> list[int]:
+    """Return the offsets at which buffers are registered, ascending."""
+    return list(_places(source, "register_buffer("))
+
+
 def tensor_ops(source: str, parameters: list[int]) -> list[int]:
     """Return the offsets of tensor operations that may stop a gradient, ascending."""
     found = [

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from gradscope.scanning.calls import Calls
 from gradscope.scanning.facts import NOTHING, Atoms, Class, How, Site
+from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names, Switch, effective, off_when_not_wanted, rule_of
 from gradscope.scanning.values import Value
 
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 ASYNC = "a decorator on an async function covers only the making of the coroutine: gradients stay on"
 BARE = "a switch that is neither entered nor applied does nothing"
 

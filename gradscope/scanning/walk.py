@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,12 +17,13 @@ from gradscope.scanning.reading import (
     GRAD_MODE,
     INITIALISERS,
     Needles,
+    buffers_registered,
     kept_parameters,
     parameters_made,
     parse,
     tensor_ops,
 )
-from gradscope.scanning.regions import FunctionNode
+from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names, Switch, add_imports, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
 
@@ -271,8 +271,7 @@ class FileReader:
 
     def _registers(self, method: FunctionNode) -> bool:
         if self._registering is None:
-            calls = _REGISTERS.finditer(self._source) if "register_buffer" in self._source else ()
-            self._registering = line_numbers(self._source, [call.start() for call in calls])
+            self._registering = line_numbers(self._source, buffers_registered(self._source))
         return within(self._registering, method)
 
     def _registered_later(self, method: FunctionNode, klass: Class) -> None:
@@ -365,7 +364,6 @@ class FileReader:
 _REGISTERED = {
     "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
 }  # fmt: skip
-_REGISTERS = re.compile(r"register_buffer\(")
 _GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
 _CERTAIN = ("module", "parameter", "buffer")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
+from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names, Switch
-
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def wrapper_of_function(node: FunctionNode, names: Names) -> str:

@@ -49,9 +49,12 @@ class Package:
         self._attribute_names = {name for klass in classes for name in klass.attributes}
         self._property_names: set[str] = set()
         self._inner_names: set[str] = set()  # of all functions made in functions, and of some more
+        self._function_names: set[str] = set()  # also those that an import, or an assignment, gives to some
         for facts in self.files.values():
+            self._function_names.update(name for name, meant in facts.imports.items() if not meant.endswith(f".{name}"))
             for function in facts.functions.values():
                 scope, _, name = function.name.rpartition(".")
+                self._function_names.add(name)
                 if function.kind == "property":
                     self._property_names.add(name)
                 if "." in scope or scope in facts.functions:
@@ -278,10 +281,14 @@ class Package:
             home = self.class_of(place)
             _, _, name = dotted.partition(".")
             return self.method(owner, name, Place(place.module, home.name) if home else None) if owner else None
+        if dotted.rpartition(".")[2] not in self._function_names:  # nineteen of twenty
+            return None
         return self._local(dotted, place) or self._global(dotted, place.module)
 
     def _owned(self, dotted: str, owner: Place) -> Place | None:
         first, _, rest = dotted.partition(".")[2].partition(".")
+        if first not in self._method_names and first not in self._attribute_names:
+            return None
         found = self.method(owner, first) if not rest else None
         return found or self._through_attribute(owner, first, rest)
 

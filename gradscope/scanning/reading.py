@@ -27,13 +27,15 @@ RENAMED = re.compile(
     r"(?:no_grad|inference_mode|set_grad_enabled|enable_grad)"
     r"(?:[\s\\]+as[\s\\]+(\w+)|(?:\(\w*\))?\((?!self\b|True|False)([A-Za-z_]\w*)[\w.]*\))"
 )
+# Of ``torch.tensor(0.5)`` nothing is lost; as much of the literal as can be told without parsing.
+_LITERAL = r"(?:[-+\d.,\s\[\]]|(?<=\d)e(?=[-+\d])|True|False|float\([\"'][-+]?inf[\"']\))+(?:\)|(?:dtype|device)\b)"
 # Every alternative starts with a dot, so that the search may leap from dot to dot, and there is one for each letter:
 # at most of the dots none begins with what follows, and half as many to try took half the time.
 TENSOR_OPS = re.compile(
     r"\.(?:d(?:etach_?\(|ata\b)|i(?:tem\(|nt\(\))|n(?:umpy\(|ew_tensor\()|s(?:ample\(|ign\()|l(?:ong\(\))|"
     r"r(?:equires_grad(?:_\((?:requires_grad=)?| = )False|ound\()|f(?:rom_numpy\(|(?<=\)\.f)loat\(\))|"
     r"a(?:s(?:_tensor|array)\(\[|rgm(?:ax|in)\()|g(?:rad\()|j(?:acobian\(|vp\()|h(?:essian\(|vp\()|v(?:jp\(|hp\()|"
-    r"t(?:olist\(|ensor\(|(?:o|ype)\((?:dtype=)?torch\.(?:u?int|long|bool|short))|"
+    rf"t(?:olist\(|ensor\((?!{_LITERAL})|(?:o|ype)\((?:dtype=)?torch\.(?:u?int|long|bool|short))|"
     r"b(?:ernoulli\()|m(?:ultinomial\()|F(?:unction\b))"
 )
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
@@ -118,6 +120,7 @@ class Needles:
         return b"torch" in data and (
             _TENSOR_OPS_BYTES.search(data) is not None
             or any(literal in data and any(each in data for each in whole) for literal, whole in _BARE_OPS_BYTES)
+            or (b"Parameter(" in data and _makes_in_passing(data))
         )
 
     def with_renames(self, source: str, switches: list[int]) -> Needles:
@@ -181,6 +184,11 @@ def _made_in_passing(source: str, parameters: list[int]) -> Iterator[int]:
         before = _DEF.match(source, max(source.rfind("def ", 0, at), 0))
         if before is not None and not _MAKES_ONCE.search(before[1]) and not source[at - 1 : at].isalnum():
             yield at
+
+
+def _makes_in_passing(data: bytes) -> bool:
+    source = data.decode("latin-1")  # whatever the encoding: only offsets and ASCII are asked for
+    return next(_made_in_passing(source, parameters_made(source)), None) is not None
 
 
 def _may_compare(source: str, end: int) -> bool:

@@ -36,8 +36,8 @@ class SourceFile:
     def read(self) -> bytes:
         """Return the file's bytes; raise ``OSError`` where it cannot be read."""
         if not self.archive:
-            with open(self.path, "rb") as stream:
-                return stream.read()
+            with open(self.path, "rb", buffering=0) as stream:  # a buffer of thousands of files, each read whole
+                return stream.readall()
         try:
             with zipfile.ZipFile(self.archive) as archive:
                 return archive.read(self.path)

@@ -49,6 +49,10 @@ class FileReader:
 
     def read(self, source: str, needles: Needles) -> FileFacts:
         """Fill the facts from the source; a file that cannot be parsed says so in ``skipped``."""
+        # In a file that names none of the wrappers, what was read of its functions before still holds.
+        self.names.wrappers = {
+            name: mechanism for name, mechanism in self.names.wrappers.items() if name.rpartition(".")[2] in source
+        }
         switches = Needles().deep(source)
         needles = needles.with_renames(source, switches)
         deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
@@ -155,6 +159,12 @@ class FileReader:
         if not operators:  # whether it is registered with autograd is said elsewhere
             self._copies.note(body, own, klass, none_here)
 
+    def _only_builds(self, method: FunctionNode) -> bool:
+        """Tell a constructor of which only the attributes are of interest: no pass runs it, and it stops nothing."""
+        if method.name != "__init__" or not self._none_in(method):
+            return False
+        return not any(isinstance(part, _BINDERS) for part in statements(method.body))
+
     def _none_in(self, node: FunctionNode) -> bool:
         """Tell whether a function names no switch at all."""
         return not (self.names.wrappers or self.names.aliases or within(self._deep, node))
@@ -199,7 +209,7 @@ class FileReader:
         outside = self.names.aliases
         self.names.aliases = {**outside, **(self._kept_switches(node, klass, methods) if deep else {})}
         for method in methods:
-            if deep or within(self._lines, method):
+            if within(self._lines, method) or (deep and not self._only_builds(method)):
                 self._definition(method, klass, f"{name}.{method.name}")
         self.names.aliases = outside
         for item in node.body:
@@ -283,6 +293,7 @@ class FileReader:
     def _kept_functions(self, method: FunctionNode, klass: Class) -> None:
         """``self.run = self._run``, ``self.run = helper``: a callable kept under another name."""
         own = {argument.arg for argument in (*method.args.args, *method.args.kwonlyargs)}
+        made = {part.name for part in statements(method.body) if isinstance(part, ast.FunctionDef)}
         for part in statements(method.body):
             value = part.value if isinstance(part, ast.Assign) else None
             if isinstance(value, ast.Call) and value.args and self.names.dotted(value.func).endswith("partial"):
@@ -292,6 +303,7 @@ class FileReader:
             dotted = self.names.dotted(value)
             root, _, rest = dotted.partition(".")
             meant = f"{klass.name}.{rest}" if root == "self" and rest in klass.methods else dotted
+            meant = f"{klass.name}.{method.name}.{dotted}" if dotted in made else meant
             for target in part.targets:
                 name = self.names.dotted(target).removeprefix("self.")
                 if isinstance(target, ast.Attribute) and name.isidentifier() and meant and meant.split(".")[0] not in (
@@ -367,6 +379,8 @@ _REGISTERED = {
 _GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
 _CERTAIN = ("module", "parameter", "buffer")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+# What others in the file may use by its name.
+_BINDERS = (*_DEFINITIONS, ast.Import, ast.ImportFrom)
 
 
 def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:

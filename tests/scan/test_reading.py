@@ -121,6 +121,12 @@ def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
         ("torch.library.custom_op(x)", True),
         ("x.checkpoint(y)", True),
         ("my_checkpoint(y)", False),
+        ("torch.tensor(0.5)", False),
+        ("torch.tensor([[1, -2.5e-3],\n        [True, 0]], dtype=torch.float32)", False),
+        ('x * torch.tensor(float("-inf"), device=x.device)', False),
+        ("torch.tensor(e)", True),
+        ("torch.tensor([0, y])", True),
+        ("torch.tensor(0.5 * y)", True),
     ],
 )
 def test_only_what_may_stop_a_gradient_is_a_hit(expression: str, expected: bool) -> None:

@@ -343,8 +343,82 @@ def test_a_parameter_is_one_where_nothing_else_of_its_class_is_read(findings: Ca
     assert found == [("GS203", "warning", "angles "), ("GS201", "warning", "return ")]
 
 
+def test_a_parameter_made_in_passing_is_found_though_nothing_else_of_the_file_is_looked_for(
+    findings: Callable[[str], list[Finding]],
+) -> None:
+    source = HEAD + dedent("""
+        class Normalizer(nn.Module):
+            def __init__(self, size: int):
+                super().__init__()
+                self.mean = nn.Parameter(torch.zeros(size))
+
+            def moved(self, device):
+                self.mean = nn.Parameter(self.mean.to(device))
+                return self
+        """)
+    assert [(each.rule, each.function) for each in findings(source)] == [("GS203", "Normalizer.moved")]
+    assert findings(source.replace("moved", "load_weights")) == []
+
+
+def test_of_a_constructor_only_what_stops_a_gradient_and_what_it_keeps_are_looked_at(
+    findings: Callable[[str], list[Finding]],
+) -> None:
+    source = HEAD + dedent("""
+        class Scaled(nn.Module):
+            def __init__(self, start, gain: torch.Tensor, size: int):
+                super().__init__()
+                self.gamma = nn.Parameter(start * gain)
+                self.layer = nn.Linear(size, size)
+                {}
+
+            @torch.no_grad()
+            def encode(self, x):
+                return self.layer(x) * self.gamma
+        """)
+    bare = findings(source.format("pass"))
+    assert [(each.rule, each.severity) for each in bare] == [("GS102", "error")]
+    for more, rule in {
+        "self.layer.requires_grad_(False)": "GS901",
+        "with torch.no_grad(): self.start = self.layer(gain)": "GS104",
+    }.items():
+        assert rule in [each.rule for each in findings(source.format(more)) if each.function == "Scaled.__init__"]
+
+
+def test_a_function_made_in_a_constructor_and_kept_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    source = HEAD + dedent("""
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+                def run(x):
+                    return self.encode(x)
+                self.run = run
+
+            @torch.no_grad()
+            def encode(self, x):
+                return self.layer(x)
+
+            def forward(self, x):
+                return self.run(x)
+        """)
+    path.write_text(source)
+    found = scan(str(path), cache=False)
+    assert [(each.rule, each.severity) for each in found.findings] == [("GS102", "error")]
+    assert [step["function"] for entry in found.entries if entry["function"] == "Net.forward" for step in entry["chain"]] == [
+        "Net.forward", "Net.__init__.run", "Net.encode"
+    ]  # fmt: skip
+
+
 def test_tensors_and_parameters_made_anew_in_passing(findings: Callable[[str], list[Finding]]) -> None:
     body = "y = self.layer(x)\nboth = torch.as_tensor([y.mean(), y.sum()])\nweight = nn.Parameter(y)\nreturn both.sum() * weight"
     assert [(each.rule, each.severity) for each in findings(method(body))] == [("GS203", "warning")] * 2
     fine = "return torch.as_tensor(self.layer(x)), torch.as_tensor([x.shape[0]])"
     assert findings(method(fine)) == []
+
+
+@pytest.mark.parametrize(
+    "given", ["[0.5, y.mean()]", "\n    [1, 2, y.sum()]", "[[1.0, -2e-3], [y[0, 0], 1]]", "y, dtype=torch.float32"]
+)
+def test_a_tensor_of_numbers_and_of_a_tensor(findings: Callable[[str], list[Finding]], given: str) -> None:
+    assert [each.rule for each in findings(method(f"y = self.layer(x)\nreturn torch.tensor({given})"))] == ["GS203"]

@@ -159,6 +159,9 @@ class Body(Regions):
         for case in node.cases:
             self._run(case.body)
 
+    def _leave(self, node: ast.Raise | ast.Assert) -> None:
+        """What is shown in an error, or only checked, is part of no result."""
+
     def _loop(self, body: Sequence[ast.stmt]) -> None:
         self._loops += 1
         self._run(body)
@@ -330,6 +333,7 @@ class Body(Regions):
         ast.AsyncFor: _for, ast.While: _while, ast.With: _with, ast.AsyncWith: _with, ast.FunctionDef: _inner_function,
         ast.AsyncFunctionDef: _inner_function, ast.ClassDef: _inner_class, ast.Import: _import,
         ast.ImportFrom: _import, ast.Try: _try, getattr(ast, "TryStar", ast.Try): _try, ast.Match: _match,
+        ast.Raise: _leave, ast.Assert: _leave,
     }  # fmt: skip
 
 

@@ -410,6 +410,18 @@ def test_a_function_made_in_a_constructor_and_kept_is_followed(tmp_path: Path) -
     ]  # fmt: skip
 
 
+def test_what_is_shown_in_an_error_or_only_checked_is_no_site(findings: Callable[[str], list[Finding]]) -> None:
+    body = """
+        y = self.layer(x)
+        assert y.max().item() < 9, y.tolist()
+        if self.flag:
+            raise ValueError(f"{y.detach()} is {float(y.sum())}")
+        return y
+        """
+    assert findings(method(body)) == []
+    assert [each.rule for each in findings(method(body.replace("return y", "return y * y.max().item()")))] == ["GS302"]
+
+
 def test_tensors_and_parameters_made_anew_in_passing(findings: Callable[[str], list[Finding]]) -> None:
     body = "y = self.layer(x)\nboth = torch.as_tensor([y.mean(), y.sum()])\nweight = nn.Parameter(y)\nreturn both.sum() * weight"
     assert [(each.rule, each.severity) for each in findings(method(body))] == [("GS203", "warning")] * 2

@@ -123,5 +123,6 @@ def render_several(sessions: Sequence[Session], fmt: str, *, full: bool = False)
 def show(session: Session, console: Console, *, full: bool = False) -> None:
     """Print the report of the command line on a console."""
     pages = {"scan": scan_terminal.render, "check": check_terminal.render}
+    console.size = console.size  # asked for once, not for every line
     with console:  # one write, not one a line
         pages.get(session.kind, terminal.render)(session, console, full=full)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
-from gradscope.scanning.facts import APART, Atoms, Class, Function
+from gradscope.scanning.facts import APART, Atoms, Call, Class, Function
 from gradscope.scanning.regions import Regions
 from gradscope.scanning.signatures import (
     FunctionNode,
@@ -18,7 +18,7 @@ from gradscope.scanning.signatures import (
     words,
 )
 from gradscope.scanning.switches import Names, Switch, add_imports
-from gradscope.scanning.values import INDEX, PLAIN, Value, gives_indices, joined
+from gradscope.scanning.values import INDEX, PLAIN, Value, gives_indices, is_own, joined
 
 
 class Body(Regions):
@@ -117,6 +117,9 @@ class Body(Regions):
             self.hand_out(parts)
         else:
             value = self._handed_out(node.value)
+            given = node.value
+            if given is not None and is_own(given) and self.klass is not None and given.attr in self.klass.methods:
+                self.calls.append(Call(f"self.{given.attr}", sometimes=self.sometimes))  # who asks for it calls it
             self._note_results_of_one_call([value])
         self._give(value, bool(node.value))
 
@@ -272,7 +275,7 @@ class Body(Regions):
             atoms = joined(given).atoms
             if node.func.attr == "set":  # tensordict.set(key, value)
                 self.hand_out(given)
-            if isinstance(base, (ast.Name, ast.Attribute, ast.Subscript)) and atoms and not _is_own_method(node.func):
+            if isinstance(base, (ast.Name, ast.Attribute, ast.Subscript)) and atoms and not is_own(node.func):
                 self.note_output(base, atoms)
                 self._keep(base, atoms)
                 root = _root(base)
@@ -356,10 +359,6 @@ def _root(target: ast.expr) -> str:
 
 def _changes(method: str) -> bool:
     return method.endswith("_") or method in ("append", "extend", "add", "update", "insert", "appendleft", "put", "set")
-
-
-def _is_own_method(func: ast.Attribute) -> bool:
-    return isinstance(func.value, ast.Name) and func.value.id == "self"
 
 
 def _asks_for_training(test: ast.expr) -> bool:

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning import torch_ops
-from gradscope.scanning.facts import NOTHING, Atoms, Call, Class
+from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, classes_in
 from gradscope.scanning.switches import Switch
-from gradscope.scanning.values import INDEX, PLAIN, Expressions, Value, joined
+from gradscope.scanning.values import INDEX, PLAIN, Expressions, Value, is_own, joined
 
 
 class Calls(Expressions):
@@ -27,8 +27,7 @@ class Calls(Expressions):
         given = [self.value(argument) for argument in node.args]
         given += [self.value(keyword.value) for keyword in node.keywords]
         dotted = self.names.dotted(node.func)
-        if dotted.endswith(_CALL_THEIR_ARGUMENT):
-            self._note_callback(node)
+        self._note_given(node, dotted)
         root = dotted.partition(".")[0]
         is_local = root in self.env or root == "self"
         if root == "super()" or (dotted and not is_local and not (self.calls and self.names.is_elsewhere(root))):
@@ -39,10 +38,12 @@ class Calls(Expressions):
             if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
                 self._note_call(dotted, node)
                 return self._own_call(node, node.func.attr, given)
-            if root == "self" and dotted.count(".") == 2:
-                self._note_call(dotted, node)
+            if root == "self" and dotted.count(".") in (1, 2):  # type(self).run(self, x), self.part.run(x)
+                self._note_call(dotted.removesuffix(".__call__"), node)
             if is_local or not dotted or root not in self.names.imports.values():
                 return self._method(node, node.func, given)
+        if dotted == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            return self._looked_up(node, str(node.args[1].value))
         return self._function(node, dotted, given)
 
     def _called_itself(self, node: ast.Call, klass: Class) -> Value:
@@ -56,14 +57,24 @@ class Calls(Expressions):
         sometimes = self.sometimes or (bool(self.conditions) and _INFERS.search(target) is not None)
         self.calls.append(Call(target, node is not self.discarded, sometimes))
 
-    def _note_callback(self, node: ast.Call) -> None:
-        """``checkpoint(self.run, x)`` calls ``self.run``."""
-        given = node.args[0] if node.args else None
-        if isinstance(given, ast.Attribute) and given.attr == "__call__":
-            given = given.value
-        target = self.names.dotted(given) if isinstance(given, (ast.Name, ast.Attribute)) else ""
+    def _note_given(self, node: ast.Call, dotted: str) -> None:
+        """``checkpoint(self.run, x)`` calls ``self.run``, and so does ``in_chunks(self.run, x)``."""
+        if not dotted.endswith(_CALL_THEIR_ARGUMENT):
+            for given in node.args if self.klass is not None else ():
+                if is_own(given) and self._is_called_by(given.attr, dotted):
+                    self._note_call(f"self.{given.attr}", node)
+            return
+        first = node.args[0] if node.args else None
+        if isinstance(first, ast.Attribute) and first.attr == "__call__":
+            first = first.value
+        target = self.names.dotted(first) if isinstance(first, (ast.Name, ast.Attribute)) else ""
         if target and target not in self.env:
             self._note_call(target, node)
+
+    def _is_called_by(self, name: str, function: str) -> bool:
+        """Tell whether a method that is given to a function is called by it, and not kept for another time."""
+        is_method = self.klass is not None and name in self.klass.methods
+        return is_method and function not in torch_ops.PLAIN_FUNCTIONS and not _keeps(function)
 
     def _own_call(self, node: ast.Call, name: str, given: list[Value]) -> Value:
         if name == "requires_grad_" and _switches_off(node):
@@ -74,7 +85,8 @@ class Calls(Expressions):
         known = self.klass.attributes.get(name, "") if self.klass else ""
         atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
         # What is called on self and is no method of the class is a module, as far as the class shows.
-        is_module = known == "module" or (not known and self.klass is not None and name not in self.klass.methods)
+        is_told = known and not known.startswith(("|", "?"))
+        is_module = known == "module" or (not is_told and self.klass is not None and name not in self.klass.methods)
         return Value(atoms, "tensor" if is_module else "unknown")
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
@@ -137,9 +149,39 @@ class Calls(Expressions):
         if isinstance(node.func, ast.Name) and node.func.id in self.env:
             return self._local(node, node.func.id, value)
         if not dotted:
-            callee = self.value(node.func)
-            return Value(value.atoms | callee.atoms, "tensor" if callee.kind == "module" else "unknown")
+            return self._unnamed(node, value)
         return Value(_through(node, dotted, given) | {f"call:{dotted}"}, "unknown")
+
+    def _kept_called(self, atoms: Atoms, node: ast.Call, method: str = "") -> Atoms:
+        """Note the call of what ``self`` keeps, under a local name or in a container; return the atoms of the results.
+
+        With ``method`` that is called on it, of parts only.
+        """
+        if self.klass is None:
+            return NOTHING
+        found: set[str] = set()
+        for atom in sorted(atoms):
+            kind, _, name = atom.removeprefix("off:").partition(":")
+            is_part = bool(classes_in(self.klass.attributes.get(name, "")))
+            is_callable = not method and (name in self.klass.methods or name in self.klass.aliases)
+            if kind == "attr" and (is_part or is_callable):
+                target = f"self.{name}.{method}" if method else f"self.{name}"
+                self._note_call(target, node)
+                found.add(f"call:{target}")
+        return frozenset(found)
+
+    def _unnamed(self, node: ast.Call, value: Value) -> Value:
+        """Return the value of calling what has no name: ``Tower()(x)``, ``self.layers[0](x)``, ``getattr(...)(x)``."""
+        made = self.names.dotted(node.func.func) if isinstance(node.func, ast.Call) else ""
+        if made.rpartition(".")[2][:1].isupper():
+            self._note_call(f"{made}.forward", node)
+        callee = self.value(node.func)
+        atoms = value.atoms | callee.atoms | self._kept_called(callee.atoms, node)
+        return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
+
+    def _looked_up(self, node: ast.Call, name: str) -> Value:
+        """``getattr(self, "run")`` is ``self.run``."""
+        return self.value(ast.copy_location(ast.Attribute(node.args[0], name, ast.Load()), node))
 
     def _local(self, node: ast.Call, name: str, value: Value) -> Value:
         """Return the value of calling a parameter, a function defined here, or whatever else a local name holds."""
@@ -147,18 +189,13 @@ class Calls(Expressions):
         atoms = value.atoms | callee.atoms
         if callee.kind == "function" or name in self.parameters:
             self._note_call(name, node)
-        kept = (atom.removeprefix("off:") for atom in callee.atoms)
-        for method in sorted(atom[5:] for atom in kept if atom.startswith("attr:")):
-            if self.klass is not None and method in self.klass.methods:  # run = self.fast if x else self.slow
-                self._note_call(f"self.{method}", node)
-                atoms |= {f"call:self.{method}"}
+        atoms |= self._kept_called(callee.atoms, node)
         if name in self.parameters:
             atoms |= {f"call:{name}"}
         return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
 
     def _method(self, node: ast.Call, func: ast.Attribute, given: list[Value]) -> Value:
-        base = self.value(func.value)
-        name = func.attr
+        base, name = self._part(node, func), func.attr
         if name in torch_ops.PLAIN_METHODS:
             return PLAIN if name not in ("pop", "keys") else Value(base.atoms, "unknown")
         if name in torch_ops.PARAMETER_LISTS:
@@ -179,6 +216,13 @@ class Calls(Expressions):
         if name in torch_ops.PIECEWISE_CONSTANT and base.kind == "tensor":
             self.report(node, "GS402", name, base)
         return self._tensor_method(node, func, base, given)
+
+    def _part(self, node: ast.Call, func: ast.Attribute) -> Value:
+        """Return what a method is called on; of a part that ``self`` keeps note which method that is."""
+        base = self.value(func.value)
+        if base.kind == "module":
+            self._kept_called(base.atoms, node, func.attr)
+        return base
 
     def _tensor_method(self, node: ast.Call, func: ast.Attribute, base: Value, given: list[Value]) -> Value:
         name = func.attr
@@ -223,6 +267,10 @@ class Calls(Expressions):
 
 
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
+# What takes a function to be called at another time, for another purpose.
+_KEEPS = re.compile(
+    r"(?:^|[._])(?:register|subscribe|connect|append|add|callback|hook|wraps|Thread|submit|Timer)|hook$"
+)
 _GIVES_INDICES = re.compile(
     r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
     r"^index_quantize$|^tokenize$|^maximum_path$|^viterbi(?:_|$)|^monotonic_align"
@@ -232,7 +280,9 @@ _INFERS = re.compile(r"(?:^|[._])(?:infer|inference|generate|stream)(?:_\w+)?$")
 _UNPACKS = re.compile(r"^dequantize_(?:\d+bit|blockwise|int\d|nf4|fp[48])")  # packed integers in, a table's numbers out
 _RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward|decode|encode)(?:_|$)")
 # The same few names in every file.
-_gives_indices, _unpacks, _runs = (lru_cache(maxsize=4096)(each.search) for each in (_GIVES_INDICES, _UNPACKS, _RUNS))
+_gives_indices, _unpacks, _runs, _keeps = (
+    lru_cache(maxsize=4096)(each.search) for each in (_GIVES_INDICES, _UNPACKS, _RUNS, _KEEPS)
+)
 _INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
 _ESCAPES = {
     "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",

@@ -130,11 +130,11 @@ class Entries:
             or not self.reach.computes(owner, name)
         ):
             return False
-        klass = self.package.find_class(self.package.attribute(owner, name), owner.module)
-        if klass is None:
-            return True
-        inner = self.package.method(klass, "__call__") or self.package.method(klass, "forward")
-        return inner is None or self.reach.chain(inner, klass) is None
+        return not any(self._is_stopped(klass) for klass in self.package.classes_of(owner, name))
+
+    def _is_stopped(self, klass: Place) -> bool:
+        called = self.package.method(klass, "__call__") or self.package.method(klass, "forward")
+        return called is not None and self.reach.chain(called, klass) is not None
 
 
 def _name(method: Place) -> str:

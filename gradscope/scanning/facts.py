@@ -86,8 +86,10 @@ class Function:
 class Class:
     """A class: its bases as written, and what its attributes are.
 
-    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module`` or the dotted name of the class
-    it was made from; ``aliases`` maps class-level names to the functions they stand for.
+    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``plain`` or the dotted name of the class
+    it was made from. ``|A|B`` is a module that holds, or may be, any of these classes (a container, one of two
+    ways), ``?build`` what a function of the scan makes. ``aliases`` maps names to the functions they stand for, of
+    which a list may have several (``Net.run|Net.stop``).
     """
 
     name: str
@@ -96,6 +98,15 @@ class Class:
     methods: tuple[str, ...] = ()
     attributes: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+
+
+# What an attribute is that is of no class that is told.
+NO_CLASS = frozenset({"", "plain", "parameter", "buffer", "module"})
+
+
+def classes_in(kind: str) -> list[str]:
+    """Return the classes, or the function that makes one, in what ``Class.attributes`` says of an attribute."""
+    return [] if kind in NO_CLASS else kind.strip("|?").split("|")
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from gradscope.scanning.facts import Call, Class, FileFacts, Function
+from gradscope.scanning.facts import Call, Class, FileFacts, Function, classes_in
 
 # Classes of other packages that are modules; torch.nn.* is one anyway.
 MODULE_BASES = frozenset(
@@ -182,10 +182,15 @@ class Package:
                 continue
             if name in klass.methods:
                 return Place(place.module, f"{place.name}.{name}")
-            found = self.find(klass.aliases[name], place.module) if name in klass.aliases else None
-            if found is not None:
-                return found
+            found = self._aliased(klass, name, place.module)
+            if found:
+                return found[0]
         return None
+
+    def _aliased(self, klass: Class, name: str, module: str) -> tuple[Place, ...]:
+        """Return the functions that a class keeps under another name, a list of them also several."""
+        meant = klass.aliases[name].split("|") if name in klass.aliases else ()
+        return tuple(found for each in meant if (found := self.find(each, module)) is not None)
 
     def _attribute(self, owner: Place, name: str) -> str:
         """Return what an attribute of a class is (see ``facts.Class``); empty where it is not known."""
@@ -245,9 +250,7 @@ class Package:
             return []
         found = []
         for call in (*function.calls, *self._properties(function, owner)):
-            target = self.target(call.target, place, owner)
-            if target is not None and target != place:
-                found.append((call, target))
+            found += [(call, target) for target in self.targets(call.target, place, owner) if target != place]
         return found
 
     def _properties(self, function: Function, owner: Place | None) -> list[Call]:
@@ -275,35 +278,57 @@ class Package:
 
     def target(self, dotted: str, place: Place, owner: Place | None) -> Place | None:
         """Return the function that a call in ``place`` means, ``owner`` being the class of ``self``."""
+        return next(iter(self.targets(dotted, place, owner)), None)
+
+    def targets(self, dotted: str, place: Place, owner: Place | None) -> tuple[Place, ...]:
+        """Return all functions that a call may mean: a container runs each of its parts."""
         if dotted.startswith("self."):
-            return self._of_self(dotted, owner) if owner else None
+            return self._of_self(dotted, owner) if owner else ()
+        found: Place | None = None
         if dotted.startswith("super()."):
             home = self.class_of(place)
             _, _, name = dotted.partition(".")
-            return self.method(owner, name, Place(place.module, home.name) if home else None) if owner else None
-        if dotted.rpartition(".")[2] not in self._function_names:  # nineteen of twenty
-            return None
-        return self._local(dotted, place) or self._global(dotted, place.module)
+            found = self.method(owner, name, Place(place.module, home.name) if home else None) if owner else None
+        elif dotted.rpartition(".")[2] in self._function_names:  # one of twenty
+            found = self._local(dotted, place) or self._global(dotted, place.module)
+        return () if found is None else (found,)
 
-    def _owned(self, dotted: str, owner: Place) -> Place | None:
+    def _owned(self, dotted: str, owner: Place) -> tuple[Place, ...]:
         first, _, rest = dotted.partition(".")[2].partition(".")
         if first not in self._method_names and first not in self._attribute_names:
-            return None
+            return ()
         found = self.method(owner, first) if not rest else None
-        return found or self._through_attribute(owner, first, rest)
+        if found is None:
+            return self._through_attribute(owner, first, rest)
+        klass = self.class_of(Place(owner.module, f"{owner.name}.{first}"))
+        return (klass and self._aliased(klass, first, owner.module)) or (found,)
 
     def _called(self, dotted: str, module: str) -> Place | None:
         found = self.find(dotted, module)
         # Constructors are made once, not in every pass.
         return None if found is None or found.name in self.files[found.module].headers else found
 
-    def _through_attribute(self, owner: Place, name: str, method: str) -> Place | None:
-        kind = self.attribute(owner, name)
-        if not kind or kind in ("module", "parameter", "buffer", "plain"):
-            return None
-        klass = self.find_class(kind, owner.module)
-        if klass is None:
-            return None
-        if method:
-            return self.method(klass, method)
-        return self.method(klass, "__call__") or self.method(klass, "forward")
+    def _through_attribute(self, owner: Place, name: str, method: str) -> tuple[Place, ...]:
+        found = []
+        for klass in self.classes_of(owner, name):
+            if method:
+                found.append(self.method(klass, method))
+            else:
+                found.append(self.method(klass, "__call__") or self.method(klass, "forward"))
+        return tuple(dict.fromkeys(each for each in found if each is not None))
+
+    def classes_of(self, owner: Place, name: str) -> list[Place]:
+        """Return the classes of the scan that an attribute may be of, or holds."""
+        found: list[Place] = []
+        for each in classes_in(self.attribute(owner, name)):
+            place = self.find_class(each, owner.module)
+            function = self.function(place) if place is not None else None
+            if place is not None:
+                found += [place] if function is None else self._made_by(function, place.module)
+        return found
+
+    def _made_by(self, function: Function, module: str) -> list[Place]:
+        """Return the classes that a function gives out instances of, as far as its own calls show."""
+        made = (atom[5:] for atom in sorted(function.returns) if atom.startswith("call:"))
+        found = (self.find_class(each, module) for each in made)
+        return [klass for klass in found if klass is not None and self.function(klass) is None]

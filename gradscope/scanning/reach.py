@@ -169,10 +169,12 @@ class Reach:
         kind = self.package.attribute(owner, name)
         if kind in ("parameter", "module"):
             return True
-        if not kind or kind in ("buffer", "plain"):
+        if kind in ("", "buffer", "plain"):
             return False
-        klass = self.package.find_class(kind, owner.module)
-        return bool(_MODEL_NAME.search(kind)) if klass is None else self.package.is_module(klass)
+        classes = self.package.classes_of(owner, name)
+        if classes:
+            return any(map(self.package.is_module, classes))
+        return kind.startswith("|") or (not kind.startswith("?") and bool(_MODEL_NAME.search(kind)))
 
     def computes(self, owner: Place, name: str) -> bool:
         """Tell whether ``self.name(...)`` runs a module: a method that does, or a callable kept on ``self``."""
@@ -182,7 +184,7 @@ class Reach:
         kind = self.package.attribute(owner, name)
         if name in MODULE_API:
             return False
-        if kind in ("", "module"):
+        if kind in ("", "module") or (kind.startswith("?") and not self.package.classes_of(owner, name)):
             return not _PREPARES.search(name)
         return self._holds_weights(owner, name)
 
@@ -308,6 +310,22 @@ class Reach:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))
         return found
+
+    def not_followed(self, entry: Place, owner: Place | None) -> list[str]:
+        """Return what ``self`` keeps and an entry runs, and the source does not show: of no class that is scanned."""
+        found: dict[str, None] = {}
+        for place in self.reachable(entry, owner):
+            function, home = self.package.function(place), self.owner_for(place, owner)
+            if function is None or home is None:
+                continue
+            for call in function.calls:
+                name = call.target.removeprefix("self.")
+                is_known = self.package.targets(call.target, place, home) or self.package.classes_of(home, name)
+                if name == call.target or "." in name or is_known:
+                    continue
+                if self.package.attribute(home, name) != "module" and self.computes(home, name):
+                    found[call.target] = None
+        return list(found)
 
 
 def _somewhere(start: Use, known: dict[Use, bool], look: Callable[[Use], bool | list[Use]]) -> bool:

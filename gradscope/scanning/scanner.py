@@ -31,6 +31,8 @@ from gradscope.session import Session
 MOST_ROUNDS = 5
 # Above so many bytes only the callers of errors are looked for in files without a switch of their own.
 LARGE = 8_000_000
+# So many attributes are named in one remark.
+MOST_NAMED = 5
 
 
 def scan(
@@ -214,7 +216,7 @@ def _session(
     if wanted:
         on_the_way = {id(site) for _, _, entry in asked if entry.chain for _, site in entry.chain.sites}
         judgements = [each for each in judgements if id(each.site) in on_the_way]
-        _weigh_asked(judgements, [entry for _, _, entry in asked if entry.place.name in wanted])
+        _weigh_asked(judgements, [entry for report, _, entry in asked if _is_named(report, entry, wanted)])
         judgements.sort(key=_order)
     ids: dict[int, str] = {}
     findings = []
@@ -222,6 +224,8 @@ def _session(
         ids[id(each.site)] = f"F{number}"
         findings.append(_finding(f"F{number}", each, judge, collected))
     findings, remarks = _without_ignored(findings, collected)
+    remarks += [_not_followed(entry, names) for report, _, entry in asked if not entry.chain
+                and (names := judge.reach.not_followed(entry.place, report.place))]  # fmt: skip
     files = len(collected.texts)
     return Session(
         kind="scan",
@@ -282,6 +286,10 @@ def _weigh_asked(judgements: list[Judgement], methods: list[Entry]) -> None:
             each.message = f"{where(each.site)}: what comes out of {what} carries no gradient."
 
 
+def _is_named(report: ClassReport, entry: Entry, wanted: tuple[str, ...]) -> bool:
+    return entry.place.name in wanted or f"{report.place.name}.{entry.place.name.rpartition('.')[2]}" in wanted
+
+
 def _order(each: Judgement) -> tuple[int, str, int, int]:
     return SEVERITIES.index(each.severity), each.facts.path, each.site.line, each.site.column
 
@@ -318,25 +326,41 @@ def _entries(judge: Judge) -> list[tuple[ClassReport, list[str], Entry]]:
 def _entries_asked(judge: Judge, wanted: tuple[str, ...]) -> list[tuple[ClassReport, list[str], Entry]]:
     found: list[tuple[ClassReport, list[str], Entry]] = []
     for name in wanted:
-        places = [
-            Place(facts.module, function)
-            for facts in judge.package.files.values()
-            for function in facts.functions
-            if name in (function, function.rpartition(".")[0])
-        ]
+        places = _asked(judge, name)
         if not places:
             raise UsageError(
                 f"There is no function or class {name!r} in the source scanned.", hint="Name it as Class.method."
             )
-        for place in places:
-            short = place.name.rpartition(".")[2]
-            if place.name != name and (short.startswith("_") and short not in FORWARDS):
-                continue
-            owner = judge.reach.owner(place)
+        for place, owner in places:
             chain: Chain | None = judge.reach.chain(place, owner)
             report = ClassReport(owner or place, bool(owner and judge.package.is_module(owner)), [], [])
             clean = judge.entries.clean_components(owner) if owner and chain else []
             found.append((report, clean, Entry(place, "blocked" if chain else "clean", chain)))
+    return found
+
+
+def _not_followed(entry: Entry, names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    what = f"{', '.join(names[:MOST_NAMED])}{more}"
+    return (
+        f"{entry.place.name} also runs {what}: the source scanned does not show of which class, so it was not followed."
+    )
+
+
+def _asked(judge: Judge, name: str) -> list[tuple[Place, Place | None]]:
+    """Return the functions that a name means, each with the class of ``self``: a method may be a base class's."""
+    found: list[tuple[Place, Place | None]] = []
+    owner, _, method = name.rpartition(".")
+    for facts in judge.package.files.values():
+        meant = judge.package.method(Place(facts.module, owner), method) if owner in facts.classes else None
+        if meant is not None and judge.package.function(meant) is not None:
+            found.append((meant, Place(facts.module, owner)))
+            continue
+        for place in (Place(facts.module, each) for each in facts.functions):
+            home, _, short = place.name.rpartition(".")
+            is_public = not short.startswith("_") or short in FORWARDS
+            if place.name == name or (home == name and is_public):
+                found.append((place, judge.reach.owner(place)))
     return found
 
 

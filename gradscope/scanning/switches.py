@@ -18,6 +18,7 @@ MECHANISMS = {**OFF, "enable_grad": "enable_grad", "set_grad_enabled": "set_grad
 # The torch modules that export them (torch/__init__.py, torch/autograd/__init__.py, grad_mode.py, _C).
 HOMES = {"torch", "torch.autograd", "torch.autograd.grad_mode", "torch._C", "torch.inference_mode"}
 _BUILTINS = frozenset(dir(builtins))
+_CLASS_OF_SELF = ast.dump(ast.parse("type(self)", mode="eval").body)
 _DEFINED = re.compile(r"def (\w+)\(")
 NOT_TRAINING = "only outside training"
 FOLLOWS = "off only where nothing requires a gradient"
@@ -77,11 +78,13 @@ class Names:
         if isinstance(node, ast.Name):
             self.asked.add(node.id)
             parts.append(self.imports.get(node.id, node.id))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super":
-            parts.append("super()")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("super", "type"):
+            if node.func.id == "type" and ast.dump(node) != _CLASS_OF_SELF:
+                return ""
+            parts.append("self" if node.func.id == "type" else "super()")
         else:
             return ""
-        return ".".join(reversed(parts))
+        return ".".join(reversed(parts)).replace("self.__class__.", "self.", 1)
 
     def is_elsewhere(self, root: str) -> bool:
         """Tell whether a dotted name that begins so means a builtin or something of a package outside the scan."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 from gradscope.scanning import torch_ops
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
@@ -168,7 +168,7 @@ class Expressions:
             return Value(NOTHING, "tensor")
         if known == "plain" or name in torch_ops.PLAIN_ATTRIBUTES:
             return PLAIN
-        kind = {"parameter": "tensor", "module": "module"}.get(known, "unknown")
+        kind = "module" if known.startswith("|") else {"parameter": "tensor", "module": "module"}.get(known, "unknown")
         return Value(frozenset({f"attr:{name}"}), kind)
 
     def _plain(self, _: ast.Constant | None) -> Value:
@@ -255,6 +255,11 @@ class Expressions:
         ast.Slice: _slice, ast.Tuple: _elements, ast.List: _elements, ast.Set: _elements,
         ast.Yield: _suspension, ast.YieldFrom: _suspension, ast.Await: _suspension,
     }  # fmt: skip
+
+
+def is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    """Tell an attribute of ``self``."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def _side_by_side(node: ast.expr) -> list[ast.expr | None]:

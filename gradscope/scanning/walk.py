@@ -11,6 +11,7 @@ from gradscope.scanning.body import Body
 from gradscope.scanning.copies import Copies, CopiesInFile
 from gradscope.scanning.facts import Class, FileFacts, Function, Site
 from gradscope.scanning.ignores import ignores
+from gradscope.scanning.keeping import Keeping, called_on_self
 from gradscope.scanning.lines import count_within, line_numbers, within
 from gradscope.scanning.operators import is_custom_op, without_autograd, without_gradient
 from gradscope.scanning.reading import (
@@ -262,122 +263,24 @@ class FileReader:
                 )  # fmt: skip
 
     def _attributes(self, node: ast.ClassDef, klass: Class, methods: list[FunctionNode], deep: bool) -> None:
+        kept = Keeping(klass, self.names, self.facts)
         if not deep:  # the constructor is not looked into
             klass.attributes.update(dict.fromkeys(self._kept_parameters.get(klass.name, ()), "parameter"))
-        for item in node.body:
-            if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
-                dotted = self.names.dotted(item.value)
-                if dotted:
-                    klass.aliases[item.targets[0].id] = dotted
-                klass.attributes.setdefault(item.targets[0].id, "plain")
+        kept.read_body(node.body)
+        constructors = [method for method in methods if method.name in CONSTRUCTORS] if deep else []
+        called = {name for method in constructors for name in called_on_self(method)}
         for method in methods if deep else ():
-            if method.name in CONSTRUCTORS:
-                self._kept_functions(method, klass)
-                typed = {argument.arg: argument.annotation for argument in method.args.args if argument.annotation}
-                for part in statements(method.body):
-                    self._attribute(part, klass, typed)
+            if method in constructors or method.name in called:
+                kept.read_constructor(self._copies.whole(method))
             elif self._registers(method):
-                self._registered_later(method, klass)
+                kept.read_registered(self._copies.whole(method))
 
     def _registers(self, method: FunctionNode) -> bool:
         if self._registering is None:
             self._registering = line_numbers(self._source, buffers_registered(self._source))
         return within(self._registering, method)
 
-    def _registered_later(self, method: FunctionNode, klass: Class) -> None:
-        """A buffer is one wherever it is registered."""
-        for part in statements(self._copies.whole(method).body):
-            if isinstance(part, ast.Expr):
-                self._attribute(part, klass, {})
 
-    def _kept_functions(self, method: FunctionNode, klass: Class) -> None:
-        """``self.run = self._run``, ``self.run = helper``: a callable kept under another name."""
-        own = {argument.arg for argument in (*method.args.args, *method.args.kwonlyargs)}
-        made = {part.name for part in statements(method.body) if isinstance(part, ast.FunctionDef)}
-        for part in statements(method.body):
-            value = part.value if isinstance(part, ast.Assign) else None
-            if isinstance(value, ast.Call) and value.args and self.names.dotted(value.func).endswith("partial"):
-                value = value.args[0]
-            if not isinstance(part, ast.Assign) or not isinstance(value, (ast.Name, ast.Attribute)):
-                continue
-            dotted = self.names.dotted(value)
-            root, _, rest = dotted.partition(".")
-            meant = f"{klass.name}.{rest}" if root == "self" and rest in klass.methods else dotted
-            meant = f"{klass.name}.{method.name}.{dotted}" if dotted in made else meant
-            for target in part.targets:
-                name = self.names.dotted(target).removeprefix("self.")
-                if isinstance(target, ast.Attribute) and name.isidentifier() and meant and meant.split(".")[0] not in (
-                    *own, "self", "config"
-                ):  # fmt: skip
-                    klass.aliases.setdefault(name, meant)
-
-    def _attribute(self, node: ast.AST, klass: Class, typed: Mapping[str, ast.expr]) -> None:
-        if isinstance(node, ast.Expr):
-            node = node.value
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-            kind = _REGISTERED.get(node.func.attr)
-            first = node.args[0]
-            if kind and isinstance(first, ast.Constant) and isinstance(first.value, str):
-                klass.attributes[first.value] = kind
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                if (
-                    isinstance(target, ast.Attribute)
-                    and isinstance(target.value, ast.Name)
-                    and target.value.id == "self"
-                ):
-                    kind = self._kind(node.value, typed)
-                    if klass.attributes.get(target.attr) not in _CERTAIN:
-                        klass.attributes[target.attr] = kind or klass.attributes.get(target.attr, "")
-
-    def _kind(self, value: ast.expr, typed: Mapping[str, ast.expr]) -> str:
-        value = _itself(value)
-        if isinstance(value, ast.Constant):
-            return "plain" if value.value is not None else ""
-        if isinstance(value, ast.IfExp):
-            return self._kind(value.body, typed) or self._kind(value.orelse, typed)
-        if isinstance(value, ast.Call):
-            dotted = self.names.dotted(value.func)
-            home, _, last = dotted.rpartition(".")
-            if last.startswith("from_"):  # Tower.from_pretrained(...); another package's may give anything
-                return home if self._is_own(home) else ""
-            if last in ("Parameter", "Buffer"):
-                return last.lower()
-            if dotted.startswith("torch.nn."):
-                return "module"
-            return dotted if last[:1].isupper() else ""
-        dotted = self.names.dotted(value)
-        if dotted in typed:  # self.model = model, where the constructor says what it takes
-            return self._class_named(typed[dotted])
-        return "plain" if dotted.split(".")[0] in ("config", "cfg", "args") else ""
-
-    def _is_own(self, dotted: str) -> bool:
-        """Tell whether a class is the package's own and no factory of others (``AutoModel``), judged by its name."""
-        is_near = dotted in self.facts.headers or dotted.startswith(f"{self.facts.module.partition('.')[0]}.")
-        return is_near and not dotted.rpartition(".")[2].startswith("Auto")
-
-    def _class_named(self, annotation: ast.expr) -> str:
-        if isinstance(annotation, ast.BinOp):  # Tower | None
-            return self._class_named(annotation.left)
-        if isinstance(annotation, ast.Subscript) and self.names.dotted(annotation.value).endswith("Optional"):
-            return self._class_named(annotation.slice)
-        dotted = self.names.dotted(annotation)
-        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-            dotted = annotation.value if annotation.value.isidentifier() else ""
-        last = dotted.rpartition(".")[2]
-        if last == "Module":
-            return "module"
-        if last in ("int", "float", "bool", "str", "list", "dict", "tuple"):
-            return "plain"
-        return dotted if last[:1].isupper() else ""
-
-
-_REGISTERED = {
-    "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
-}  # fmt: skip
-_GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
-_CERTAIN = ("module", "parameter", "buffer")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # What others in the file may use by its name.
 _BINDERS = (*_DEFINITIONS, ast.Import, ast.ImportFrom)
@@ -394,13 +297,6 @@ def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:
 def _is_main(test: ast.expr) -> bool:
     """``if __name__ == "__main__":``, also with more to it."""
     return any(isinstance(part, ast.Constant) and part.value == "__main__" for part in ast.walk(test))
-
-
-def _itself(value: ast.expr) -> ast.expr:
-    """``tower.eval()`` and ``Tower().to(device)`` are the tower."""
-    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _GIVE_THEMSELVES:
-        value = value.func.value
-    return value
 
 
 def _bare(base: ast.expr) -> ast.expr:

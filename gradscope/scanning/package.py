@@ -182,14 +182,14 @@ class Package:
                 continue
             if name in klass.methods:
                 return Place(place.module, f"{place.name}.{name}")
-            found = self._aliased(klass, name, place.module)
+            found = self._aliased(klass, name, place.module) if name in klass.aliases else ()
             if found:
                 return found[0]
         return None
 
     def _aliased(self, klass: Class, name: str, module: str) -> tuple[Place, ...]:
         """Return the functions that a class keeps under another name, a list of them also several."""
-        meant = klass.aliases[name].split("|") if name in klass.aliases else ()
+        meant = klass.aliases[name].split("|")
         return tuple(found for each in meant if (found := self.find(each, module)) is not None)
 
     def _attribute(self, owner: Place, name: str) -> str:
@@ -301,7 +301,8 @@ class Package:
         if found is None:
             return self._through_attribute(owner, first, rest)
         klass = self.class_of(Place(owner.module, f"{owner.name}.{first}"))
-        return (klass and self._aliased(klass, first, owner.module)) or (found,)
+        is_listed = klass is not None and "|" in klass.aliases.get(first, "")
+        return self._aliased(klass, first, owner.module) if klass is not None and is_listed else (found,)
 
     def _called(self, dotted: str, module: str) -> Place | None:
         found = self.find(dotted, module)

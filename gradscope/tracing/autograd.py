@@ -41,8 +41,10 @@ def tag(tensor: torch.Tensor, operation: int, since: int) -> None:
     argument through does not.
     """
     node: Any = tensor.grad_fn
-    if node is not None and node.metadata.get(TAG, since) >= since:
-        node.metadata[TAG] = operation
+    if node is not None:
+        metadata = node.metadata
+        if metadata.get(TAG, since) >= since:
+            metadata[TAG] = operation
 
 
 @dataclass(slots=True)
@@ -102,12 +104,11 @@ def walk_graph(sinks: Iterable[torch.Tensor], written: Writes | None = None) -> 
             pending.append((sink.grad_fn, None))
         elif sink.requires_grad and sink.is_leaf:
             leaves[id(sink)] = sink
-    operations, nodes = graph.operations, graph.nodes
+    operations = graph.operations
     while pending:
         node, above = pending.pop()
         if node in operations:
             continue
-        nodes.append(node)
         kind = type(node)
         if kind is AccumulateGrad:  # half of all nodes: nothing is saved there, nothing follows
             operations[node] = above
@@ -115,13 +116,16 @@ def walk_graph(sinks: Iterable[torch.Tensor], written: Writes | None = None) -> 
             leaves[id(variable)] = variable
             continue
         operation = operations[node] = node.metadata.get(TAG, above)
-        graph.custom = graph.custom or (kind not in _ORDINARY and isinstance(node, BackwardCFunction))
-        refusal = None if kind in _ORDINARY and written is None else _refusal(node, operation, written)
+        writes = written(operation) if written is not None and operation is not None else None
+        refusal = None
+        if writes or kind not in _ORDINARY:
+            graph.custom = graph.custom or isinstance(node, BackwardCFunction)
+            refusal = _refusal(node, writes)
         if refusal is not None and operation is not None:
             graph.refusals.setdefault(operation, refusal)
         if refusal is None or refusal.silent:
             pending += [(following, operation) for following, _ in node.next_functions if following is not None]
-    graph.leaves = list(leaves.values())
+    graph.nodes, graph.leaves = list(operations), list(leaves.values())
     return graph
 
 
@@ -133,7 +137,7 @@ def reached_leaves(sinks: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 # --- nodes that give no gradient -----------------------------------------------------------------------
 
 
-def _refusal(node: Any, operation: int | None, written: Writes | None) -> Refusal | None:
+def _refusal(node: Any, writes: list[Write] | None) -> Refusal | None:
     kind = type(node)
     if kind not in _ORDINARY:
         name = _name(node)
@@ -148,7 +152,6 @@ def _refusal(node: Any, operation: int | None, written: Writes | None) -> Refusa
                 return Refusal("GS502", f"{said} (torch.library.register_autograd).", said, True)
         elif kind in _NAMES and not issubclass(kind, BackwardCFunction):
             _ORDINARY.add(kind)
-    writes = written(operation) if written is not None and operation is not None else None
     return _spoiled(node, writes) if writes else None
 
 
@@ -183,6 +186,7 @@ def _operators_without_backward() -> set[str]:
 
 def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
     """Tell whether what a node saved for backward was changed since."""
+    unseen = [write for write in writes if write.unseen]
     for name in _names_of_saved(node.__class__):
         try:
             saved = getattr(node, name)
@@ -192,8 +196,8 @@ def _spoiled(node: Any, writes: list[Write]) -> Refusal | None:
                 return Refusal("GS603", words, _first_sentence(str(error)), True, write=writes[-1].operation)
             continue
         for tensor in saved if isinstance(saved, tuple) else (saved,):
-            for write in writes:
-                if write.unseen and isinstance(tensor, torch.Tensor) and _reaches(write, tensor):
+            for write in unseen:
+                if isinstance(tensor, torch.Tensor) and _reaches(write, tensor):
                     words = f"it changes a value that {node.name()} saved, where autograd does not look."
                     return Refusal("GS603", words, silent=True, write=write.operation)
     return None
@@ -208,7 +212,9 @@ def _reaches(write: Write, tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _names_of_saved(kind: type) -> list[str]:
-    return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
+    """Return the attributes of a kind of node that give out tensors: numbers that it saved are never raw."""
+    names = set(dir(kind))
+    return sorted(name for name in names if name == "saved_tensors" or f"_raw{name}" in names)
 
 
 def _first_sentence(text: str) -> str:

@@ -10,7 +10,7 @@ from gradscope.findings import listed
 from gradscope.tracing.cuts import Cut, cut_at
 from gradscope.tracing.frames import code_name, source_site
 from gradscope.tracing.numeric import CPU, CannotCheck, Checked, check
-from gradscope.tracing.propagation import union, walk
+from gradscope.tracing.propagation import Walks, union
 from gradscope.tracing.recording import Operation, Recording, Site
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.verify import Proof
@@ -169,7 +169,7 @@ def _blame_entrance(proof: Proof, name: str, passing: list[Operation]) -> None:
 
 def _passing(recording: Recording, names: Iterable[str]) -> dict[str, list[Operation]]:
     bits = {name: 1 << index for index, name in enumerate(sorted(names))}
-    walks = walk(recording, {name: recording.leaves[name] for name in bits}, bits)
+    walks = Walks(recording, {name: recording.leaves[name] for name in bits}, bits)
     return {
         name: [op for op in recording.operations if union(walks.data, op.inputs) & bit] for name, bit in bits.items()
     }

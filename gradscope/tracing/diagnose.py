@@ -6,6 +6,7 @@ frontier: an operation that takes in a connected value and gives out an unconnec
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ from gradscope.tracing.calls import WHOLE
 from gradscope.tracing.cuts import RULE_OF_OPERATION, Cut, blamed, cut_at, cut_of_loss
 from gradscope.tracing.frames import source_site
 from gradscope.tracing.intended import STRAIGHT_THROUGH, Intentions, is_by_design
-from gradscope.tracing.propagation import Walks, is_flat, union, walk
+from gradscope.tracing.propagation import Walks, is_flat, union
 from gradscope.tracing.recording import Operation, Recording, Site
 
 
@@ -79,9 +80,9 @@ def _diagnose(recording: Recording) -> Diagnosis:
     names = list(recording.leaves) + list(recording.outside)
     start = {**recording.leaves, **recording.outside}
     bits = {name: 1 << index for index, name in enumerate(names)}
-    walks = walk(recording, start, bits)
+    walks = Walks(recording, start, bits)
     statuses = _statuses(recording, walks, bits)
-    wanted = {status: _bits_of(statuses, status, bits) for status in ("blocked", "flows", "nondifferentiable")}
+    wanted = _bits_of(statuses, bits)
     losses = [each for each in _frontier(recording, walks, wanted["blocked"]) if not is_by_design(each[0])]
     cuts = _cuts(recording, losses, bits)
     _add_left(cuts, recording, walks, wanted["blocked"], bits)
@@ -160,8 +161,12 @@ def _add_inside(
             cut_at(cuts, recording, operation).sources |= _named(lost, bits)
 
 
-def _bits_of(statuses: dict[str, str], status: str, bits: dict[str, int]) -> int:
-    return sum(bits[name] for name, found in statuses.items() if found == status)
+def _bits_of(statuses: dict[str, str], bits: dict[str, int]) -> dict[str, int]:
+    """Return the sources of each status."""
+    found: dict[str, int] = defaultdict(int)
+    for name, status in statuses.items():
+        found[status] |= bits[name]
+    return found
 
 
 def _named(lost: int, bits: dict[str, int]) -> set[str]:
@@ -173,6 +178,7 @@ def _named(lost: int, bits: dict[str, int]) -> set[str]:
 
 def _frontier(recording: Recording, walks: Walks, wanted: int) -> Iterator[tuple[Operation, int]]:
     """Yield the operations that lose the gradient of wanted sources, each with those (as a bit set)."""
+    wanted &= walks.parted  # nearly always nothing
     for operation in recording.operations if wanted else ():
         arriving = 0
         for value in operation.inputs:
@@ -264,11 +270,11 @@ def _untold(
     All numbers of a tensor that else gets its gradient went to numpy or a list; or whole numbers (which row, how
     many) that were worked out of a source that seems unused went into Python.
     """
-    flows, unused = (_bits_of(statuses, status, bits) for status in ("flows", "unused"))
+    now = _bits_of(statuses, bits) if recording.escapes else {}
     found: dict[Site, None] = {}
     for operation in recording.escapes:
-        whole = union(walks.smooth, operation.inputs) & flows if operation.name in WHOLE else 0
-        if operation.place is not None and (whole or union(walks.data, operation.inputs) & unused):
+        whole = union(walks.smooth, operation.inputs) & now["flows"] if operation.name in WHOLE else 0
+        if operation.place is not None and (whole or union(walks.data, operation.inputs) & now["unused"]):
             found[source_site(operation.place, operation.name)] = None
     return [site for site in found if site not in cuts]
 

@@ -255,7 +255,7 @@ class _Drawing:
         if status != "flows":
             return status
         for output in operation.outputs:
-            if output in self.arriving and value in linked_to(self.recording, operation, output):
+            if output in self.arriving and value in linked_to(self.recording.values, operation, output):
                 return "flows"
         return "blocked"
 

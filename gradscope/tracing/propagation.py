@@ -9,11 +9,11 @@ Sets of sources are integers, one bit a source: a model has hundreds of them and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from gradscope.tracing.calls import WHOLE, is_in_place
-from gradscope.tracing.recording import Operation, Recording
+from gradscope.tracing.recording import Operation, Recording, Value
 
 # The derivative exists and is zero: piecewise constant (torch's derivatives.yaml gives zeros, or none).
 PIECEWISE_CONSTANT = frozenset(
@@ -28,36 +28,33 @@ REPLACES_DATA = frozenset({"__set__"})
 EVERY = -1
 
 
-@dataclass(slots=True)
 class Walks:
     """Per value: the sources whose data, derivative and gradient link reach it; and what reaches an output.
 
-    ``counts`` has the sources that miss something where their link ends at a value: none where no derivative of it
-    reaches an output, and not the parameter that is overwritten with a function of itself on every way there
-    (clipped, normalised, cast), which is an update of it and no part of the graph. ``parted`` are the sources that
-    lost a link anywhere.
+    ``parted`` are the sources that lost a link anywhere.
     """
 
-    data: list[int]
-    smooth: list[int]
-    linked: list[int]
-    live: set[int]
-    counts: list[int]
-    parted: int = 0
+    def __init__(self, recording: Recording, start: dict[str, int], bits: dict[str, int]) -> None:
+        self._recording = recording
+        self._everything = sum(bits.values())
+        self.data = [0] * len(recording.values)
+        for name, value in start.items():
+            self.data[value] |= bits[name]
+        self.smooth, self.linked = self.data.copy(), self.data.copy()
+        self.parted = 0
+        for operation in recording.operations:
+            _step(recording.values, operation, self)
+        self.live = _live(recording)
 
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """The sources that miss something where their link ends at a value.
 
-def walk(recording: Recording, start: dict[str, int], bits: dict[str, int]) -> Walks:
-    """Return the three walks forward from the sources, and the two backward from the outputs."""
-    size = len(recording.values)
-    walks = Walks([0] * size, [0] * size, [0] * size, set(), [0] * size)
-    for name, value in start.items():
-        for sets in (walks.data, walks.smooth, walks.linked):
-            sets[value] |= bits[name]
-    for operation in recording.operations:
-        _step(recording, operation, walks)
-    walks.live = _live(recording)
-    _count(recording, walks, everything=sum(bits.values()))
-    return walks
+        None where no derivative of it reaches an output, and not the parameter that is overwritten with a function of
+        itself on every way there (clipped, normalised, cast), which is an update of it and no part of the graph. Where
+        nothing is lost nobody asks.
+        """
+        return _counts(self._recording, self.linked, self._everything)
 
 
 def union(sets: list[int], values: Iterable[int]) -> int:
@@ -95,7 +92,7 @@ def where_it_left(recording: Recording) -> tuple[list[Operation], tuple[int, ...
 def linked_sources(recording: Recording) -> frozenset[str]:
     """Return the sources that autograd connects to the sinks, as far as the recording shows it."""
     bits = {name: 1 << index for index, name in enumerate(recording.leaves)}
-    reached = union(walk(recording, recording.leaves, bits).linked, recording.sinks)
+    reached = union(Walks(recording, recording.leaves, bits).linked, recording.sinks)
     return frozenset(name for name, bit in bits.items() if reached & bit)
 
 
@@ -105,14 +102,14 @@ def arriving(recording: Recording, ends: Iterable[int]) -> set[int]:
     for operation in reversed(recording.operations):
         for output in reached.intersection(operation.outputs):
             reached.update(
-                [value for value in linked_to(recording, operation, output) if recording.values[value].connected]
+                [value for value in linked_to(recording.values, operation, output) if recording.values[value].connected]
             )
     return reached
 
 
-def linked_to(recording: Recording, operation: Operation, output: int) -> tuple[int, ...]:
+def linked_to(values: list[Value], operation: Operation, output: int) -> tuple[int, ...]:
     """Return the inputs of an operation that autograd links to one of its outputs."""
-    value = recording.values[output]
+    value = values[output]
     if not value.connected or (operation.refusal and not operation.refusal.silent):
         return ()
     # Written in place where autograd does not look: only what was there before stays linked.
@@ -126,23 +123,25 @@ def is_flat(operation: Operation) -> bool:
     return operation.name in PIECEWISE_CONSTANT
 
 
-def _step(recording: Recording, operation: Operation, walks: Walks) -> None:
-    data = smooth = linked = 0
+def _step(values: list[Value], operation: Operation, walks: Walks) -> None:
+    """Carry the sources of what an operation takes in to what it gives out: some hundred times in each run."""
+    data, smooth, linked = walks.data, walks.smooth, walks.linked
+    carried = derived = connected = 0
     for value in operation.inputs:
-        data |= walks.data[value]
-        smooth |= walks.smooth[value]
-        linked |= walks.linked[value]
-    if is_flat(operation):
-        smooth = 0
+        carried |= data[value]
+        derived |= smooth[value]
+        connected |= linked[value]
+    if operation.name in PIECEWISE_CONSTANT:
+        derived = 0
+    depends = operation.leads_to and operation.refusal is None
     for number, output in enumerate(operation.outputs):
-        depends = operation.leads_to and operation.refusal is None
-        without = ~_irrelevant(operation, number, linked, walks) if depends else EVERY
-        walks.data[output] |= data & without
-        if recording.values[output].differentiable:
-            walks.smooth[output] |= smooth & without
-        kept = linked_to(recording, operation, output)
-        walks.linked[output] |= (linked if kept is operation.inputs else union(walks.linked, kept)) & without
-        walks.parted |= walks.smooth[output] & ~walks.linked[output]
+        without = ~_irrelevant(operation, number, connected, walks) if depends else EVERY
+        data[output] |= carried & without
+        if values[output].differentiable:
+            smooth[output] |= derived & without
+        kept = linked_to(values, operation, output)
+        linked[output] |= (connected if kept is operation.inputs else union(linked, kept)) & without
+        walks.parted |= smooth[output] & ~linked[output]
 
 
 def _irrelevant(operation: Operation, number: int, linked: int, walks: Walks) -> int:
@@ -165,9 +164,9 @@ def _live(recording: Recording) -> set[int]:
     return live
 
 
-def _count(recording: Recording, walks: Walks, everything: int) -> None:
+def _counts(recording: Recording, linked: list[int], everything: int) -> list[int]:
     """Walk back from the outputs, along what has a derivative."""
-    values, counts = recording.values, walks.counts
+    values, counts = recording.values, [0] * len(recording.values)
     for sink in recording.sinks:
         if values[sink].differentiable:
             counts[sink] = everything
@@ -176,7 +175,8 @@ def _count(recording: Recording, walks: Walks, everything: int) -> None:
         if not found or is_flat(operation):
             continue
         overwrites = True in [values[output].leaf for output in operation.outputs]
-        own = union(walks.linked, operation.inputs[:1]) if overwrites else 0
+        own = union(linked, operation.inputs[:1]) if overwrites else 0
         for number, value in enumerate(operation.inputs):
             if values[value].differentiable:
                 counts[value] |= found & ~own if number else found
+    return counts

@@ -309,18 +309,19 @@ class Recording:
             by_memory.setdefault(write.memory, []).append(write)
         telling = {memory: [*(write for write in writes[:-1] if write.unseen), writes[-1]]
                    for memory, writes in by_memory.items()}  # fmt: skip
-        written = {value.id: value.memory for value in self.values if value.memory in telling}
-        if not written:
+        ends = {value.id: telling[value.memory][-1].operation for value in self.values if value.memory in telling}
+        if not ends:
             return None
 
         def after(number: int) -> list[Write]:
             if number >= len(self.operations):  # of another trace, around this one
                 return []
             operation = self.operations[number]
-            touched = {written[value] for value in (*operation.inputs, *operation.outputs) if value in written}
+            touched = [value for value in (*operation.inputs, *operation.outputs) if ends.get(value, 0) > number]
             if not touched:
                 return []
-            later = [write for memory in touched for write in telling[memory] if write.operation > number]
+            memories = {self.values[value].memory for value in touched}
+            later = [write for memory in memories for write in telling[memory] if write.operation > number]
             return sorted(later, key=lambda write: write.operation)
 
         return after

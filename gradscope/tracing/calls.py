@@ -96,6 +96,12 @@ def _takes_statistics(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return bool(kwargs.get("training", False) if name == "batch_norm" else kwargs.get("use_input_stats", True))
 
 
+def asks_to_write(name: str, kwargs: dict[str, Any]) -> bool:
+    """Tell by its keywords whether a call that else only computes may write."""
+    updates = name == "batch_norm" and kwargs.get("training", True)
+    return bool(updates or "out" in kwargs or kwargs.get("inplace"))
+
+
 def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Return the tensors that a call is about to change in place."""
     written: list[Any] = []

@@ -46,7 +46,7 @@ def gather(items: Iterable[Any], found: list[torch.Tensor], depth: int) -> None:
         kind = KINDS[type(item)]
         if kind == "tensor":
             found.append(item)
-        elif kind and depth < DEEPEST:
+        elif kind and depth < DEEPEST and (kind != "sequence" or any(map(_KIND_OF, map(type, item)))):  # no (1, 1)
             gather(item if kind == "sequence" else _parts(item), found, depth + 1)
 
 
@@ -63,6 +63,7 @@ class _Kinds(dict[type, str]):
 # Classes made in a function are made again and again.
 MOST_KINDS = 4096
 KINDS = _Kinds()
+_KIND_OF = KINDS.__getitem__
 
 
 def _kind(cls: type) -> str:

@@ -63,11 +63,13 @@ class Operations:
         pending.outputs = tuple([self._provenance.remember(tensor).id for tensor in made])
         if pending.name in ROOMS:
             recording.values[pending.outputs[0]].room = True
-        # What gives out nothing counts where it lets numbers out, or writes: what is blamed for that has to be there.
-        counts = pending.outputs or pending.name in ESCAPES or is_in_place(pending.name)
         regions = (here or self._threads.here).regions
-        made_for_inference = bool(regions) and any(tensor.is_inference() for tensor in made)
-        if (pending.inputs and counts) or made_for_inference:
+        if pending.inputs:
+            # What gives out nothing counts where it lets numbers out, or writes: what is blamed has to be there.
+            counts = pending.outputs or pending.name in ESCAPES or is_in_place(pending.name)
+        else:
+            counts = bool(regions) and any(tensor.is_inference() for tensor in made)
+        if counts:
             since, pending.index = pending.index, len(recording.operations)
             recording.operations.append(pending)
             for tensor in made:

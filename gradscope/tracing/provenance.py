@@ -92,17 +92,18 @@ class Provenance:
     def remember(self, tensor: torch.Tensor) -> Value:
         """Make a new value of what a tensor holds now."""
         values, key = self._recording.values, id(tensor)
-        dtype, wrapped = tensor.dtype, is_wrapped(tensor)
+        dtype, memory = tensor.dtype, memory_of(tensor)
+        wrapped = not memory and is_wrapped(tensor)  # what torch.func wraps has no memory of its own
         try:
             version, inference = tensor._version, False
         except RuntimeError:
             version, inference = UNVERSIONED, tensor.is_inference()
         is_leaf = key in self._leaves
-        has_graph = tensor.grad_fn is not None
+        has_graph = tensor.grad_fn is not None  # then it requires a gradient
         if wrapped:
             connected = self._is_connected(tensor)
         else:
-            connected = tensor.requires_grad and (is_leaf or (has_graph and not inference))
+            connected = (has_graph and not inference) or (is_leaf and tensor.requires_grad)
         value = Value(
             len(values),
             None if tensor.is_nested else tensor.shape,
@@ -112,7 +113,7 @@ class Provenance:
             is_leaf and not has_graph,
             inference,
             "",
-            memory_of(tensor),
+            memory,
         )  # by position: this runs for every result of every call
         values.append(value)
         self._known[key] = (weakref.ref(tensor), value, version)

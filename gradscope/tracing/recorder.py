@@ -28,6 +28,7 @@ from gradscope.tracing.calls import (
     ROUNDING,
     SHAPE_ONLY,
     SHARES_MEMORY,
+    asks_to_write,
     instead_of,
     made_by,
     mutated,
@@ -130,7 +131,7 @@ class Recorder(TorchFunctionMode):
         if name is None:  # shape, dtype, device: nine calls of ten
             return func(*args, **kwargs)
         frame, here = sys._getframe(1), self._threads.here
-        if name is CLOSER or self._looks_closer or (kwargs and ("out" in kwargs or kwargs.get("inplace"))):
+        if name is CLOSER or self._looks_closer or (kwargs and asks_to_write(name, kwargs)):
             return self._look_closer(func, args, kwargs, frame, here)
         given = (*args, *kwargs.values()) if kwargs else args
         pending = self._operations.start(name, given, self._places.of(frame), here)

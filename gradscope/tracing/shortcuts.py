@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from gradscope.tracing.calls import (
     AS_ANOTHER,
     MAKES_ROOM,
@@ -49,6 +51,8 @@ def _shortcut(func: Any) -> str | None:
     name = operation_name(func)
     if name is None:
         return CLOSER if func.__name__ in _NOT_ONLY_ASKING or meaning_of(func) is not None else None
+    if func is nn.functional.batch_norm:  # asked with ``training`` by name, see ``asks_to_write``
+        return name
     writes = may_write(name) or name.startswith("_foreach_") or (isinstance(func, OPERATORS) and mutates(func))
     return CLOSER if name in _SPECIAL or writes else name
 

@@ -106,11 +106,14 @@ class Runner:
         sources = {name: tensor for name, tensor in {**named, **built.inputs}.items() if name in asked or not as_given}
         for name in sources.keys() & built.inputs.keys():
             built.inputs[name].requires_grad_(True)
-        recorder.provenance.add_leaves(sources)
+        leaves, outside = recorder.recording.leaves, recorder.recording.outside
         if is_built_anew:
+            recorder.provenance.add_leaves(sources)
             recorder.provenance.forget_outside(named.values())
-        else:
-            recorder.recording.outside.clear()  # all of them are its own
+        else:  # all of them are its own, and known
+            leaves.update({name: outside[name] for name in named if name in sources})
+            recorder.provenance.add_leaves({name: tensor for name, tensor in sources.items() if name not in named})
+            outside.clear()
         run = Run(recorder.recording, frozen, set(named), asked)
         recorder.provenance.add_constants(constants_of(held))
         if self._loss is not None:

@@ -16,6 +16,7 @@ from gradscope.tracing.frames import source_site
 from gradscope.tracing.intended import STRAIGHT_THROUGH, Intentions, is_by_design
 from gradscope.tracing.propagation import Walks, is_flat, union
 from gradscope.tracing.recording import Operation, Recording, Site
+from gradscope.tracing.shifts import Shifts
 
 
 @dataclass(slots=True)
@@ -290,14 +291,15 @@ def _add_partial(
     """Note the sources whose gradient arrives on one path and is cut on another; return those with a surrogate."""
     surrogates: set[str] = set()
     losses = list(_frontier(recording, walks, wanted))
-    intentions = Intentions(recording.operations if losses else (), recording.sinks)
+    intentions = Intentions(recording.operations if losses else ())
     intended = {operation.index for operation, _ in losses
                 if is_by_design(operation) or intentions.is_straight_through(operation)}  # fmt: skip
+    shifts = Shifts(recording, [each for each, _ in losses if each.index not in intended], walks)
     for operation, lost in losses:
         if operation.index in intended:
             surrogates |= _named(lost, bits)
             continue
-        if intentions.is_shift(operation) or (intended and intentions.lead_on(operation, intended, walks.counts)):
+        if shifts.cost_nothing(operation) or (intended and intentions.lead_on(operation, intended, walks.counts)):
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
         found = blamed(cuts, recording, operation)

@@ -1,4 +1,4 @@
-"""Cuts that are meant and cost nothing: by torch's own design, of a straight-through estimator, of a safe softmax."""
+"""Cuts that are meant and cost nothing: by torch's own design, of a straight-through estimator."""
 
 from __future__ import annotations
 
@@ -20,18 +20,6 @@ STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
 _SUBTRACTIONS = frozenset("sub sub_ subtract __sub__ __isub__".split())
 _REVERSED = frozenset({"rsub", "__rsub__"})
 _ADDITIONS = _SUBTRACTIONS | _REVERSED | frozenset("add add_ __add__ __radd__ __iadd__".split())
-_DIFFERENCES = _SUBTRACTIONS | _REVERSED
-_SUMS = _ADDITIONS - _DIFFERENCES
-_EXPONENTIALS = frozenset("exp exp_ exp2 exp2_".split())
-_SOFTMAX = frozenset({"softmax", "log_softmax"})
-_LOGARITHMS = frozenset({"log", "logsumexp"})
-_DIVISIONS = frozenset("div div_ divide true_divide __truediv__ __itruediv__".split())
-# What gives the largest of some numbers, and what hands numbers on in another shape.
-_LARGEST = frozenset("max amax maximum cummax scatter_reduce scatter_reduce_ index_reduce index_reduce_".split())
-_CARRIES = frozenset(
-    "view reshape expand expand_as view_as unsqueeze squeeze flatten transpose permute index_select gather "
-    "repeat_interleave masked_fill __getitem__ clone contiguous to type_as float detach".split()
-)
 
 # So many sums are looked through, one within the other.
 _DEEPEST = 4
@@ -40,8 +28,7 @@ _DEEPEST = 4
 class Intentions:
     """Tells of operations that lose a part of a gradient whether that is meant: by what is made of it afterwards."""
 
-    def __init__(self, operations: Iterable[Operation], results: Iterable[int]) -> None:
-        self._results = frozenset(results)
+    def __init__(self, operations: Iterable[Operation]) -> None:
         self._consumers: dict[int, list[Operation]] = {}
         self._makers: dict[int, Operation] = {}
         for operation in operations:
@@ -100,98 +87,6 @@ class Intentions:
                 if user.index not in intended and not is_flat(user):
                     pending += [value for value in user.outputs if counts[value] and value not in seen]
                     seen.update(user.outputs)
-        return True
-
-    # --- softmax of what was shifted ------------------------------------------------------------------------
-
-    def is_shift(self, cut: Operation) -> bool:
-        """Tell ``exp(x - x.max().detach())`` that is divided by its sum: no shift changes that, nor its derivative.
-
-        Whatever the detached value is used for has to be that, or adding it again to the logarithm of the sum.
-        """
-        is_largest = self._comes_of_largest(cut)
-        shifts, shifted = set(cut.outputs), list[int]()
-        restored: set[int] = set()
-        pending = list(cut.outputs)
-        while pending:
-            value = pending.pop()
-            if value in self._results:
-                return False
-            for user in self._consumers.get(value, ()):
-                if user.name in _LARGEST or user.name in _CARRIES:
-                    is_largest = is_largest or user.name in _LARGEST
-                    shifts.update(user.outputs)
-                    pending += user.outputs
-                elif user.name in _SUBTRACTIONS and user.inputs[1:] == (value,):
-                    shifted += user.outputs
-                elif user.name in _SUMS:
-                    restored.update(each for each in user.inputs if each not in shifts)
-                else:
-                    return False
-        if not (is_largest and shifted):
-            return False
-        logarithms: set[int] = set()
-        return all(self._is_normalised(each, shifts, logarithms) for each in shifted) and restored <= logarithms
-
-    def _comes_of_largest(self, cut: Operation) -> bool:
-        maker: Operation | None = cut
-        while maker is not None and maker.name in _CARRIES and maker.inputs:
-            maker = self._makers.get(maker.inputs[0])
-        return maker is not None and maker.name in _LARGEST
-
-    def _is_normalised(self, shifted: int, shifts: set[int], logarithms: set[int]) -> bool:
-        """Tell whether a value is used in an exponential that is divided by its sum, or whose sum's logarithm is taken.
-
-        That logarithm, noted in ``logarithms``, may only be taken off the value (``x - x.exp().sum().log()``), or have
-        a shift added: alone it is another number for each.
-        """
-        own, others = {shifted}, list[Operation]()
-        made: set[int] = set()
-        divided = False
-        pending = [shifted]
-        while pending:
-            for user in self._consumers.get(pending.pop(), ()):
-                divided = divided or user.name in _SOFTMAX
-                if user.name in _EXPONENTIALS or user.name in _SOFTMAX:
-                    made.update(user.outputs)
-                elif user.name in _LOGARITHMS:
-                    logarithms.update(user.outputs)
-                elif user.name in _CARRIES:
-                    own.update(user.outputs)
-                    pending += user.outputs
-                else:
-                    others.append(user)
-        pending = list(made)
-        while pending:
-            for user in self._consumers.get(pending.pop(), ()):
-                if user.name in _LOGARITHMS:
-                    logarithms.update(user.outputs)
-                    continue
-                divided = divided or (user.name in _DIVISIONS and made.issuperset(user.inputs))
-                pending += [output for output in user.outputs if output not in made]
-                made.update(user.outputs)
-        return (
-            own.isdisjoint(self._results)
-            and self._cancels(logarithms, own, shifts)
-            and (divided or bool(logarithms))
-            and all(user.name in _DIFFERENCES and not logarithms.isdisjoint(user.inputs) for user in others)
-        )
-
-    def _cancels(self, logarithms: set[int], own: set[int], shifts: set[int]) -> bool:
-        """Tell whether logarithms go nowhere but into a difference from the values, or into a sum with a shift."""
-        pending = list(logarithms)
-        while pending:
-            value = pending.pop()
-            if value in self._results:
-                return False
-            for user in self._consumers.get(value, ()):
-                if user.name in _CARRIES:
-                    logarithms.update(user.outputs)
-                    pending += user.outputs
-                elif (user.name not in _DIFFERENCES or own.isdisjoint(user.inputs)) and (
-                    user.name not in _SUMS or shifts.isdisjoint(user.inputs)
-                ):
-                    return False
         return True
 
 

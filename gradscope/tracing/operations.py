@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gradscope.tracing.autograd import tag
-from gradscope.tracing.calls import AS_ANOTHER, ESCAPES, ROOMS, is_in_place
+from gradscope.tracing.calls import AS_ANOTHER, ESCAPES, ROOMS, TAKES_NUMBERS, is_in_place
 from gradscope.tracing.contents import tensors_in
 from gradscope.tracing.cuts import RULE_OF_OPERATION
 from gradscope.tracing.frames import call_chain, inside_of
@@ -52,6 +52,8 @@ class Operations:
             inputs += provenance.escapes.scalars_in(given)
         regions = here.active if here.regions else ()
         operation = Operation(len(recording.operations), name, inputs, (), place, here.scope, regions)
+        if len(inputs) < len(given) and name in TAKES_NUMBERS:
+            operation.number = next((each for each in given if isinstance(each, (int, float))), None)
         recording.pending = operation
         return operation
 

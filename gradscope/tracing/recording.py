@@ -157,7 +157,8 @@ class Operation:
     ``chain`` holds the callers of those that may stop a gradient, outermost first. ``given`` counts the inputs that a
     custom function was given as arguments, which come first: to these alone autograd links it. ``leads_to``, of a call
     that takes a derivative, holds for each output the leaves that autograd links it to. ``via`` is the function of
-    torch that the call lies inside of, where the user called that.
+    torch that the call lies inside of, where the user called that. ``number`` is what a tensor is added to or
+    multiplied by, where that is one of Python's.
     """
 
     index: int
@@ -173,6 +174,7 @@ class Operation:
     leads_to: tuple[tuple[int, ...], ...] = ()
     given: int | None = None
     via: str = ""
+    number: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,7 +291,7 @@ def _add_partial(
     """Note the sources whose gradient arrives on one path and is cut on another; return those with a surrogate."""
     surrogates: set[str] = set()
     losses = list(_frontier(recording, walks, wanted))
-    intentions = Intentions(recording.operations if losses else ())
+    intentions = Intentions(recording, walks, (each for each, _ in losses))
     intended = {operation.index for operation, _ in losses
                 if is_by_design(operation) or intentions.is_straight_through(operation)}  # fmt: skip
     shifts = Shifts(recording, [each for each, _ in losses if each.index not in intended], walks)
@@ -299,7 +299,9 @@ def _add_partial(
         if operation.index in intended:
             surrogates |= _named(lost, bits)
             continue
-        if shifts.cost_nothing(operation) or (intended and intentions.lead_on(operation, intended, walks.counts)):
+        if shifts.cost_nothing(operation) or intentions.is_update(operation, wanted):
+            continue
+        if intended and intentions.lead_on(operation, intended):
             continue
         names = {name for name in _named(lost, bits) if name in statuses}
         found = blamed(cuts, recording, operation)

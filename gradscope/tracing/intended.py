@@ -1,12 +1,13 @@
-"""Cuts that are meant and cost nothing: by torch's own design, of a straight-through estimator."""
+"""Cuts that are meant and cost nothing: by torch's own design, of a straight-through estimator, of a moving average."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from gradscope.tracing.calls import OVERWRITES
 from gradscope.tracing.frames import code_name
-from gradscope.tracing.propagation import is_flat
-from gradscope.tracing.recording import Operation
+from gradscope.tracing.propagation import REPLACES_DATA, Walks, is_flat, union
+from gradscope.tracing.recording import Operation, Recording
 
 # Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
 # derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
@@ -28,10 +29,11 @@ _DEEPEST = 4
 class Intentions:
     """Tells of operations that lose a part of a gradient whether that is meant: by what is made of it afterwards."""
 
-    def __init__(self, operations: Iterable[Operation]) -> None:
+    def __init__(self, recording: Recording, walks: Walks, cuts: Iterable[Operation]) -> None:
+        self._recording, self._walks = recording, walks
         self._consumers: dict[int, list[Operation]] = {}
         self._makers: dict[int, Operation] = {}
-        for operation in operations:
+        for operation in recording.operations if any(True for _ in cuts) else ():
             for value in operation.inputs:
                 self._consumers.setdefault(value, []).append(operation)
             for value in operation.outputs:
@@ -73,11 +75,12 @@ class Intentions:
             found += [(sign * own, value), *self._terms(value, sign * own, depth)]
         return found
 
-    def lead_on(self, cut: Operation, intended: set[int], counts: list[int]) -> bool:
+    def lead_on(self, cut: Operation, intended: set[int]) -> bool:
         """Tell whether what is cut off goes on to other cuts only, that are meant (by index).
 
         ``scale = x.abs().mean().detach()`` of ``x + (scale * x.sign() - x).detach()``: nothing more is missed there.
         """
+        counts = self._walks.counts
         pending, seen = [value for value in cut.outputs if counts[value]], set(cut.outputs)
         while pending:
             users = self._consumers.get(pending.pop())
@@ -88,6 +91,46 @@ class Intentions:
                     pending += [value for value in user.outputs if counts[value] and value not in seen]
                     seen.update(user.outputs)
         return True
+
+    # --- a moving average of weights ------------------------------------------------------------------------
+
+    def is_update(self, cut: Operation, flowing: int) -> bool:
+        """Tell weights that are cut off to be kept elsewhere: by a teacher, a target network, an average of weights.
+
+        All that comes of them is written into other parameters, or is a copy that nothing recorded takes in.
+        ``flowing`` are the sources that are linked to a result.
+        """
+        pending, seen, is_kept = [cut], {cut.index}, False
+        while pending:
+            operation = pending.pop()
+            if self._is_kept(operation, flowing):
+                is_kept = True
+                continue
+            for value in operation.outputs:
+                users = [user for user in self._consumers.get(value, ()) if self._counts(user)]
+                if self._walks.counts[value] and (not users or value in self._recording.sinks):
+                    return False
+                pending += [user for user in users if user.index not in seen]
+                seen.update(user.index for user in users)
+        return is_kept
+
+    def _counts(self, operation: Operation) -> bool:
+        return any(self._walks.counts[value] for value in operation.outputs)
+
+    def _is_kept(self, operation: Operation, flowing: int) -> bool:
+        """Tell whether an operation updates a parameter that is then a constant, or by what was in it before."""
+        values, walks = self._recording.values, self._walks
+        if operation.name == "__deepcopy__":
+            users = [user for value in operation.outputs for user in self._consumers.get(value, ())]
+            return not any(values[value].connected for user in users for value in user.outputs)
+        if not any(values[value].leaf for value in operation.outputs):
+            return False
+        own = walks.linked[operation.inputs[0]]
+        maker = self._makers.get(operation.inputs[-1])
+        wrote = maker if maker is not None and maker.name == operation.name else operation  # through ``.data``
+        written = union(walks.data, wrote.inputs[1:])
+        averages = written & own or operation.name.rpartition(".")[2] not in OVERWRITES | REPLACES_DATA
+        return not own & flowing or (bool(averages) and (written | own).bit_count() <= 2)
 
 
 def _signed(addition: Operation) -> Iterator[tuple[int, int]]:

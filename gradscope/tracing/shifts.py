@@ -187,13 +187,10 @@ class Shifts:
     def _outcome(self, operation: Operation, given: _Given, *, is_apart: bool) -> _Outcome:
         """Return the form of what an operation gives out."""
         name = _plain(operation.name)
-        if is_apart:
-            if name in _REDUCTIONS:
+        if name not in _ELEMENTWISE:
+            is_wide = any(each not in self._narrow for form in given if form for each in form.shift)
+            if is_wide or (is_apart and name not in _CARRIES):  # of what is added up here each has another shift
                 return _MATTERS
-        elif name not in _ELEMENTWISE and any(
-            each not in self._narrow for form in given if form for each in form.shift
-        ):
-            return _MATTERS  # of what is added up here each has another shift
         if name in _ADDITIONS:
             return _sum(operation, given)
         if name in _TIMES or name in _PRODUCTS:

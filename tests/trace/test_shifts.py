@@ -163,6 +163,14 @@ def chosen_by_a_mask(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     return torch.where(mask, x, cut(largest(x))).softmax(-1)
 
 
+def as_a_target(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    return cut(2 * x).softmax(-1) * x.log_softmax(-1)
+
+
+def largest_as_a_target(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    return cut(largest(x)).softmax(0) * x
+
+
 WHOLE = (
     off_by_one, off_by_one_each_by_itself, off_by_one_from_zero_on, with_a_sink, detached_twice, computed_twice,
     put_back_from_anew, shifted_on_both_sides, multiplied_by_the_reciprocal, cooled, cooled_twice, by_the_mean,
@@ -171,6 +179,7 @@ WHOLE = (
 MISSING = (
     off_by_a_shifted_one, off_by_a_shifted_one_of_torch, logarithm_of_one_more, by_different_shifts, cut_on_one_side,
     squared, weighted_once_more, added_to_the_weights, cooled_on_one_side, by_itself, chosen_by_a_mask,
+    as_a_target, largest_as_a_target,
 )  # fmt: skip
 
 

@@ -1,0 +1,190 @@
+"""Weights that are kept for a teacher or a target network: no part of the student's gradient is missed there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import gradscope
+from gradscope.session import Session
+
+Update = Callable[[nn.Module, nn.Module], None]
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+class Distilled(nn.Module):
+    """A student learns what a teacher says, which is an average of what the student was."""
+
+    def __init__(self, update: Update, target: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.teacher = network(), network().requires_grad_(False)
+        self.update, self.target = update, target
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.update(self.teacher, self.student)
+        return functional.mse_loss(self.student(x), self.target(self.teacher, x) + 0.1)
+
+
+def pairs(teacher: nn.Module, student: nn.Module) -> Any:
+    return zip(teacher.parameters(), student.parameters(), strict=True)
+
+
+@torch.no_grad()
+def lerped(teacher: nn.Module, student: nn.Module) -> None:
+    for old, new in pairs(teacher, student):
+        old.lerp_(new, 0.1)
+
+
+@torch.no_grad()
+def replaced(teacher: nn.Module, student: nn.Module) -> None:
+    for old, new in pairs(teacher, student):
+        old.data = old.data * 0.9 + new.data * 0.1
+
+
+def multiplied_and_added(teacher: nn.Module, student: nn.Module) -> None:
+    for old, new in pairs(teacher, student):
+        old.data.mul_(0.9).add_(new.data, alpha=0.1)
+
+
+@torch.no_grad()
+def at_once(teacher: nn.Module, student: nn.Module) -> None:
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)
+
+
+def by_name(teacher: nn.Module, student: nn.Module) -> None:
+    new = student.state_dict()
+    for name, old in teacher.state_dict().items():
+        old.copy_(0.9 * old + 0.1 * new[name])
+
+
+def loaded(teacher: nn.Module, student: nn.Module) -> None:
+    teacher.load_state_dict(student.state_dict())
+
+
+@torch.no_grad()
+def copied(teacher: nn.Module, student: nn.Module) -> None:
+    for old, new in pairs(teacher, student):
+        old.copy_(new)
+
+
+@torch.no_grad()
+def quietly(teacher: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return teacher(x)
+
+
+def detached(teacher: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return teacher(x).detach()
+
+
+def recorded(teacher: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return teacher(x)
+
+
+def given() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(3, 4)
+
+
+def students(session: Session) -> set[str]:
+    return {source.status for name, source in session.sources.items() if name.startswith("student")}
+
+
+def gradients(model: Distilled) -> list[torch.Tensor | None]:
+    model(given()).backward()
+    return [parameter.grad for parameter in model.student.parameters()]
+
+
+def as_a_constant(model: Distilled) -> list[torch.Tensor | None]:
+    """Ask torch for the gradients where the teacher's weights and what it says are numbers that stand there."""
+    model.update(model.teacher, model.student)
+    target = model.teacher(given()).detach() + 0.1
+    functional.mse_loss(model.student(given()), target).backward()
+    return [parameter.grad for parameter in model.student.parameters()]
+
+
+AVERAGES = (lerped, replaced, multiplied_and_added, at_once, by_name)
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize(("update", "target"), [
+    *((update, target) for update in (*AVERAGES, loaded, copied) for target in (quietly, detached)),
+    *((update, recorded) for update in AVERAGES),
+])  # fmt: skip
+def test_a_student_misses_nothing_by_what_its_teacher_learns_of_it(update: Update, target: Any, mode: str) -> None:
+    torch.testing.assert_close(gradients(Distilled(update, target)), as_a_constant(Distilled(update, target)))
+    session = gradscope.trace(Distilled(update, target), given(), mode=mode)
+    assert (session.verdict, students(session)) == ("flows", {"flows"})
+    assert all(each.severity == "note" for each in session.findings)
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_nor_by_a_copy_of_it_or_an_average_of_torch(mode: str) -> None:
+    class Copied(Distilled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.mse_loss(self.student(x), quietly(copy.deepcopy(self.student), x) + 0.1)
+
+    class Averaged(Distilled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.teacher.update_parameters(self.student)
+            return functional.mse_loss(self.student(x), quietly(self.teacher, x) + 0.1)
+
+    averaged = Averaged(lerped, quietly)
+    averaged.teacher = AveragedModel(averaged.student, multi_avg_fn=get_ema_multi_avg_fn(0.9)).requires_grad_(False)
+    for model in (Copied(lerped, quietly), averaged):
+        session = gradscope.trace(model, given(), mode=mode)
+        assert (session.verdict, students(session)) == ("flows", {"flows"})
+
+
+class Only(Distilled):
+    """Nothing but what the teacher says is given out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.update(self.teacher, self.student)
+        return self.target(self.teacher, x) + x.sum()
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("target", [quietly, recorded])
+@pytest.mark.parametrize("update", [lerped, copied, loaded])
+def test_one_whose_only_way_leads_through_its_teacher_is_blocked(update: Update, target: Any, mode: str) -> None:
+    x = given().requires_grad_()
+    model = Only(update, target)
+    model(x).sum().backward()
+    assert all(parameter.grad is None for parameter in model.student.parameters())
+    session = gradscope.trace(Only(update, target), x, mode=mode)
+    assert (session.verdict, students(session)) == ("blocked", {"blocked"})
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_weights_that_are_only_copied_and_trained_on_miss_a_part(mode: str) -> None:
+    """Tied by copying: what the second layer would learn does not come back to the first."""
+
+    def tie(teacher: nn.Module, student: nn.Module) -> None:
+        for old, new in pairs(teacher, student):
+            old.data.copy_(new.data)
+
+    model = Distilled(tie, recorded)
+    model.teacher.requires_grad_()
+    session = gradscope.trace(model, given(), mode=mode)
+    assert (session.verdict, students(session)) == ("partial", {"partial"})
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_what_a_network_says_of_itself_misses_a_part(mode: str) -> None:
+    class Itself(Distilled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.mse_loss(self.student(x), quietly(self.student, x) + 0.1)
+
+    session = gradscope.trace(Itself(lerped, quietly), given(), mode=mode)
+    assert (session.verdict, students(session)) == ("partial", {"partial"})

@@ -39,6 +39,8 @@ SHAPE_ONLY = MAKES_ROOM | frozenset(
 )
 # Of those, the calls that autograd may refuse.
 MAY_BE_REFUSED = frozenset({"requires_grad_", "register_hook", "retain_grad", "__set__"})
+# And those that set ``requires_grad``, among other attributes.
+SETS_FLAG = frozenset({"requires_grad_", "__set__"})
 # Calls that take the shape or dtype of their second tensor, and numbers of the first one only.
 AS_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as", "resize_as_", "to"})
 # Property reads; ``data``, ``real``, ``imag``, ``T``, ``mT`` and ``H`` do carry numbers.

@@ -60,6 +60,12 @@ class Consequences:
                 self._provenance.remember(result).room = True
         return result
 
+    def flag(self, tensor: torch.Tensor) -> None:
+        """Note what ``requires_grad`` of a leaf was set to."""
+        leaf = self._provenance.leaf_of(tensor)
+        if leaf is not None:
+            self._recording.flags.append((leaf, len(self._recording.operations), tensor.requires_grad))
+
     def hook(self, tensor: torch.Tensor, place: Place | None) -> None:
         """Note where a hook was set on a tensor."""
         if place is not None:

@@ -84,7 +84,9 @@ def _diagnose(recording: Recording) -> Diagnosis:
     walks = Walks(recording, start, bits)
     statuses = _statuses(recording, walks, bits)
     wanted = _bits_of(statuses, bits)
-    losses = [each for each in _frontier(recording, walks, wanted["blocked"]) if not is_by_design(each[0])]
+    frozen = sum(bits[name] for name in recording.froze)
+    losses = [each for each in _frontier(recording, walks, wanted["blocked"])
+              if not is_by_design(each[0]) and not _is_frozen_there(each, frozen)]  # fmt: skip
     cuts = _cuts(recording, losses, bits)
     _add_left(cuts, recording, walks, wanted["blocked"], bits)
     _add_flat(cuts, recording, walks, wanted["nondifferentiable"], bits)
@@ -99,6 +101,8 @@ def _diagnose(recording: Recording) -> Diagnosis:
     _add_spoiled(cuts, recording, walks, bits)
     _add_losses(cuts, statuses, recording)
     _add_left_open(cuts, statuses, recording)
+    explained = {name for cut in cuts.values() for name in cut.sources}
+    statuses.update({name: "flows" for name in recording.froze - explained if statuses[name] == "blocked"})
     outside = sum(bits[name] for name in recording.outside)
     return Diagnosis(
         statuses=statuses,
@@ -190,6 +194,13 @@ def _frontier(recording: Recording, walks: Walks, wanted: int) -> Iterator[tuple
             lost &= union(walks.smooth, outputs) & union(walks.counts, outputs)
         if lost:
             yield operation, lost
+
+
+def _is_frozen_there(loss: tuple[Operation, int], frozen: int) -> bool:
+    """Tell a call that is not recorded since the call of the model has frozen all that it takes in."""
+    operation, lost = loss
+    cuts_itself = operation.regions or operation.custom or operation.refusal or operation.name in RULE_OF_OPERATION
+    return not lost & ~frozen and not cuts_itself
 
 
 def _cuts(recording: Recording, losses: list[tuple[Operation, int]], bits: dict[str, int]) -> dict[Site, Cut]:

@@ -86,7 +86,8 @@ class Outcome:
         given_out = self._recorder.value_ids([sink for sink in sinks if sink.requires_grad])
         if own and own.keys() >= set(given_out):  # nothing, or the loss that it has gone backward from
             recording.sinks = tuple(own)
-            recording.reached = frozenset().union(*(each.reached or () for each in recording.training.judged))
+            reached = frozenset[str]().union(*(each.reached or () for each in recording.training.judged))
+            recording.reached = reached | self._frozen_meanwhile(run, self._named(), reached)
             recording.walked = recording.went_back = True
             return
         if not sinks and left_torch(result):
@@ -99,7 +100,8 @@ class Outcome:
         try:
             named = self._named()
             graph = self._walked(sinks, named)
-            recording.reached = self._reached(graph, named) | self._frozen_meanwhile(run, named)
+            reached = self._reached(graph, named)
+            recording.reached = reached | self._frozen_meanwhile(run, named, reached)
             recording.walked = True
             if any(map(has_hook, sinks)):
                 self._take_in_own_passes()
@@ -128,14 +130,17 @@ class Outcome:
         known = self._recording.leaves
         return frozenset(name for name, tensor in named.items() if name in known and id(tensor) in leaves)
 
-    def _frozen_meanwhile(self, run: Run, named: dict[str, torch.Tensor]) -> frozenset[str]:
+    def _frozen_meanwhile(self, run: Run, named: dict[str, torch.Tensor], reached: frozenset[str]) -> frozenset[str]:
         """Note the parameters that the call froze; return those that a gradient would reach: frozen is not blocked."""
         with torch._C.DisableTorchFunction():
             frozen = {name for name in run.parameters & self._recording.leaves.keys()
-                      if not named[name].requires_grad and not named[name].is_inference()}  # fmt: skip
-        run.frozen |= frozen
-        run.froze = frozen
-        return linked_sources(self._recording) & frozen if frozen else frozenset()
+                      if not named[name].requires_grad and not named[name].is_inference()
+                      and self._recorder.provenance.leaf_of(named[name]) is not None}  # fmt: skip
+        frozen |= self._recording.used_frozen() & run.parameters
+        run.froze = frozen - reached
+        run.frozen |= run.froze
+        self._recording.froze = frozenset(run.froze)
+        return linked_sources(self._recording) & run.froze if run.froze else frozenset()
 
     def _take_in_own_passes(self) -> None:
         """Count what the call went backward to itself, where a hook on its result goes on with that (GradCache)."""

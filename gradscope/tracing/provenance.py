@@ -83,6 +83,10 @@ class Provenance:
         self._leaves[id(tensor)] = value.id
         return value
 
+    def leaf_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the first value of a leaf; None for any other tensor."""
+        return self._leaves.get(id(tensor)) if self.is_known(tensor) else None
+
     def add_constant(self, tensor: torch.Tensor) -> Value:
         """Make a tensor one that was there before the run; one with a graph says itself what it was made of."""
         if tensor.grad_fn is None and id(tensor) not in self.lent:

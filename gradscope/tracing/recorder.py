@@ -26,6 +26,7 @@ from gradscope.tracing.calls import (
     MENDABLE,
     NOTED,
     ROUNDING,
+    SETS_FLAG,
     SHAPE_ONLY,
     SHARES_MEMORY,
     asks_to_write,
@@ -211,6 +212,8 @@ class Recorder(TorchFunctionMode):
         self._operations.begin(name, args[:1], {}, user_place(frame), frame)
         result = func(*args, **kwargs)
         self.recording.pending = None
+        if name in SETS_FLAG:
+            self.consequences.flag(args[0])
         return result
 
     def _go_back(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None) -> Any:

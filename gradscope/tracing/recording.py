@@ -234,6 +234,8 @@ class Recording:
     ``left`` are the calls by which the result left torch, where it is no tensor: then the ``sinks`` are what went in.
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
     itself and is judged by what it goes backward from. ``gave`` describes a result in which nothing is floating.
+    ``flags`` notes where ``requires_grad`` of a leaf was set: its first value, how many operations came before, and to
+    what. ``froze`` are the sources that the call froze for its own use.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -262,6 +264,18 @@ class Recording:
     error: BaseException | None = None
     pending: Operation | None = None
     unseen: list[str] = field(default_factory=list)
+    flags: list[tuple[int, int, bool]] = field(default_factory=list)
+    froze: frozenset[str] = frozenset()
+
+    def used_frozen(self) -> set[str]:
+        """Return the sources that are taken in only where the call has frozen them, whatever they are afterwards."""
+        flagged = {value for value, _, _ in self.flags}
+        frozen: dict[int, list[bool]] = {value: [] for value in flagged}
+        for operation in self.operations if flagged else ():
+            for value in flagged.intersection(operation.inputs):
+                said = [flag for each, since, flag in self.flags if each == value and since <= operation.index]
+                frozen[value].append(bool(said) and not said[-1])
+        return {name for name, value in self.leaves.items() if frozen.get(value) and all(frozen[value])}
 
     def take_out(self, since: int, before: int) -> list[int]:
         """Take out the operations from ``since`` on, which ran inside one that comes in their place and wrote for it.

@@ -123,6 +123,8 @@ class Runner:
         recorder.modules.names = held.names
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
+        if run.froze and not (self.subject.wrt or self.subject.trainable):
+            run.asked = run.asked - run.froze or run.asked
         self._refuse_lent(recorder)
         self._note_unheld(run, named)
         run.strangers, run.guesses = recorder.provenance.strangers, recorder.modules.guesses

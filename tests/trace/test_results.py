@@ -211,3 +211,62 @@ def test_a_parameter_that_the_call_freezes_is_frozen_and_not_unused(mode: str) -
     assert all(parameter.requires_grad for parameter in model.parameters())
     session = gradscope.trace(FreezesTheDiscriminator(cut=True), torch.randn(2, 4), mode=mode)
     assert session.sources["critic.weight"].status == "blocked"
+
+
+class FreezesForAWhile(nn.Module):
+    """Freezes a layer while it uses it, or while it does not, or one that is used with a constant only."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+        self.register_buffer("constant", torch.ones(2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.first.requires_grad_(False)
+        if self.how == "before":
+            for parameter in self.first.parameters():
+                parameter.requires_grad = True
+        hidden = self.first(self.constant if self.how == "constant" else x)
+        self.first.requires_grad_(self.how != "for good")
+        if self.how == "twice":
+            hidden = hidden + self.first(x)
+        return self.second(x + (hidden.detach() if self.how == "before" else hidden))
+
+
+FROZEN_MEANWHILE = {
+    "while used": ("flows", True),
+    "constant": ("flows", True),
+    "for good": ("flows", True),
+    "before": ("blocked", False),
+    "twice": ("flows", False),
+}
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("how", FROZEN_MEANWHILE)
+def test_a_parameter_that_is_frozen_while_it_is_used_is_frozen(how: str, mode: str) -> None:
+    status, frozen = FROZEN_MEANWHILE[how]
+    model = FreezesForAWhile(how)
+    model(torch.ones(2, 4)).sum().backward()
+    assert (model.first.weight.grad is None) == (frozen or status == "blocked")
+    session = gradscope.trace(FreezesForAWhile(how), torch.ones(2, 4), mode=mode)
+    found = session.sources["first.weight"]
+    assert (session.verdict, found.status, found.frozen) == (status, status, frozen)
+    assert any("The call itself freezes first (2)" in each for each in session.remarks) == frozen
+    assert not any("does not depend" in each for each in session.remarks)
+
+
+def test_so_is_one_that_a_step_freezes_for_its_backward_pass() -> None:
+    generator, critic = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def step() -> None:
+        critic.requires_grad_(False)
+        critic(generator(torch.ones(2, 4))).mean().backward()
+        critic.requires_grad_(True)
+
+    session = gradscope.trace(step)
+    found = session.sources["critic.weight"]
+    assert (session.verdict, found.status, found.frozen) == ("flows", "flows", True)
+    step()
+    assert critic.weight.grad is None and generator.weight.grad is not None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -138,6 +139,11 @@ def _taken(name: str, value: Any, like: Moving, inputs: dict[str, torch.Tensor],
         return taken
     if isinstance(value, dict):
         return type(value)({key: _taken(f"{name}.{key}", item, like, inputs, wanted) for key, item in value.items()})
+    if isinstance(value, MutableMapping):  # of another class, which may hold more than its items
+        alike = copy.copy(value)
+        for key, item in value.items():
+            alike[key] = _taken(f"{name}.{key}", item, like, inputs, wanted)
+        return alike
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(_taken(f"{name}.{i}", item, like, inputs, wanted) for i, item in enumerate(value))
     return value
@@ -151,7 +157,7 @@ def _described(args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
 def _in_words(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return describe(value)
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         parts = [f"{key}: {_in_words(item)}" for key, item in list(value.items())[:MOST_PARTS]]
     elif isinstance(value, (list, tuple)):
         parts = [_in_words(item) for item in value[:MOST_PARTS]]
@@ -159,4 +165,4 @@ def _in_words(value: Any) -> str:
         return type(value).__name__
     more = ", ..." if len(value) > MOST_PARTS else ""
     said = ", ".join(parts) + more
-    return f"{{{said}}}" if isinstance(value, dict) else f"[{said}]"
+    return f"{{{said}}}" if isinstance(value, MutableMapping) else f"[{said}]"

@@ -26,6 +26,8 @@ TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 MODULE_CALL = frozenset({"_wrapped_call_impl", "_call_impl", "inner"})
 # Where torch hands calls on to what overrides or decorates them.
 PASSING_ON = ("_contextlib.py", f"{os.sep}overrides.py")
+# How an object answers calls of torch that it is given to.
+ANSWERING = "__torch_function__"
 # Names that say nothing of what was called.
 WRAPPING = ("wrapper", "wrapped", "inner")
 # Torch's modules; what calls them is not meant.
@@ -62,13 +64,14 @@ def is_user_file(filename: str) -> bool:
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """Return the nearest frame, from this one outward, that is user code.
 
+    A method by which an object answers calls of torch is passed over: the call that it answers is meant.
     Where there is none (a model made of torch's modules alone) it is torch's own nearest frame, in a module if there is
     one; None where the call was made by the tracer itself: the code that called gradscope is not meant.
     """
     inner = module = None
     while frame is not None:
         side = _SIDES[frame.f_code.co_filename]
-        if side == "user":
+        if side == "user" and frame.f_code.co_name != ANSWERING:
             return frame
         if side == "caller":
             return module or inner

@@ -131,6 +131,10 @@ class Recorder(TorchFunctionMode):
             name = CLOSER
         if name is None:  # shape, dtype, device: nine calls of ten
             return func(*args, **kwargs)
+        if types and not self._over:
+            answer = self._answer(func, types, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
         frame, here = sys._getframe(1), self._threads.here
         if name is CLOSER or self._looks_closer or (kwargs and asks_to_write(name, kwargs)):
             return self._look_closer(func, args, kwargs, frame, here)
@@ -143,6 +147,16 @@ class Recorder(TorchFunctionMode):
             here.calls -= 1
         self._operations.finish(pending, result, here)
         return result
+
+    def _answer(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let objects that hold tensors and are none answer a call: what they call for that is what is recorded."""
+        for kind in types:
+            if not issubclass(kind, torch.Tensor):
+                with self:
+                    answer = kind.__torch_function__(func, types, args, kwargs)
+                if answer is not NotImplemented:
+                    return answer
+        return NotImplemented
 
     def _look_closer(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType, here: OpenScopes

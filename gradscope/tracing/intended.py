@@ -22,6 +22,9 @@ _SUBTRACTIONS = frozenset("sub sub_ subtract __sub__ __isub__".split())
 _REVERSED = frozenset({"rsub", "__rsub__"})
 _ADDITIONS = _SUBTRACTIONS | _REVERSED | frozenset("add add_ __add__ __radd__ __iadd__".split())
 
+# What takes a parameter itself out of the graph, by a line of its own.
+_COPIES = frozenset({"detach", "data"})
+
 # So many sums are looked through, one within the other.
 _DEEPEST = 4
 
@@ -100,10 +103,11 @@ class Intentions:
         All that comes of them is written into other parameters, or is a copy that nothing recorded takes in.
         ``flowing`` are the sources that are linked to a result.
         """
+        is_copy = cut.name in _COPIES and not cut.regions and self._recording.values[cut.inputs[0]].leaf
         pending, seen, is_kept = [cut], {cut.index}, False
         while pending:
             operation = pending.pop()
-            if self._is_kept(operation, flowing):
+            if self._is_kept(operation, flowing) or (is_copy and operation.regions):
                 is_kept = True
                 continue
             for value in operation.outputs:

@@ -38,7 +38,7 @@ class Run:
     ``gradients`` has the sources that a backward pass was made for and their graph reaches (None: nothing arrived);
     ``troubled`` says that a watched pass has more to tell. ``strangers`` and ``guesses`` count tensors of no known
     origin and modules taken as one; ``dispatched`` runs looked closer. ``froze`` are those of the frozen that the call
-    froze itself.
+    froze itself; ``unasked`` would train, and no optimizer of the step holds them.
     """
 
     recording: Recording
@@ -52,6 +52,7 @@ class Run:
     guesses: int = 0
     dispatched: bool = False
     froze: set[str] = field(default_factory=set)
+    unasked: set[str] = field(default_factory=set)
 
 
 class Outcome:
@@ -189,6 +190,7 @@ class Outcome:
             if id(leaf) in held:
                 name, tensor = held[id(leaf)]
                 self._recording.unregistered[name] = self._recorder.value_ids([tensor])[0]
+                self._recording.training.loose[name] = id(leaf)
 
     def _note_refusals(self, graph: AutogradGraph) -> None:
         """Write the graph's refusals on their operations; raise where only a kernel, which did not run, could tell."""

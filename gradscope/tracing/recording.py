@@ -194,7 +194,8 @@ class Training:
     """What a target that trains does by itself: its backward passes, in order, and the steps of its optimizers.
 
     ``steps`` are these, each as the operations that it consists of, ``held`` the tensors that the optimizers hold, by
-    ``id``, ``stepped`` where the last step is, and ``unheld`` the sources that are reached and held by none.
+    ``id``, ``stepped`` where the last step is, and ``unheld`` the sources that are reached and held by none. ``loose``
+    are the leaves that are reached and no parameters, by ``id``.
     """
 
     passes: list[BackwardPass] = field(default_factory=list)
@@ -202,6 +203,7 @@ class Training:
     held: set[int] = field(default_factory=set)
     stepped: Place | None = None
     unheld: list[str] = field(default_factory=list)
+    loose: dict[str, int] = field(default_factory=dict)
 
     @property
     def judged(self) -> list[BackwardPass]:

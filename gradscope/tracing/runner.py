@@ -123,10 +123,10 @@ class Runner:
         recorder.modules.names = held.names
         with _requiring_grad(named, sources):
             self._call(recorder, built, run, backward)
-        if run.froze and not (self.subject.wrt or self.subject.trainable):
-            run.asked = run.asked - run.froze or run.asked
         self._refuse_lent(recorder)
         self._note_unheld(run, named)
+        if not (self.subject.wrt or self.subject.trainable):
+            self._ask_less(run, named)
         run.strangers, run.guesses = recorder.provenance.strangers, recorder.modules.guesses
         if run.strangers:
             recorder.recording.unseen.append(
@@ -141,11 +141,23 @@ class Runner:
         One that was made before the run holds the caller's own parameters, one made in it those of the run.
         """
         training = run.recording.training
+        for name in [name for name, leaf in training.loose.items() if leaf in training.held]:
+            del run.recording.unregistered[name]  # its optimizer has it
         if training.held and training.judged:
             reached = (run.asked & run.recording.reached - run.frozen) & self._own.keys()
             training.unheld = sorted(
                 name for name in reached if training.held.isdisjoint((id(self._own[name]), id(named[name])))
             )
+
+    def _ask_less(self, run: Run, named: dict[str, nn.Parameter]) -> None:
+        """Ask about what the call trains: nothing that it has frozen, and in a step what the optimizers there hold."""
+        run.asked = run.asked - run.froze or run.asked
+        training = run.recording.training
+        if training.held and training.judged and run.recording.error is None:
+            held = {name for name in run.asked & self._own.keys()
+                    if not training.held.isdisjoint((id(self._own[name]), id(named[name])))}  # fmt: skip
+            run.unasked = set(run.asked & self._own.keys()) - held if held else set()
+            run.asked -= run.unasked
 
     def _refuse_lent(self, recorder: Recorder) -> None:
         """Raise where the run used a parameter, or what was made of it before, that the model keeps elsewhere as well.

@@ -231,6 +231,9 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
         )
     if proof.first.froze:
         remarks.append(f"The call itself freezes {_by_module(sorted(proof.first.froze))}: no gradient comes there.")
+    missing = sorted(name for name in proof.first.unasked if proof.diagnosis.statuses.get(name) == "blocked")
+    if missing:
+        remarks.append(f"No optimizer that steps here holds {_by_module(missing)}: no gradient is wanted there.")
     if _is_all_frozen(subject, proof) and statuses == {"flows"}:
         remarks.append(
             'As given, nothing requires a gradient: backward() from the result raises "element 0 of tensors does not '

@@ -188,3 +188,56 @@ def test_what_a_network_says_of_itself_misses_a_part(mode: str) -> None:
 
     session = gradscope.trace(Itself(lerped, quietly), given(), mode=mode)
     assert (session.verdict, students(session)) == ("partial", {"partial"})
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_nor_by_weights_that_are_kept_and_used_as_numbers_only(mode: str) -> None:
+    class Reference(Distilled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept = {name: 0.9 * each.detach().clone() for name, each in self.student.named_parameters()}
+            said = self.student(x)
+            with torch.no_grad():
+                reference = torch.func.functional_call(self.student, kept, (x,))
+            return functional.mse_loss(said, reference)
+
+    class Used(Distilled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept = {name: 0.9 * each.detach().clone() for name, each in self.student.named_parameters()}
+            return functional.mse_loss(self.student(x), torch.func.functional_call(self.student, kept, (x,)))
+
+    statuses = [students(gradscope.trace(kind(lerped, quietly), given(), mode=mode)) for kind in (Reference, Used)]
+    assert statuses == [{"flows"}, {"partial"}]
+
+
+# --- a step that trains one network of several ------------------------------------------------------------------
+
+
+def critics_step(*, held: bool = False) -> Callable[[], None]:
+    """Return a step that learns towards what a target network says, and towards the entropy of a temperature."""
+    torch.manual_seed(0)
+    critic, target = network(), network()  # of which nobody takes the flags away
+    temperature = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([*critic.parameters(), temperature, *(target.parameters() if held else ())])
+
+    def step() -> None:
+        with torch.no_grad():
+            wanted = 1 + 0.9 * target(given()).amax(-1)
+        loss = functional.smooth_l1_loss(critic(given())[:, 0], wanted) - temperature.exp()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_step_is_asked_about_what_its_optimizer_holds(held: bool) -> None:
+    session = gradscope.trace(critics_step(held=held))
+    statuses = {name.partition(".")[0]: source.status for name, source in session.sources.items()}
+    assert (statuses["critic"], statuses["target"]) == ("flows", "blocked")
+    assert session.verdict == ("blocked" if held else "flows")
+    assert [(each.rule, each.severity) for each in session.findings] == [("GS104", "error" if held else "note")]
+    said = "No optimizer that steps here holds target.0 (2), target.2 (2): no gradient is wanted there."
+    assert (said in session.remarks) == (not held)
+    asked = gradscope.trace(critics_step(held=held), wrt="target.*")
+    assert asked.verdict == "blocked"

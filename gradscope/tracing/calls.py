@@ -55,10 +55,11 @@ IN_PLACE = frozenset(
     "__setitem__ __set__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
     "__ior__ __ixor__ __ilshift__ __irshift__".split()
 )
-# What adds or multiplies by a number of Python's, which is kept.
+# What adds or multiplies by a number of Python's, or goes along a dimension of that number, which is kept.
 TAKES_NUMBERS = frozenset(
     "add add_ __add__ __radd__ __iadd__ sub sub_ subtract __sub__ __isub__ rsub __rsub__ mul mul_ multiply __mul__ "
-    "__rmul__ __imul__ div div_ divide true_divide __truediv__ __itruediv__".split()
+    "__rmul__ __imul__ div div_ divide true_divide __truediv__ __itruediv__ sum nansum mean logsumexp cumsum amax amin "
+    "max min softmax log_softmax softmin".split()
 )
 # What leaves nothing of the numbers that were there.
 OVERWRITES = frozenset({"copy_", "fill_", "zero_", "__setitem__"})

@@ -53,7 +53,9 @@ class Operations:
         regions = here.active if here.regions else ()
         operation = Operation(len(recording.operations), name, inputs, (), place, here.scope, regions)
         if len(inputs) < len(given) and name in TAKES_NUMBERS:
-            operation.number = next((each for each in given if isinstance(each, (int, float))), None)
+            operation.number = next(
+                (each for each in given if isinstance(each, (int, float)) and not isinstance(each, bool)), None
+            )
         recording.pending = operation
         return operation
 

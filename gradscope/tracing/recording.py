@@ -158,7 +158,7 @@ class Operation:
     custom function was given as arguments, which come first: to these alone autograd links it. ``leads_to``, of a call
     that takes a derivative, holds for each output the leaves that autograd links it to. ``via`` is the function of
     torch that the call lies inside of, where the user called that. ``number`` is what a tensor is added to or
-    multiplied by, where that is one of Python's.
+    multiplied by, where that is one of Python's, or the dimension along which it is added up.
     """
 
     index: int

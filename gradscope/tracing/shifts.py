@@ -38,6 +38,9 @@ _PARTS = frozenset(
 )
 _CARRIES = _RESHAPES | _PARTS
 _JOINS = frozenset("cat stack concat concatenate hstack vstack".split())
+# What keeps each number where it is.
+_COPIES = frozenset("clone contiguous to type_as float double half bfloat16 detach data alias".split())
+_SPREADS = frozenset("expand expand_as broadcast_to repeat repeat_interleave".split())
 # What takes each number by itself.
 _ELEMENTWISE = (
     _ADDITIONS | _TIMES | _EXPONENTIALS | _LOGARITHMS | _ONE_BY_ONE | {"neg", "square", "where", "masked_fill"}
@@ -81,6 +84,7 @@ class Shifts:
         self._numbers: dict[Hashable, int] = {}
         self._narrow: set[int] = set()
         self._forms: dict[int, Form] = {}
+        self._along: dict[int, frozenset[int] | None] = {}  # by value: the dimensions along which its shift differs
         self._mixed: dict[int, frozenset[int]] = {}  # by value: what it depends on in no form
         self._cuts: dict[int, set[int]] = {}  # by shift: what detaches it
         self._made_of: dict[int, set[int]] = {}  # and what else it was computed of
@@ -117,6 +121,7 @@ class Shifts:
                 self._made_of.setdefault(shift, set()).update(self._shifts_in(operation.inputs) - {shift})
                 self._cuts.setdefault(shift, set()).update(() if cut is None else (cut,))
                 self._forms[value] = Form(exponential=False, shift={shift: 1})
+                self._along[value] = self._extent(value)
 
     def _shift_of(self, value: int, depth: int = 0) -> int:
         """Return the number of a value as a shift: the same for what is computed alike of the same."""
@@ -173,7 +178,8 @@ class Shifts:
         if isinstance(outcome, _Matters):
             mixed |= self._shifts_in(operation.inputs)
         elif outcome is not None and outcome.shift:
-            self._forms.update(dict.fromkeys(counting, outcome))
+            for value in counting:
+                self._forms[value], self._along[value] = outcome, self._spread(operation, value, is_apart=is_apart)
         if mixed:
             self._mixed.update(dict.fromkeys(counting, mixed))
 
@@ -191,6 +197,8 @@ class Shifts:
             is_wide = any(each not in self._narrow for form in given if form for each in form.shift)
             if is_wide or (is_apart and name not in _CARRIES):  # of what is added up here each has another shift
                 return _MATTERS
+        if not is_apart and self._is_uneven(operation, name):
+            return _MATTERS
         if name in _ADDITIONS:
             return _sum(operation, given)
         if name in _TIMES or name in _PRODUCTS:
@@ -200,6 +208,48 @@ class Shifts:
             return _MATTERS
         rule = _RULES.get(name)
         return rule(given) if rule is not None else _MATTERS
+
+    # --- along which dimensions they differ ---------------------------------------------------------------------
+
+    def _extent(self, value: int) -> frozenset[int] | None:
+        """Return the dimensions of a value, counted from the last one, which is -1; None where it has no shape."""
+        shape = self._values[value].shape
+        return None if shape is None else frozenset(i - len(shape) for i, size in enumerate(shape) if size != 1)
+
+    def _spread(self, operation: Operation, value: int, *, is_apart: bool) -> frozenset[int] | None:
+        """Return the dimensions along which the shift in a result differs; None where that is not known."""
+        name, first = _plain(operation.name), next(each for each in operation.inputs if each in self._forms)
+        if name in _ELEMENTWISE:
+            scales = name in _TIMES and not self._forms[first].exponential
+            own = [self._along.get(each) if each in self._forms else self._extent(each) if scales else frozenset()
+                   for each in operation.inputs]  # fmt: skip
+            known = [each for each in own if each is not None]
+            return frozenset[int]().union(*known) if len(known) == len(own) else None
+        before, after = self._values[first].shape, self._values[value].shape
+        keeps = name in _SUMS | _REDUCTIONS and before is not None and after is not None and len(before) == len(after)
+        if keeps or name in _COPIES:
+            return self._along.get(first)
+        return self._extent(value) if is_apart and name not in _SPREADS else None
+
+    def _is_uneven(self, operation: Operation, name: str) -> bool:
+        """Tell whether a call adds up, or normalises, numbers of which each has another shift."""
+        for place, value in enumerate(operation.inputs):
+            along, shape = self._along.get(value), self._values[value].shape
+            if value not in self._forms or not along or shape is None:
+                continue
+            if name in _PRODUCTS - {"einsum", "outer"}:
+                taken = {-2 if place and len(shape) > 1 and name != "linear" else -1}
+            elif name not in _SUMS | _SOFTMAX | _REDUCTIONS:
+                continue
+            elif name == "cross_entropy":
+                taken = {1 - len(shape) if len(shape) > 1 else -1}
+            elif operation.number is not None:
+                taken = {int(operation.number) % len(shape) - len(shape)}
+            else:
+                taken = set(along) if self._values[operation.outputs[0]].shape == () else set()
+            if along & taken:
+                return True
+        return False
 
     def _product(self, operation: Operation, name: str, given: _Given) -> _Outcome:
         """Multiply: exponents add up, and a shift is scaled by what has none."""

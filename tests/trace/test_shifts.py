@@ -106,6 +106,21 @@ def kept_from_zero(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     return weights / (total(weights) + 1e-8)
 
 
+def by_column(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    weights = (x - cut(x.amax(0))).exp()
+    return weights / weights.sum(dim=0)
+
+
+def all_at_once(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    weights = (x - cut(x.max())).exp()
+    return weights / weights.sum() + (x - cut(x.max())).log_softmax(0)
+
+
+def cooled_by_row(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    weights = ((x - cut(largest(x))) * torch.tensor([[0.5], [1.0], [2.0]])).exp()
+    return (weights @ torch.eye(4)) / total(weights)
+
+
 # --- and not ---------------------------------------------------------------------------------------------------
 
 
@@ -171,15 +186,35 @@ def largest_as_a_target(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     return cut(largest(x)).softmax(0) * x
 
 
+def by_the_largest_of_each_column(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    return (x - cut(x.max(0).values)).softmax(-1)
+
+
+def added_up_the_other_way(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    weights = (x - cut(largest(x))).exp()
+    return weights / weights.sum(0, keepdim=True)
+
+
+def multiplied_the_other_way(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    weights = (x - cut(x.amax(0))).exp()
+    return weights / (weights @ torch.ones(4, 1))
+
+
+def cooled_by_column(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    weights = ((x - cut(largest(x))) * torch.tensor([0.5, 1.0, 1.5, 2.0])).exp()
+    return weights / total(weights)
+
+
 WHOLE = (
     off_by_one, off_by_one_each_by_itself, off_by_one_from_zero_on, with_a_sink, detached_twice, computed_twice,
     put_back_from_anew, shifted_on_both_sides, multiplied_by_the_reciprocal, cooled, cooled_twice, by_the_mean,
-    in_two_blocks, two_of_the_same_size, kept_from_zero,
+    in_two_blocks, two_of_the_same_size, kept_from_zero, by_column, all_at_once, cooled_by_row,
 )  # fmt: skip
 MISSING = (
     off_by_a_shifted_one, off_by_a_shifted_one_of_torch, logarithm_of_one_more, by_different_shifts, cut_on_one_side,
     squared, weighted_once_more, added_to_the_weights, cooled_on_one_side, by_itself, chosen_by_a_mask,
-    as_a_target, largest_as_a_target,
+    as_a_target, largest_as_a_target, by_the_largest_of_each_column, added_up_the_other_way, multiplied_the_other_way,
+    cooled_by_column,
 )  # fmt: skip
 
 

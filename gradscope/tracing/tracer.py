@@ -224,6 +224,14 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
     statuses = {source.status for source in sources}
     if statuses == {"unused"} and not proof.diagnosis.untold:
         remarks.append("None of the sources asked about is used for the result: there is no gradient to arrive.")
+    elif {source.status for source in sources if source.name in proof.asked} == {"unused"}:
+        remarks.append("None of what trains is used for the result: whatever else a gradient may reach is frozen.")
+    return remarks + _on_frozen(subject, proof, statuses) + _on_unused(proof, sources)
+
+
+def _on_frozen(subject: Subject, proof: Proof, statuses: set[str]) -> list[str]:
+    """Say what is frozen, by whom, and what no optimizer holds."""
+    remarks: list[str] = []
     frozen = proof.first.frozen - proof.first.froze
     if frozen and not proof.as_given:
         remarks.append(
@@ -239,7 +247,7 @@ def _remarks(subject: Subject, workshop: Workshop, proof: Proof, sources: Collec
             'As given, nothing requires a gradient: backward() from the result raises "element 0 of tensors does not '
             'require grad and does not have a grad_fn".'
         )
-    return remarks + _on_unused(proof, sources)
+    return remarks
 
 
 def _on_unused(proof: Proof, sources: Collection[Source]) -> list[str]:

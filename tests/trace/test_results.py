@@ -270,3 +270,21 @@ def test_so_is_one_that_a_step_freezes_for_its_backward_pass() -> None:
     assert (session.verdict, found.status, found.frozen) == ("flows", "flows", True)
     step()
     assert critic.weight.grad is None and generator.weight.grad is not None
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_it_is_said_where_nothing_that_trains_is_used(used: bool) -> None:
+    """As where an adapter is merged into the frozen weights that it was made for."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.adapter = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.adapter(x) if used else self.base(x)
+
+    model = Adapted()
+    assert model(torch.ones(2, 4)).requires_grad == used
+    session = gradscope.trace(model, torch.ones(2, 4))
+    assert any("None of what trains is used" in words for words in session.remarks) != used

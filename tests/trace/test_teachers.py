@@ -209,6 +209,39 @@ def test_nor_by_weights_that_are_kept_and_used_as_numbers_only(mode: str) -> Non
     assert statuses == [{"flows"}, {"partial"}]
 
 
+def norm_by_detach(weight: torch.Tensor) -> torch.Tensor:
+    kept = weight.detach()
+    with torch.no_grad():
+        return (kept * torch.ones(4, 4)).norm()
+
+
+def norm_of_a_copy(weight: torch.Tensor) -> torch.Tensor:
+    kept = copy.deepcopy(weight)
+    with torch.no_grad():
+        return kept.norm()
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("norm", [norm_by_detach, norm_of_a_copy])
+def test_a_norm_of_kept_weights_misses_a_part(norm: Callable[[torch.Tensor], torch.Tensor], mode: str) -> None:
+    class Normalised(nn.Module):
+        def __init__(self, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.of = nn.Linear(4, 4), of
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.layer(x) / self.of(self.layer.weight)
+            return found
+
+    models = Normalised(norm), Normalised(torch.norm)
+    for model in models:
+        model(given()).sum().backward()
+    assert not torch.allclose(models[0].layer.weight.grad, models[1].layer.weight.grad)  # type: ignore[arg-type]
+    session = gradscope.trace(Normalised(norm), given(), mode=mode)
+    assert (session.verdict, session.sources["layer.weight"].status) == ("partial", "partial")
+
+
 # --- a step that trains one network of several ------------------------------------------------------------------
 
 

@@ -137,14 +137,18 @@ def _taken(name: str, value: Any, like: Moving, inputs: dict[str, torch.Tensor],
             if value.requires_grad:
                 wanted.add(name)
         return taken
-    if isinstance(value, dict):
-        return type(value)({key: _taken(f"{name}.{key}", item, like, inputs, wanted) for key, item in value.items()})
+    if type(value) is dict:
+        return {key: _taken(f"{name}.{key}", item, like, inputs, wanted) for key, item in value.items()}
     if isinstance(value, MutableMapping):  # of another class, which may hold more than its items
         alike = copy.copy(value)
         for key, item in value.items():
             alike[key] = _taken(f"{name}.{key}", item, like, inputs, wanted)
         return alike
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+    named = getattr(value, "_fields", None)
+    if isinstance(value, tuple) and named is not None:
+        items = zip(named, value, strict=True)
+        return type(value)._make(_taken(f"{name}.{key}", item, like, inputs, wanted) for key, item in items)  # type: ignore[attr-defined]
+    if isinstance(value, (list, tuple)):
         return type(value)(_taken(f"{name}.{i}", item, like, inputs, wanted) for i, item in enumerate(value))
     return value
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import UserDict
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections import UserDict, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -80,23 +81,50 @@ class Batch(UserDict[str, Any]):
     name = ""
 
 
+class Named(dict[str, Any]):
+    """A dict that is made with a name, and no items."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+    name: str
+
+
+def batches() -> Iterator[tuple[Any, Callable[[Any], str]]]:
+    """Yield what holds an ``x`` and a ``y``, and what tells its name from it."""
+    items = {"x": torch.ones(2, 4), "y": torch.ones(2, 4)}
+    batch = Batch(items)
+    batch.name = "first"
+    yield batch, lambda given: str(given.name)
+    named = Named("first")
+    named.update(items)
+    yield named, lambda given: str(given.name)
+    yield defaultdict(lambda: "first", items), lambda given: str(given["no such item"])
+    yield Pair(**items, name="first"), lambda given: str(given.name)
+
+
 @pytest.mark.parametrize("mode", ["real", "auto"])
-def test_tensors_in_any_mapping_are_inputs(mode: str) -> None:
+@pytest.mark.parametrize(("batch", "name_of"), [*batches()], ids=lambda value: type(value).__name__)
+def test_tensors_in_whatever_holds_them_by_name_are_inputs(batch: Any, name_of: Any, mode: str) -> None:
     class Reading(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 4)
 
-        def forward(self, batch: Batch) -> torch.Tensor:
-            assert batch.name == "first"
-            found: torch.Tensor = self.layer(batch["x"]) + batch["y"].detach()
+        def forward(self, batch: Any) -> torch.Tensor:
+            assert name_of(batch) == "first"
+            x, y = batch[:2] if isinstance(batch, tuple) else (batch["x"], batch["y"])
+            found: torch.Tensor = self.layer(x) + y.detach()
             return found
 
-    batch = Batch(x=torch.ones(2, 4), y=torch.ones(2, 4), ids=[1, 2])
-    batch.name = "first"
-    given = dict(batch)
+    given = list(batch) if isinstance(batch, tuple) else dict(batch)
     session = gradscope.trace(Reading(), batch, mode=mode)
     statuses = {name: session.sources[name].status for name in ("input.0.x", "input.0.y")}
     assert statuses == {"input.0.x": "flows", "input.0.y": "blocked"}
-    assert session.unseen == [] and session.target["inputs"] == ["{x: 2x4 float32, y: 2x4 float32, ids: [int, int]}"]
-    assert all(batch[name] is given[name] for name in given) and not batch["x"].requires_grad
+    assert session.unseen == []
+    now = batch if isinstance(batch, tuple) else [batch[name] for name in given]
+    assert all(map(operator.is_, now, given if isinstance(batch, tuple) else given.values()))

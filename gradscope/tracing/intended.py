@@ -8,6 +8,7 @@ from gradscope.tracing.calls import OVERWRITES
 from gradscope.tracing.frames import code_name
 from gradscope.tracing.propagation import REPLACES_DATA, Walks, is_flat, union
 from gradscope.tracing.recording import Operation, Recording
+from gradscope.tracing.shifts import one_name
 
 # Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
 # derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
@@ -24,6 +25,11 @@ _ADDITIONS = _SUBTRACTIONS | _REVERSED | frozenset("add add_ __add__ __radd__ __
 
 # What takes a parameter itself out of the graph, by a line of its own.
 _COPIES = frozenset({"detach", "data"})
+# What moves weights, and mixes them with others.
+_MIXES = frozenset(
+    "data detach clone contiguous to type_as float view view_as reshape flatten unflatten getitem narrow split chunk "
+    "cat stack add sub rsub mul div lerp copy".split()
+)
 # What takes in weights beside what it computes of: with a copy of some, it makes numbers to learn from.
 _LAYERS = frozenset(
     "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding embedding_bag "
@@ -106,22 +112,26 @@ class Intentions:
     def is_update(self, cut: Operation, flowing: int) -> bool:
         """Tell weights that are cut off to be kept elsewhere: by a teacher, a target network, an average of weights.
 
-        All that comes of them is written into others of their shape, or is a copy that layers take in unrecorded.
+        All that comes of them is moved or mixed into other parameters, or is a copy that layers take in unrecorded.
         ``flowing`` are the sources that are linked to a result.
         """
-        values, recording = self._recording.values, self._recording
+        recording, walks = self._recording, self._walks
         given = {value for name, value in recording.leaves.items() if name.startswith("input.")}
-        weights = {value for value in cut.inputs if values[value].leaf and value not in given}
+        are_weights = any(recording.values[value].leaf and value not in given for value in cut.inputs)
         is_copy = cut.name in _COPIES and not cut.regions
-        pending, seen, is_kept = [cut] if weights else [], {cut.index}, False
+        pending, seen, is_kept = [cut] if are_weights else [], {cut.index}, False
         while pending:
             operation = pending.pop()
-            if self._is_kept(operation, weights, flowing) or (is_copy and _computes(operation) and operation.regions):
+            if self._is_kept(operation, flowing, union(walks.data, given)) or (
+                is_copy and operation.regions and operation.name in _LAYERS
+            ):
                 is_kept = True
                 continue
+            if one_name(operation.name.rpartition(".")[2]) not in _MIXES:
+                return False
             for value in operation.outputs:
                 users = [user for user in self._consumers.get(value, ()) if self._counts(user)]
-                if self._walks.counts[value] and (not users or value in recording.sinks):
+                if walks.counts[value] and (not users or value in recording.sinks):
                     return False
                 pending += [user for user in users if user.index not in seen]
                 seen.update(user.index for user in users)
@@ -130,26 +140,26 @@ class Intentions:
     def _counts(self, operation: Operation) -> bool:
         return any(self._walks.counts[value] for value in operation.outputs)
 
-    def _is_kept(self, operation: Operation, weights: set[int], flowing: int) -> bool:
-        """Tell whether an operation updates a parameter that is then a constant, or by what was in it before."""
+    def _is_kept(self, operation: Operation, flowing: int, given: int) -> bool:
+        """Tell whether an operation updates a parameter that is then a constant, or by what was in it before.
+
+        ``given`` are the inputs: what is made of one is no average of weights.
+        """
         values, walks = self._recording.values, self._walks
         if operation.name == "__deepcopy__":
             users = [user for value in operation.outputs for user in self._consumers.get(value, ())]
             recorded = any(values[value].connected for user in users for value in user.outputs)
-            return not recorded and all(map(_computes, users))
-        shapes = {values[value].shape for value in weights}
-        if not any(values[value].leaf and values[value].shape in shapes for value in operation.outputs):
+            return not recorded and all(user.name in _LAYERS for user in users)
+        if not any(values[value].leaf for value in operation.outputs):
             return False
         own = walks.linked[operation.inputs[0]]
         maker = self._makers.get(operation.inputs[-1])
         wrote = maker if maker is not None and maker.name == operation.name else operation  # through ``.data``
         written = union(walks.data, wrote.inputs[1:])
         averages = written & own or operation.name.rpartition(".")[2] not in OVERWRITES | REPLACES_DATA
-        return (written | own).bit_count() <= 2 and (bool(averages) or not own & flowing)
-
-
-def _computes(operation: Operation) -> bool:
-    return operation.name in _LAYERS
+        if own & flowing:
+            return bool(averages) and (written | own).bit_count() <= 2
+        return not written & given
 
 
 def _signed(addition: Operation) -> Iterator[tuple[int, int]]:

@@ -82,12 +82,13 @@ class Shifts:
         self._values, self._counts = recording.values, walks.counts
         self._makers: dict[int, Operation] = {}
         self._numbers: dict[Hashable, int] = {}
+        self._known: dict[int, int] = {}  # by value: the number that it has as a shift
         self._narrow: set[int] = set()
         self._forms: dict[int, Form] = {}
         self._along: dict[int, frozenset[int] | None] = {}  # by value: the dimensions along which its shift differs
-        self._mixed: dict[int, frozenset[int]] = {}  # by value: what it depends on in no form
+        self._mixed: dict[int, int] = {}  # by value: the shifts that it depends on in no form, as a set of bits
         self._cuts: dict[int, set[int]] = {}  # by shift: what detaches it
-        self._made_of: dict[int, set[int]] = {}  # and what else it was computed of
+        self._made_of: dict[int, int] = {}  # and the shifts that it was computed of, as bits
         indices = {cut.index for cut in cuts}
         for operation in recording.operations if indices else ():
             self._makers.update(dict.fromkeys(operation.outputs, operation))
@@ -101,15 +102,14 @@ class Shifts:
         """Tell whether no result depends on what an operation detaches."""
         return cut.index not in self._mattering
 
-    def _cuts_behind(self, shifts: Iterable[int]) -> set[int]:
+    def _cuts_behind(self, shifts: int) -> set[int]:
         """Return the cuts that matter where these shifts do: by index."""
-        found, pending = set[int](), list(shifts)
+        pending, found = shifts, 0
         while pending:
-            shift = pending.pop()
-            if shift not in found:
-                found.add(shift)
-                pending += self._made_of.get(shift, ())
-        return {cut for shift in found for cut in self._cuts.get(shift, ())}
+            shift = pending.bit_length() - 1
+            found |= 1 << shift
+            pending = (pending | self._made_of.get(shift, 0)) & ~found
+        return {cut for shift, cuts in self._cuts.items() if found >> shift & 1 for cut in cuts}
 
     # --- shifts -----------------------------------------------------------------------------------------------
 
@@ -117,16 +117,18 @@ class Shifts:
         """Take what an operation gives out for shifts of their own: where it is a cut, those that stand for it."""
         for value in operation.outputs:
             if self._counts[value]:
-                shift = self._shift_of(value)
-                self._made_of.setdefault(shift, set()).update(self._shifts_in(operation.inputs) - {shift})
+                shift = self._known[value] = self._shift_of(value)
+                self._made_of[shift] = self._made_of.get(shift, 0) | self._shifts_in(operation.inputs)
                 self._cuts.setdefault(shift, set()).update(() if cut is None else (cut,))
                 self._forms[value] = Form(exponential=False, shift={shift: 1})
                 self._along[value] = self._extent(value)
 
     def _shift_of(self, value: int, depth: int = 0) -> int:
         """Return the number of a value as a shift: the same for what is computed alike of the same."""
+        if value in self._known:
+            return self._known[value]
         maker = self._makers.get(value)
-        name = _plain(maker.name) if maker is not None else ""
+        name = one_name(maker.name) if maker is not None else ""
         if maker is None or not maker.inputs or depth > _DEEPEST:
             return self._number(value)
         size, sizes = self._size(value), [self._size(each) for each in maker.inputs]
@@ -159,7 +161,7 @@ class Shifts:
         shift: dict[int, float] = {}
         for each, times in form.shift.items():
             scaled = self._number((each, by), narrow=each in self._narrow)
-            self._made_of.setdefault(scaled, set()).add(each)
+            self._made_of[scaled] = self._made_of.get(scaled, 0) | 1 << each
             shift[scaled] = times
         return Form(form.exponential, shift)
 
@@ -168,7 +170,9 @@ class Shifts:
     def _follow(self, operation: Operation) -> None:
         given = [self._forms.get(value) for value in operation.inputs]
         counting = [value for value in operation.outputs if self._counts[value]]
-        mixed = frozenset[int]().union(*(self._mixed.get(value, ()) for value in operation.inputs))
+        mixed = 0
+        for value in operation.inputs if self._mixed else ():
+            mixed |= self._mixed.get(value, 0)
         if not (mixed or any(given)) or not counting or is_flat(operation):
             return
         is_apart = not any(self._values[value].connected for value in counting)
@@ -183,16 +187,18 @@ class Shifts:
         if mixed:
             self._mixed.update(dict.fromkeys(counting, mixed))
 
-    def _shifts_in(self, values: Iterable[int]) -> frozenset[int]:
-        """Return the shifts that these values depend on, in whatever form."""
-        found = frozenset[int]()
+    def _shifts_in(self, values: Iterable[int]) -> int:
+        """Return the shifts that these values depend on, in whatever form, as a set of bits."""
+        found = 0
         for value in values:
-            found = found.union(self._mixed.get(value, ()), self._forms[value].shift if value in self._forms else ())
+            found |= self._mixed.get(value, 0)
+            for shift in self._forms[value].shift if value in self._forms else ():
+                found |= 1 << shift
         return found
 
     def _outcome(self, operation: Operation, given: _Given, *, is_apart: bool) -> _Outcome:
         """Return the form of what an operation gives out."""
-        name = _plain(operation.name)
+        name = one_name(operation.name)
         if name not in _ELEMENTWISE:
             is_wide = any(each not in self._narrow for form in given if form for each in form.shift)
             if is_wide or (is_apart and name not in _CARRIES):  # of what is added up here each has another shift
@@ -218,7 +224,7 @@ class Shifts:
 
     def _spread(self, operation: Operation, value: int, *, is_apart: bool) -> frozenset[int] | None:
         """Return the dimensions along which the shift in a result differs; None where that is not known."""
-        name, first = _plain(operation.name), next(each for each in operation.inputs if each in self._forms)
+        name, first = one_name(operation.name), next(each for each in operation.inputs if each in self._forms)
         if name in _ELEMENTWISE:
             scales = name in _TIMES and not self._forms[first].exponential
             own = [self._along.get(each) if each in self._forms else self._extent(each) if scales else frozenset()
@@ -278,7 +284,7 @@ def _sum(operation: Operation, given: _Given) -> _Outcome:
         return given[0] if _are_equal(given) and abs(operation.number or 0) <= _GUARD else _MATTERS
     if len(given) > 1 and operation.number is not None:  # times alpha
         return _MATTERS
-    name = _plain(operation.name)
+    name = one_name(operation.name)
     signs = [-1 if name == "rsub" else 1, *[-1 if name == "sub" else 1] * (len(given) - 1)]
     return Form(False, _total(zip(signs, given, strict=True)))
 
@@ -345,7 +351,7 @@ _RULES: dict[str, Callable[[_Given], _Outcome]] = {
 
 
 @functools.lru_cache(maxsize=4096)
-def _plain(name: str) -> str:
+def one_name(name: str) -> str:
     """Return one name for a function, its method, its operator and its forms in place."""
     bare = name.strip("_")
     return _ONE_NAME.get(bare, bare)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gradscope
@@ -60,6 +61,12 @@ def multiplied_and_added(teacher: nn.Module, student: nn.Module) -> None:
 @torch.no_grad()
 def at_once(teacher: nn.Module, student: nn.Module) -> None:
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)
+
+
+@torch.no_grad()
+def as_a_vector(teacher: nn.Module, student: nn.Module) -> None:
+    old, new = (parameters_to_vector(each.parameters()) for each in (teacher, student))
+    vector_to_parameters(0.9 * old + 0.1 * new, teacher.parameters())
 
 
 def by_name(teacher: nn.Module, student: nn.Module) -> None:
@@ -118,7 +125,7 @@ AVERAGES = (lerped, replaced, multiplied_and_added, at_once, by_name)
 
 @pytest.mark.parametrize("mode", ["real", "auto"])
 @pytest.mark.parametrize(("update", "target"), [
-    *((update, target) for update in (*AVERAGES, loaded, copied) for target in (quietly, detached)),
+    *((update, target) for update in (*AVERAGES, loaded, copied, as_a_vector) for target in (quietly, detached)),
     *((update, recorded) for update in AVERAGES),
 ])  # fmt: skip
 def test_a_student_misses_nothing_by_what_its_teacher_learns_of_it(update: Update, target: Any, mode: str) -> None:
@@ -178,6 +185,22 @@ def test_weights_that_are_only_copied_and_trained_on_miss_a_part(mode: str) -> N
     model.teacher.requires_grad_()
     session = gradscope.trace(model, given(), mode=mode)
     assert (session.verdict, students(session)) == ("partial", {"partial"})
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+def test_so_do_those_whose_norm_is_kept(mode: str) -> None:
+    class Scaled(Distilled):
+        def __init__(self) -> None:
+            super().__init__(lerped, quietly)
+            self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.scale.data.copy_(self.student[0].weight.data.norm())
+            found: torch.Tensor = self.student(x) / self.scale.detach()
+            return found
+
+    session = gradscope.trace(Scaled(), given(), mode=mode)
+    assert session.sources["student.0.weight"].status == session.verdict == "partial"
 
 
 @pytest.mark.parametrize("mode", ["real", "auto"])

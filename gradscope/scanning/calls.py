@@ -162,7 +162,7 @@ class Calls(Expressions):
         found: set[str] = set()
         for atom in sorted(atoms):
             kind, _, name = atom.removeprefix("off:").partition(":")
-            is_part = bool(classes_in(self.klass.attributes.get(name, "")))
+            is_part = name not in self.klass.attributes or bool(classes_in(self.klass.attributes[name]))
             is_callable = not method and (name in self.klass.methods or name in self.klass.aliases)
             if kind == "attr" and (is_part or is_callable):
                 target = f"self.{name}.{method}" if method else f"self.{name}"
@@ -268,9 +268,7 @@ class Calls(Expressions):
 
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
 # What takes a function to be called at another time, for another purpose.
-_KEEPS = re.compile(
-    r"(?:^|[._])(?:register|subscribe|connect|append|add|callback|hook|wraps|Thread|submit|Timer)|hook$"
-)
+_KEEPS = re.compile(r"(?:^|[._])(?:register|subscribe|connect|append|add|callback|hook|wraps|Thread|Timer)|hook$")
 _GIVES_INDICES = re.compile(
     r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
     r"^index_quantize$|^tokenize$|^maximum_path$|^viterbi(?:_|$)|^monotonic_align"

@@ -6,7 +6,7 @@ source shows it; what cannot be resolved is left out, never guessed by its last 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -327,6 +327,20 @@ class Package:
             if place is not None:
                 found += [place] if function is None else self._made_by(function, place.module)
         return found
+
+    def makers_of(self, classes: Container[str]) -> set[str]:
+        """Return the names of the functions that give out instances of these classes: ``build_tower``.
+
+        One that is a single word is in every file, and not looked for.
+        """
+        return {
+            function.name
+            for facts in self.files.values()
+            for function in facts.functions.values()
+            if "_" in function.name and "." not in function.name and any(
+                atom.startswith("call:") and atom[5:].rpartition(".")[2] in classes for atom in function.returns
+            )
+        }  # fmt: skip
 
     def _made_by(self, function: Function, module: str) -> list[Place]:
         """Return the classes that a function gives out instances of, as far as its own calls show."""

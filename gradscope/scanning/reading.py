@@ -124,8 +124,10 @@ class Needles:
         )
 
     def with_renames(self, source: str, switches: list[int]) -> Needles:
-        """Return the needles of one file: ``from torch import no_grad as quiet`` adds a name of its own."""
+        """Return the needles of one file: ``from .tower import Tower as T`` adds a name of its own."""
         found = [match.groups("") for match in (RENAMED.match(source, at) for at in switches) if match]
+        own = (name for name in self.names if name not in GRAD_MODE and f"{name} as " in source)
+        found += [(other, "") for name in own for other in re.findall(rf"\b{re.escape(name)} as (\w+)", source)]
         if not found:
             return self
         applied = [f"{word} {root}" for _, root in found if root for word in ("class", "def")]

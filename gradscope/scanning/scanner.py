@@ -201,7 +201,7 @@ def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
                 calls.setdefault(f".{name}(", set()).update(owners, (f"class {base}" for base in bases))
         elif name and not owner:
             calls[name] = set()  # also without a call: self.run = helper
-    return calls
+    return calls | {maker: set() for maker in package.makers_of(calls.keys())}
 
 
 # --- the session -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ the scan says of ``Net.forward`` without running anything.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
@@ -82,6 +83,7 @@ STOPPED = {
     "the call of a call": net(forward="return self.encode.__call__(x)"),
     "given to map": net(forward="return torch.stack(list(map(self.encode, [x])))"),
     "given to a function": net(forward="return in_turn(self.encode, x)") + "def in_turn(run, x):\n    return run(x)\n",
+    "given to a pool": net(forward="from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor() as pool:\n    return pool.submit(self.encode, x).result()"),
     "vmap": net(forward="return torch.vmap(self.encode)(x)"),
     "a comprehension": net(forward="return torch.stack([self.encode(each) for each in [x]])"),
     "a name of the class": net(forward="return self.run(x)", more="@torch.no_grad()\ndef stop(self, x):\n    return self.layer(x)\nrun = stop"),
@@ -135,6 +137,42 @@ FLOWS = {
     "a clean method in the place of forward": net("self.forward = self.plain", "return self.encode(x)"),
 }  # fmt: skip
 
+QUIET = "import torch\n\n\n@torch.no_grad()\ndef encode(layer, x):\n    return layer(x)\n"
+
+
+def over(head: str, init: str, forward: str = "return self.part(x)", base: str = "nn.Module") -> str:
+    """Return the file of a package that has ``Net``, or what stands between it and what stops it."""
+    parts = [
+        f"from torch import nn\n{head}\n\n\nclass Net({base}):\n    def __init__(self):\n        super().__init__()"
+    ]
+    parts += [f"        {init}", "    def forward(self, x):", indent(dedent(forward), "        ")]
+    return "\n".join(parts) + "\n"
+
+
+PACKAGES = {
+    "relative": {"net": over("from .tower import Stopped", "self.part = Stopped()")},
+    "renamed": {"net": over("from .tower import Stopped as Other", "self.part = Other()")},
+    "by its module": {"net": over("from . import tower as towers", "self.part = towers.Stopped()")},
+    "star": {"net": over("from .tower import *", "self.part = Stopped()")},
+    "exported": {"sub/__init__": "from ..tower import Stopped\n", "net": over("from .sub import Stopped", "self.part = Stopped()")},
+    "imported inside": {"net": over("", "from .tower import Stopped; self.part = Stopped()")},
+    "a container": {"net": over("from .tower import Stopped", "self.part = nn.Sequential(nn.ReLU(), Stopped())")},
+    "a part of a part": {
+        "middle": over("from .tower import Stopped", "self.part = nn.ModuleList([Stopped()])", "return self.part[0](x)").replace("Net", "Middle"),
+        "net": over("from .middle import Middle", "self.part = nn.Sequential(Middle())"),
+    },
+    "a function that makes it": {
+        "make": "from .tower import Stopped\n\n\ndef build_tower():\n    tower = Stopped()\n    return tower\n",
+        "net": over("from .make import build_tower", "self.part = build_tower()"),
+    },
+    "a function": {"fn": QUIET, "net": over("from .fn import encode", "self.part = nn.Linear(4, 4)", "return encode(self.part, x)")},
+    "a function that is kept": {"fn": QUIET, "net": over("from .fn import encode", "self.part = nn.Linear(4, 4); self.run = encode", "return self.run(self.part, x)")},
+    "what a base class keeps": {
+        "base": over("from .tower import Stopped", "self.parts = nn.ModuleList([Stopped()])", "return x").replace("Net", "Base"),
+        "net": over("from .base import Base", "pass", "for part in self.parts:\n    x = part(x)\nreturn x", "Base"),
+    },
+}  # fmt: skip
+
 
 def gradient_arrives(source: str) -> bool:
     """Tell whether one backward pass gives any parameter of ``Net`` a gradient."""
@@ -168,6 +206,22 @@ def test_a_look_alike_that_torch_lets_through_is_clean(tmp_path: Path, way: str)
     session = asked(tmp_path, FLOWS[way])
     assert [entry["status"] for entry in session.entries] == ["clean"]
     assert session.findings == []
+
+
+@pytest.mark.parametrize("way", PACKAGES)
+def test_a_way_through_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    package = f"package_{list(PACKAGES).index(way)}"
+    for name, source in {"__init__": "", "tower": HEAD, **PACKAGES[way]}.items():
+        path = tmp_path / package / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module(f"{package}.net").Net()
+    assert not model(torch.ones(2, 4)).requires_grad
+    session = scan(str(tmp_path / package), entry=("Net.forward",), cache=False)
+    assert [entry["status"] for entry in session.entries] == ["blocked"]
+    statuses = {entry["function"]: entry["status"] for entry in scan(str(tmp_path / package), cache=False).entries}
+    assert statuses.get("Net.forward", "blocked") == "blocked"
 
 
 def test_what_cannot_be_followed_is_said(tmp_path: Path) -> None:

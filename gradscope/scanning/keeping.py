@@ -75,6 +75,8 @@ class Keeping:
     # --- callables ------------------------------------------------------------------------------
 
     def _callable(self, name: str, meant: str, *, always: bool) -> None:
+        if meant == f"{self.klass.name}.{name}":  # self.run = torch.compile(self.run)
+            return
         self.klass.aliases.setdefault(name, meant)
         if always:  # self.forward = self.fast: what an object has comes before what its class has
             self.klass.methods = tuple(method for method in self.klass.methods if method != name)

@@ -224,6 +224,13 @@ def test_a_way_through_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert statuses.get("Net.forward", "blocked") == "blocked"
 
 
+def test_a_method_that_is_compiled_in_its_own_place_is_still_one_of_its_class(tmp_path: Path) -> None:
+    source = net("self.forward = torch.compile(self.forward, backend='eager')", "return self.encode(x)")
+    assert not gradient_arrives(source)
+    statuses = {entry["function"]: entry["status"] for entry in asked(tmp_path, source, entry="").entries}
+    assert statuses["Net.forward"] == "blocked"
+
+
 def test_what_cannot_be_followed_is_said(tmp_path: Path) -> None:
     source = net("self.tower = TOWERS['stopped']()", "return self.tower(x)") + "TOWERS = {'stopped': Stopped}\n"
     assert not gradient_arrives(source)

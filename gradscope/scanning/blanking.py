@@ -24,6 +24,8 @@ CONSTRUCTORS = ("__init__", "build", "setup", "_build", "post_init")
 # No stub is made of what the reader of a class looks into as well, for what the class is.
 _NO_STUBS = (*CONSTRUCTORS, "__enter__", "backward", "vjp")
 
+# A line of which only the indentation counts: what is on the next one, wherever that begins, is indented so.
+_GOES_ON = re.compile(r"(?:^|\n)[ \t]*\\\n")
 _TRIPLE_QUOTES = (re.compile('"""'), re.compile("'''"))
 _DEFINITION = ("class ", "def ", "async def ")
 
@@ -44,6 +46,8 @@ class Blanked:
 
 def blank(source: str, offsets: list[int], deep: list[int], known: Container[str] = ()) -> Blanked:
     """Replace what holds no offset of interest by empty lines, and functions whose text is known by stubs."""
+    if "\\\n" in source and _GOES_ON.search(source):
+        return Blanked(source)
     return _Blanking(source, offsets, deep, known).done()
 
 

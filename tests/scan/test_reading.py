@@ -8,7 +8,7 @@ import codecs
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gradscope.scanning import reading
@@ -81,6 +81,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(PIECES, max_size=12).map("".join))
+@example("class C:\n    def n(self, x):\n        return x.detach()\n    \\\n\\\ntorch.set_grad_enabled(False)\n")
 def test_blanking_finds_what_the_whole_file_shows(source: str) -> None:
     copies = Copies()
 

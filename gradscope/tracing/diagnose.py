@@ -302,7 +302,7 @@ def _add_partial(
     """Note the sources whose gradient arrives on one path and is cut on another; return those with a surrogate."""
     surrogates: set[str] = set()
     losses = list(_frontier(recording, walks, wanted))
-    intentions = Intentions(recording, walks, (each for each, _ in losses))
+    intentions = Intentions(recording, walks)
     intended = {operation.index for operation, _ in losses
                 if is_by_design(operation) or intentions.is_straight_through(operation)}  # fmt: skip
     shifts = Shifts(recording, [each for each, _ in losses if each.index not in intended], walks)

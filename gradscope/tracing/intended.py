@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 from gradscope.tracing.calls import OVERWRITES
 from gradscope.tracing.frames import code_name
 from gradscope.tracing.propagation import REPLACES_DATA, Walks, is_flat, union
 from gradscope.tracing.recording import Operation, Recording
-from gradscope.tracing.shifts import one_name
+from gradscope.tracing.shifts import ADDITIONS, one_name
 
 # Torch's own normalisation by the largest singular value: its power iteration is not recorded by design, since the
 # derivative with respect to the singular vectors is zero (torch/nn/utils/spectral_norm.py, parametrizations.py).
@@ -19,10 +20,6 @@ _BY_DESIGN = frozenset({
 })  # fmt: skip
 # Functions of torch that give a step forward and another gradient back (``hard=True``).
 STRAIGHT_THROUGH = frozenset({"gumbel_softmax"})
-_SUBTRACTIONS = frozenset("sub sub_ subtract __sub__ __isub__".split())
-_REVERSED = frozenset({"rsub", "__rsub__"})
-_ADDITIONS = _SUBTRACTIONS | _REVERSED | frozenset("add add_ __add__ __radd__ __iadd__".split())
-
 # What takes a parameter itself out of the graph, by a line of its own.
 _COPIES = frozenset({"detach", "data"})
 # What moves weights, and mixes them with others.
@@ -44,17 +41,22 @@ _DEEPEST = 4
 class Intentions:
     """Tells of operations that lose a part of a gradient whether that is meant: by what is made of it afterwards."""
 
-    def __init__(self, recording: Recording, walks: Walks, cuts: Iterable[Operation]) -> None:
+    def __init__(self, recording: Recording, walks: Walks) -> None:
         self._recording, self._walks = recording, walks
-        self._consumers: dict[int, list[Operation]] = {}
-        self._makers: dict[int, Operation] = {}
-        for operation in recording.operations if any(True for _ in cuts) else ():
-            for value in operation.inputs:
-                self._consumers.setdefault(value, []).append(operation)
-            for value in operation.outputs:
-                self._makers[value] = operation
 
-    # --- straight through: what is added and taken off again ------------------------------------------------
+    @functools.cached_property
+    def _consumers(self) -> dict[int, list[Operation]]:
+        """The operations that take a value in; asked for only where something is lost."""
+        consumers: dict[int, list[Operation]] = {}
+        for operation in self._recording.operations:
+            for value in operation.inputs:
+                consumers.setdefault(value, []).append(operation)
+        return consumers
+
+    @functools.cached_property
+    def _makers(self) -> dict[int, Operation]:
+        """The operation that made a value."""
+        return {value: operation for operation in self._recording.operations for value in operation.outputs}
 
     def is_straight_through(self, cut: Operation) -> bool:
         """Tell ``x + (q - x).detach()`` and ``hard - soft.detach() + soft``: the gradient is meant to go around.
@@ -63,7 +65,7 @@ class Intentions:
         """
         taken = cut.inputs[0]
         # Under no_grad it is the sum itself of which nothing is recorded.
-        own = self._terms_of(cut) if cut.name in _ADDITIONS else [(1, taken), *self._terms(taken)]
+        own = self._terms_of(cut) if one_name(cut.name) in ADDITIONS else [(1, taken), *self._terms(taken)]
         return any((-sign * own_sign, term) in total for sign, total in self._sums_with(cut.outputs)
                    for own_sign, term in own)  # fmt: skip
 
@@ -73,7 +75,7 @@ class Intentions:
         while pending:
             value, sign, depth = pending.pop()
             for user in self._consumers.get(value, ()) if depth < _DEEPEST else ():
-                if user.name in _ADDITIONS:
+                if one_name(user.name) in ADDITIONS:
                     own = sign * next(sign for sign, term in _signed(user) if term == value)
                     yield own, set(self._terms_of(user))
                     pending += [(output, own, depth + 1) for output in user.outputs]
@@ -81,7 +83,7 @@ class Intentions:
     def _terms(self, value: int, sign: int = 1, depth: int = 0) -> list[tuple[int, int]]:
         """Return what a value is the sum of, and what is in the sums among that, each with its sign."""
         maker = self._makers.get(value)
-        is_sum = maker is not None and maker.name in _ADDITIONS and depth < _DEEPEST
+        is_sum = maker is not None and one_name(maker.name) in ADDITIONS and depth < _DEEPEST
         return self._terms_of(maker, sign, depth + 1) if maker is not None and is_sum else []
 
     def _terms_of(self, addition: Operation, sign: int = 1, depth: int = 0) -> list[tuple[int, int]]:
@@ -164,7 +166,7 @@ class Intentions:
 
 def _signed(addition: Operation) -> Iterator[tuple[int, int]]:
     """Yield the sign and the value of each term; of a number that is no tensor there is none."""
-    first, others = (-1, 1) if addition.name in _REVERSED else (1, -1 if addition.name in _SUBTRACTIONS else 1)
+    first, others = {"rsub": (-1, 1), "sub": (1, -1)}.get(one_name(addition.name), (1, 1))
     for number, value in enumerate(addition.inputs):
         yield others if number else first, value
 

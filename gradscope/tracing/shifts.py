@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 from gradscope.tracing.propagation import Walks, is_flat
 from gradscope.tracing.recording import Operation, Recording
 
-_ADDITIONS = frozenset({"add", "sub", "rsub"})
+ADDITIONS = frozenset({"add", "sub", "rsub"})
 _DIVISIONS = frozenset({"div", "rdiv", "reciprocal"})
 _TIMES = frozenset({"mul"}) | _DIVISIONS
 _PRODUCTS = frozenset("matmul mm bmm mv dot outer einsum inner linear".split())
@@ -43,7 +43,7 @@ _COPIES = frozenset("clone contiguous to type_as float double half bfloat16 deta
 _SPREADS = frozenset("expand expand_as broadcast_to repeat repeat_interleave".split())
 # What takes each number by itself.
 _ELEMENTWISE = (
-    _ADDITIONS | _TIMES | _EXPONENTIALS | _LOGARITHMS | _ONE_BY_ONE | {"neg", "square", "where", "masked_fill"}
+    ADDITIONS | _TIMES | _EXPONENTIALS | _LOGARITHMS | _ONE_BY_ONE | {"neg", "square", "where", "masked_fill"}
 )
 _ONE_NAME = {
     "subtract": "sub", "multiply": "mul", "radd": "add", "rmul": "mul", "divide": "div", "true_divide": "div",
@@ -205,7 +205,7 @@ class Shifts:
                 return _MATTERS
         if not is_apart and self._is_uneven(operation, name):
             return _MATTERS
-        if name in _ADDITIONS:
+        if name in ADDITIONS:
             return _sum(operation, given)
         if name in _TIMES or name in _PRODUCTS:
             return self._product(operation, name, given)

@@ -61,7 +61,7 @@ class Calls(Expressions):
         """``checkpoint(self.run, x)`` calls ``self.run``, and so does ``in_chunks(self.run, x)``."""
         if not dotted.endswith(_CALL_THEIR_ARGUMENT):
             for given in node.args if self.klass is not None else ():
-                if isinstance(given, ast.Attribute) and is_own(given) and self._is_called_by(given.attr, dotted):
+                if is_own(given) and self._is_called_by(given.attr, dotted):
                     self._note_call(f"self.{given.attr}", node)
             return
         first = node.args[0] if node.args else None

@@ -69,6 +69,7 @@ class Package:
         self.attribute = lru_cache(maxsize=None)(self._attribute)
         self.find = lru_cache(maxsize=None)(self._find)
         self.method = lru_cache(maxsize=None)(self._method)
+        self.methods = lru_cache(maxsize=None)(self._methods)
         self.find_class = lru_cache(maxsize=None)(self._find_class)
         self._of_self = lru_cache(maxsize=None)(self._owned)
         self._global = lru_cache(maxsize=None)(self._called)
@@ -170,8 +171,12 @@ class Package:
 
     def _method(self, owner: Place, name: str, after: Place | None = None) -> Place | None:
         """Return the method that ``owner().name`` means (``after``: as ``super()`` in that class sees it)."""
+        return next(iter(self.methods(owner, name, after)), None)
+
+    def _methods(self, owner: Place, name: str, after: Place | None = None) -> tuple[Place, ...]:
+        """Return all functions that it may mean: a list of methods that is kept under a name has several."""
         if name not in self._method_names:
-            return None
+            return ()
         order = self.mro(owner)
         if after is not None and after in order:
             order = order[order.index(after) + 1 :]
@@ -181,16 +186,12 @@ class Package:
             if klass is None or facts is None:
                 continue
             if name in klass.methods:
-                return Place(place.module, f"{place.name}.{name}")
-            found = self._aliased(klass, name, place.module) if name in klass.aliases else ()
+                return (Place(place.module, f"{place.name}.{name}"),)
+            meant = klass.aliases[name].split("|") if name in klass.aliases else ()
+            found = tuple(each for one in meant if (each := self.find(one, place.module)) is not None)
             if found:
-                return found[0]
-        return None
-
-    def _aliased(self, klass: Class, name: str, module: str) -> tuple[Place, ...]:
-        """Return the functions that a class keeps under another name, a list of them also several."""
-        meant = klass.aliases[name].split("|")
-        return tuple(found for each in meant if (found := self.find(each, module)) is not None)
+                return found
+        return ()
 
     def _attribute(self, owner: Place, name: str) -> str:
         """Return what an attribute of a class is (see ``facts.Class``); empty where it is not known."""
@@ -297,12 +298,8 @@ class Package:
         first, _, rest = dotted.partition(".")[2].partition(".")
         if first not in self._method_names and first not in self._attribute_names:
             return ()
-        found = self.method(owner, first) if not rest else None
-        if found is None:
-            return self._through_attribute(owner, first, rest)
-        klass = self.class_of(Place(owner.module, f"{owner.name}.{first}"))
-        is_listed = klass is not None and "|" in klass.aliases.get(first, "")
-        return self._aliased(klass, first, owner.module) if klass is not None and is_listed else (found,)
+        found = self.methods(owner, first) if not rest else ()
+        return found or self._through_attribute(owner, first, rest)
 
     def _called(self, dotted: str, module: str) -> Place | None:
         found = self.find(dotted, module)

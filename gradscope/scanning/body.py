@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import APART, Atoms, Call, Class, Function
+from gradscope.scanning.instances import class_made, class_named, itself, of_the_scan
 from gradscope.scanning.regions import Regions
 from gradscope.scanning.signatures import (
     FunctionNode,
@@ -34,6 +35,7 @@ class Body(Regions):
         self._gives_integers = gives_integers(node)
         if outer is not None:
             self.env = dict(outer.env)
+            self.made = dict(outer.made)
             self.has_numbers = outer.has_numbers
             self.parameters = set(outer.parameters)
 
@@ -84,6 +86,8 @@ class Body(Regions):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN
                 continue
             self.parameters.add(name)
+            if note[:1].isupper():
+                self._note_class(name, of_the_scan(class_named(argument.annotation, self.names), self.names))
             is_tensor = "Tensor" in note or (is_forward and not note)
             kind = "module" if "Module" in note else "tensor" if is_tensor else "unknown"
             self.env[name] = Value(frozenset({f"param:{name}"}), kind)
@@ -210,11 +214,25 @@ class Body(Regions):
         value = self.value(node)
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
+        made = self._class_of(node)
         for target in targets:
             if isinstance(target, ast.Name) and self.function and not self.regions:  # by far the most
                 self.env[target.id] = value
             else:
                 self._assign_to(target, node, value)
+            if isinstance(target, ast.Name) and (made or self.made):
+                self._note_class(target.id, made)
+
+    def _class_of(self, node: ast.expr) -> str:
+        """Return the class of the scan that a value is known to be an instance of."""
+        node = itself(node)
+        return self.made.get(node.id, "") if isinstance(node, ast.Name) else class_made(node, self.names)
+
+    def _note_class(self, name: str, made: str) -> None:
+        if made:
+            self.made[name] = made
+        else:
+            self.made.pop(name, None)
 
     def _assign_to(self, target: ast.expr, node: ast.expr, value: Value) -> None:
         computed = self.as_computed(value)

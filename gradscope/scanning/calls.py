@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from gradscope.scanning import torch_ops
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, classes_in
+from gradscope.scanning.instances import GIVE_THEMSELVES
 from gradscope.scanning.switches import Switch
 from gradscope.scanning.values import INDEX, PLAIN, Expressions, Value, is_own, joined
 
@@ -147,7 +148,7 @@ class Calls(Expressions):
         if last == "Parameter" and _carries(value):
             self.report(node, "GS203", "nn.Parameter", value)
         if isinstance(node.func, ast.Name) and node.func.id in self.env:
-            return self._local(node, node.func.id, value)
+            return self._local(node, node.func.id, given)
         if not dotted:
             return self._unnamed(node, value)
         return Value(_through(node, dotted, given) | {f"call:{dotted}"}, "unknown")
@@ -183,13 +184,15 @@ class Calls(Expressions):
         """``getattr(self, "run")`` is ``self.run``."""
         return self.value(ast.copy_location(ast.Attribute(node.args[0], name, ast.Load()), node))
 
-    def _local(self, node: ast.Call, name: str, value: Value) -> Value:
+    def _local(self, node: ast.Call, name: str, given: list[Value]) -> Value:
         """Return the value of calling a parameter, a function defined here, or whatever else a local name holds."""
         callee = self.env[name]
-        atoms = value.atoms | callee.atoms
         if callee.kind == "function" or name in self.parameters:
             self._note_call(name, node)
-        atoms |= self._kept_called(callee.atoms, node)
+        if name in self.made:
+            atoms = self._of_instance(node, f"{self.made[name]}.__call__", callee, given).atoms
+        else:
+            atoms = joined(given).atoms | callee.atoms | self._kept_called(callee.atoms, node)
         if name in self.parameters:
             atoms |= {f"call:{name}"}
         return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
@@ -198,10 +201,11 @@ class Calls(Expressions):
         base, name = self._part(node, func), func.attr
         if name in torch_ops.PLAIN_METHODS:
             return PLAIN if name not in ("pop", "keys") else Value(base.atoms, "unknown")
-        if name in torch_ops.PARAMETER_LISTS:
-            return Value(base.atoms, "tensor")
-        if name in torch_ops.MODULE_LISTS:
-            return Value(base.atoms, "module")
+        if name in torch_ops.LISTS:
+            return Value(base.atoms, torch_ops.LISTS[name])
+        made = self.made.get(func.value.id) if self.made and isinstance(func.value, ast.Name) else None
+        if made and name not in GIVE_THEMSELVES:
+            return self._of_instance(node, f"{made}.{name}", base, given)
         if name in torch_ops.SHAPE_ONLY:
             return Value(NOTHING, base.kind)
         if base.kind == "plain":
@@ -216,6 +220,11 @@ class Calls(Expressions):
         if name in torch_ops.PIECEWISE_CONSTANT and base.kind == "tensor":
             self.report(node, "GS402", name, base)
         return self._tensor_method(node, func, base, given)
+
+    def _of_instance(self, node: ast.Call, target: str, base: Value, given: list[Value]) -> Value:
+        """Return the value of a method of what a local name is known to be an instance of: ``tower.encode(x)``."""
+        self._note_call(target, node)
+        return Value(base.atoms | _through(node, target, given) | {f"call:{target}"}, "unknown")
 
     def _part(self, node: ast.Call, func: ast.Attribute) -> Value:
         """Return what a method is called on; of a part that ``self`` keeps note which method that is."""

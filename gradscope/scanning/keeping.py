@@ -9,6 +9,7 @@ import ast
 from collections.abc import Iterable, Iterator, Sequence
 
 from gradscope.scanning.facts import Class, FileFacts, classes_in
+from gradscope.scanning.instances import class_named, is_factory, itself
 from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names
 from gradscope.scanning.values import is_own
@@ -17,7 +18,6 @@ from gradscope.scanning.wrappers import statements
 _REGISTERED = {
     "register_buffer": "buffer", "register_parameter": "parameter", "add_module": "module", "register_module": "module",
 }  # fmt: skip
-_GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
 # What runs all that it is given, of torch; and what gives out a faster form of its first argument.
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict", "DataParallel", "DistributedDataParallel")
 _FASTER = ("torch.compile", "torch.jit.script", "torch.jit.trace")
@@ -163,7 +163,7 @@ class Keeping:
 
     def _kind(self, value: ast.expr) -> str:
         """Return what a value is, as in ``Class.attributes``."""
-        value = _itself(value)
+        value = itself(value)
         if isinstance(value, ast.Constant):
             return "plain" if value.value is not None else ""
         if isinstance(value, ast.IfExp):
@@ -202,7 +202,7 @@ class Keeping:
         return [each for value in values for each in self._classes_of(value)]
 
     def _classes_of(self, node: ast.expr) -> Iterator[str]:
-        node = _itself(node)
+        node = itself(node)
         parts: list[ast.expr] = []
         if isinstance(node, (ast.List, ast.Tuple)):
             parts = node.elts
@@ -226,19 +226,11 @@ class Keeping:
         return bool(dotted) and (dotted in self.facts.headers or ("." in dotted and root in self.names.roots))
 
     def _is_own_class(self, dotted: str) -> bool:
-        """Tell whether a class is the package's own and no factory of others (``AutoModel``), judged by its name."""
-        is_near = dotted in self.facts.headers or dotted.startswith(f"{self.facts.module.partition('.')[0]}.")
-        return is_near and not dotted.rpartition(".")[2].startswith("Auto")
+        """Tell whether a class is of the scan and gives out itself, judged by its name."""
+        return not is_factory(dotted) and self._is_in_scan(dotted)
 
     def _class_named(self, annotation: ast.expr) -> str:
-        if isinstance(annotation, ast.BinOp):  # Tower | None
-            return self._class_named(annotation.left)
-        if isinstance(annotation, ast.Subscript) and self.names.dotted(annotation.value).endswith("Optional"):
-            return self._class_named(annotation.slice)
-        dotted = self.names.dotted(annotation)
-        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-            name = annotation.value.partition("|")[0].strip()
-            dotted = self.names.imports.get(name, name) if name.isidentifier() else ""
+        dotted = class_named(annotation, self.names)
         last = dotted.rpartition(".")[2]
         if last == "Module":
             return "module"
@@ -264,13 +256,6 @@ def _assignment(node: ast.stmt) -> ast.stmt:
         return node
     target = ast.Attribute(call.args[0], str(call.args[1].value), ast.Store())
     return ast.copy_location(ast.Assign([target], call.args[2]), node)
-
-
-def _itself(value: ast.expr) -> ast.expr:
-    """``tower.eval()`` and ``Tower().to(device)`` are the tower."""
-    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _GIVE_THEMSELVES:
-        value = value.func.value
-    return value
 
 
 def _side_by_side(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -290,7 +290,7 @@ class Package:
             home = self.class_of(place)
             _, _, name = dotted.partition(".")
             found = self.method(owner, name, Place(place.module, home.name) if home else None) if owner else None
-        elif dotted.rpartition(".")[2] in self._function_names:  # one of twenty
+        elif dotted.endswith(".__call__") or dotted.rpartition(".")[2] in self._function_names:  # one of twenty
             found = self._local(dotted, place) or self._global(dotted, place.module)
         return () if found is None else (found,)
 
@@ -303,8 +303,18 @@ class Package:
 
     def _called(self, dotted: str, module: str) -> Place | None:
         found = self.find(dotted, module)
+        if found is None:
+            return self._of_instance(dotted, module)
         # Constructors are made once, not in every pass.
-        return None if found is None or found.name in self.files[found.module].headers else found
+        return None if found.name in self.files[found.module].headers else found
+
+    def _of_instance(self, dotted: str, module: str) -> Place | None:
+        """Return the method that ``Tower.encode`` means: a base class may have it; calling an instance runs it."""
+        owner, _, name = dotted.rpartition(".")
+        klass = self.find_class(owner, module) if owner.rpartition(".")[2][:1].isupper() else None
+        if klass is None:
+            return None
+        return self.method(klass, name) or (self.method(klass, "forward") if name == "__call__" else None)
 
     def _through_attribute(self, owner: Place, name: str, method: str) -> tuple[Place, ...]:
         found = []

@@ -47,8 +47,11 @@ PLAIN_FUNCTIONS = frozenset(
     "vars dir hash super".split()
 )
 WEIGHTS = frozenset("weight bias in_proj_weight in_proj_bias out_proj_weight running_mean running_var grad".split())
-PARAMETER_LISTS = frozenset("parameters named_parameters buffers named_buffers get_parameters".split())
-MODULE_LISTS = frozenset("modules named_modules children named_children".split())
+# Methods that list what a module holds, and what that is.
+LISTS = {
+    **dict.fromkeys("parameters named_parameters buffers named_buffers get_parameters".split(), "tensor"),
+    **dict.fromkeys("modules named_modules children named_children".split(), "module"),
+}
 # Own vocabulary of parameter names that hold integers, truth values or settings.
 INTEGER_NAMES = (
     r"(?:^|_)(?:ids?|idx|index|indices|mask|masks|labels?|position|positions|pos|length|lengths|lens|size|sizes|shape|"

@@ -52,6 +52,7 @@ class Expressions:
         self.klass = klass
         self.function = function
         self.env: dict[str, Value] = {}
+        self.made: dict[str, str] = {}  # local names that are known to be instances of a class of the scan
         self.calls: list[Call] = []
         self.reads: set[str] = set()
         self.sites: list[Site] = []

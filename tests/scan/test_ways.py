@@ -116,6 +116,24 @@ STOPPED = {
     "overridden": HEAD + "class Frame(Stopped):\n    def forward(self, x):\n        return self.run(x)\n    def run(self, x):\n        return self.layer(x)\n\n\nclass Net(Frame):\n    @torch.no_grad()\n    def run(self, x):\n        return self.layer(x)\n",
     "another name of forward": net(forward="pass").replace("def forward(self, x):\n        pass", "forward = encode"),
 }  # fmt: skip
+LOCAL = {
+    "an instance made here": net(forward="tower = Stopped()\nreturn tower(self.layer(x))"),
+    "its method by another name": net(forward="tower = Net()\nother = tower\nreturn other.encode(self.layer(x))"),
+    "moved and set to eval": net(forward="tower = Stopped().to('cpu').eval()\nreturn tower(self.layer(x))"),
+    "one that is taken": net(
+        forward="return self.through(Stopped(), self.layer(x))",
+        more="def through(self, tower: Stopped, x):\n    return tower(x)",
+    ),
+    "one that may be None": net(
+        forward="return self.through(Net(), self.layer(x))",
+        more="def through(self, tower: 'Net | None', x):\n    return tower.encode(x)",
+    ),
+    "a method of a base class": net(forward="tower = Lower()\nreturn tower(self.layer(x))")
+    + "class Lower(Stopped):\n    pass\n",
+    "one with a call of its own": net(forward="tower = Called()\nreturn tower(self.layer(x))")
+    + "class Called:\n    @torch.no_grad()\n    def __call__(self, x):\n        return x * 2\n",
+}
+STOPPED |= LOCAL
 FLOWS = {
     "a clean method": net("self.run = self.plain", "return self.run(x)"),
     "a clean lambda": net("self.run = lambda x: self.plain(x)", "return self.run(x)"),
@@ -136,6 +154,15 @@ FLOWS = {
     "a number of the class": net(forward="return self.layer(x) * self.scale", more="scale = 3.0"),
     "a clean method in the place of forward": net("self.forward = self.plain", "return self.encode(x)"),
 }  # fmt: skip
+
+FLOWS |= {
+    "the name holds another by now": net(
+        forward="tower = Stopped()\ntower = nn.Linear(4, 4)\nreturn tower(self.layer(x))"
+    ),
+    "another method of an instance": net(forward="tower = Stopped()\nreturn tower.fine(self.layer(x))"),
+    "what an instance gave": net(forward="tower = Kind()\ny = tower(self.layer(x))\nreturn y.encode")
+    + "class Kind:\n    def __call__(self, x):\n        self.encode = x\n        return self\n",
+}
 
 QUIET = "import torch\n\n\n@torch.no_grad()\ndef encode(layer, x):\n    return layer(x)\n"
 

@@ -23,15 +23,20 @@ from gradscope.scanning.scanner import scan
 @click.option(
     "--jobs", "-j", type=click.IntRange(1), metavar="N", help="Processes to parse with.  [default: processors]"
 )
+@click.option(
+    "--follow/--no-follow", default=True, show_default=True, help="Look into installed packages that TARGET calls."
+)
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep what was read, keyed by content.")
 @report_options(SCAN_FORMATS)
 def command(
-    targets: tuple[str, ...], entry: tuple[str, ...], jobs: int | None, cache: bool, gate: Gate, reporting: Reporting
-) -> int:
+    targets: tuple[str, ...], entry: tuple[str, ...], jobs: int | None, follow: bool, cache: bool,
+    gate: Gate, reporting: Reporting,
+) -> int:  # fmt: skip
     """Find every place in the source of TARGET that stops gradients, and what reaches it.
 
     A TARGET is a dotted module or package, a file, a folder, or an installed distribution; without one,
     the targets of [tool.gradscope] are scanned. Nothing of it is imported or run, and torch is not needed.
+    Where its own code calls installed packages, these are looked into as well: what a call loses is told at the call.
 
     \b
     Examples:
@@ -41,5 +46,5 @@ def command(
     """
     targets = targets or configured_targets()
     with counting(reporting.progress(), "Reading") as progress:
-        session = scan(*targets, entry=entry, jobs=jobs, cache=cache, progress=progress)
+        session = scan(*targets, entry=entry, jobs=jobs, cache=cache, follow=follow, progress=progress)
     return reporting.finish(session, gate)

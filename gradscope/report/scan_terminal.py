@@ -74,6 +74,8 @@ class _ScanPage(Page):
         name = session.target.get("name", "")
         entry = f", entry {session.target['entry']}" if session.target.get("entry") else ""
         files = counted(stats.get("files", 0), "file")
+        if stats.get("outside"):
+            files += f" and {counted(stats['outside'], 'file')} of what it calls,"
         self.print(f"  {name}{entry}: {files} in {stats.get('seconds', 0)} s, nothing imported or run")
         self.standing()
 
@@ -117,9 +119,10 @@ class _ScanPage(Page):
         """
         status = entry["status"]
         sign, colour = self.sign(STATUS_SIGNS[status]), STATUS_COLOURS[status]
+        chain = entry["chain"] or [{"function": entry["function"], "sites": []}]
         steps = [
-            self._step(step, entry["class"], first=not number)
-            for number, step in enumerate(entry["chain"] or [{"function": entry["function"], "sites": []}])
+            self._step(step, entry["class"], home=chain[0].get("path", "") if number else None)
+            for number, step in enumerate(chain)
         ]
         end = Text(f"  {status}", style=f"bold {colour}")
         # Appended and not added: what is added to a text takes on its style.
@@ -134,14 +137,16 @@ class _ScanPage(Page):
         for step in steps[1:]:
             self.console.print(Text("      ") + arrow + step, highlight=False, soft_wrap=True)
 
-    def _step(self, step: dict[str, Any], owner: str, *, first: bool) -> Text:
-        text = Text(self.plain(step["function"].removeprefix(f"{owner}.")), style="bold" if first else "")
+    def _step(self, step: dict[str, Any], owner: str, *, home: str | None) -> Text:
+        """``home`` is the file of the first step, which itself has none: a line in another file is given with that."""
+        text = Text(self.plain(step["function"].removeprefix(f"{owner}.")), style="bold" if home is None else "")
         lines: dict[str, list[str]] = {}
         for site in step["sites"]:
             lines.setdefault(site["mechanism"].rpartition(".")[2], []).append(str(site["line"]))
         for mechanism, numbers in lines.items():
             noun = "line" if len(numbers) == 1 else "lines"
-            text.append(f" [{mechanism}, {noun} {', '.join(numbers)}]", style="not bold red")
+            where = f"{noun} " if home in (None, step["path"]) else f"{step['path']}:"
+            text.append(f" [{mechanism}, {where}{', '.join(numbers)}]", style="not bold red")
         return text
 
 

@@ -28,6 +28,7 @@ class Body(Regions):
     def __init__(self, node: FunctionNode, names: Names, klass: Class | None, name: str, outer: Body | None) -> None:
         super().__init__(node, names, klass, name)
         self.gives_value = False
+        self.goes_backward = False
         self.nested: list[Function] = []
         self.classes: list[Class] = []
         self._binds_names = False
@@ -61,6 +62,7 @@ class Body(Regions):
             parameters=tuple(sorted(self.parameters)), signature=positional(node),
             calls=tuple(dict.fromkeys(self.calls)), reads=frozenset(self.reads),
             returns=frozenset(self.returned), gives_value=self.gives_value, kind=kind,
+            goes_backward=self.goes_backward,
         )  # fmt: skip
 
     @property
@@ -285,7 +287,9 @@ class Body(Regions):
         if isinstance(node, ast.Call) and self._switch_statement(node):
             return
         self.discarded = node
-        self.value(node)
+        value = self.value(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _BACKWARD:
+            self._go_backward(node, node.func, value)
         # x.copy_(y), self.cache.append(y): what is changed in place comes out of the region too
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _changes(node.func.attr):
             base = node.func.value
@@ -299,6 +303,11 @@ class Body(Regions):
                 root = _root(base)
                 if root in self.env:
                     self.env[root] = _merged(self.env[root], self.as_computed(Value(atoms)))
+
+    def _go_backward(self, node: ast.Call, func: ast.Attribute, value: Value) -> None:
+        """``loss.backward()``, ``scaler.scale(loss).backward()``, ``accelerator.backward(loss)``: a training step."""
+        self.goes_backward = True
+        self._give(joined([value, *self._silently([func.value, *node.args])]), something=False)
 
     def _handed_out(self, node: ast.expr | None) -> Value:
         """Return the value of what is given back; a function given back by its name is not called here."""
@@ -358,6 +367,7 @@ class Body(Regions):
     }  # fmt: skip
 
 
+_BACKWARD = ("backward", "manual_backward")
 _SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp, ast.Lambda)
 
 

@@ -40,10 +40,10 @@ class Settings:
     names: tuple[str, ...] = ()
     wrappers: tuple[tuple[str, str], ...] = ()
 
-    def needles(self) -> Needles:
-        """Return what is looked for in a file."""
+    def needles(self, *, is_outside: bool = False) -> Needles:
+        """Return what is looked for in a file, one of the targets or one outside of them."""
         own = {name.rpartition(".")[2] for name, _ in self.wrappers}
-        return Needles((*GRAD_MODE, *sorted({*own, *self.names})))
+        return Needles((*GRAD_MODE, *sorted({*own, *self.names})), operations=not is_outside)
 
 
 @dataclass(slots=True)
@@ -63,12 +63,17 @@ class Collected:
     parsed: set[str] = field(default_factory=set)
     cached: set[str] = field(default_factory=set)
 
+    @property
+    def own(self) -> list[Text]:
+        """The files of the targets, without those followed from them."""
+        return [text for text in self.texts.values() if not text.file.is_outside]
+
 
 class Collector:
     """Reads files once and looks into them again when a later round knows more names."""
 
     def __init__(self, cache: Cache, jobs: int, progress: Callable[[int, int], None] | None = None) -> None:
-        self._cache = cache
+        self.cache = cache
         self._jobs = max(1, jobs)
         self._progress = progress or (lambda done, total: None)
         self.collected = Collected()
@@ -89,20 +94,20 @@ class Collector:
         """Bring the facts of the wanted files up to these settings; by default of all in which something is found."""
         every = self.collected.texts.values() if wanted is None else wanted
         texts = [text for text in every if not text.facts.skipped]
-        if not self._cache.is_open:
+        if not self.cache.is_open:
             self._make(texts, settings, look_first=wanted is None)
             return
         if wanted is None:
-            needles = settings.needles()
-            texts = [text for text in texts if is_worth_reading(text.data, needles)]
-        keys = {key_of(repr(settings), text.file.module, text.data): text for text in texts}
-        known = self._cache.get(keys)
+            needles = [settings.needles(is_outside=outside) for outside in (False, True)]
+            texts = [text for text in texts if is_worth_reading(text.data, needles[text.file.is_outside])]
+        keys = {key_of(repr((settings, text.file.is_outside)), text.file.module, text.data): text for text in texts}
+        known = self.cache.get(keys)
         self.collected.cached.update(keys[key].file.shown for key in known)
         fresh = {key: text for key, text in keys.items() if key not in known}
         for key, value in known.items():
             keys[key].facts = facts_from(value, keys[key].facts)
         self._make(list(fresh.values()), settings)
-        self._cache.put({key: facts_to(text.facts) for key, text in fresh.items()})
+        self.cache.put({key: facts_to(text.facts) for key, text in fresh.items()})
 
     def close(self) -> None:
         """Let the other processes go, and what is kept of functions in this one."""
@@ -203,8 +208,10 @@ def read_chunk(files: Part, settings: Settings, look_first: bool) -> list[FileFa
 
     With ``look_first`` there are none (None) of a file that holds nothing to look into.
     """
-    needles, wrappers = settings.needles(), dict(settings.wrappers)
-    return [_read_one(file, data, settings.roots, wrappers, needles, look_first) for file, data in files]
+    needles, wrappers = [settings.needles(is_outside=outside) for outside in (False, True)], dict(settings.wrappers)
+    return [
+        _read_one(file, data, settings.roots, wrappers, needles[file.is_outside], look_first) for file, data in files
+    ]
 
 
 def search_chunk(files: Part, needles: Sequence[Needle]) -> list[list[int]]:
@@ -265,7 +272,7 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         "functions": [
             [f.name, f.line, f.end_line, f.parameters, f.signature,
              [list(call) for call in f.calls],
-             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind]
+             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind, f.goes_backward]
             for f in facts.functions.values()
         ],
         "sites": [
@@ -285,10 +292,10 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
     facts = FileFacts(empty.path, empty.module, imports=data["imports"], wrappers=data["wrappers"])
     for name, line, bases, methods, attributes, aliases in data["classes"]:
         facts.classes[name] = Class(name, line, tuple(bases), tuple(methods), attributes, aliases)
-    for name, line, end, parameters, signature, calls, reads, returns, gives_value, kind in data["functions"]:
+    for name, line, end, parameters, signature, calls, reads, returns, *rest in data["functions"]:
         facts.functions[name] = Function(
             name, line, end, tuple(parameters), tuple(signature), tuple(Call(*call) for call in calls),
-            frozenset(reads), frozenset(returns), gives_value, kind,
+            frozenset(reads), frozenset(returns), *rest,
         )  # fmt: skip
     for rule, line, column, end, function, mechanism, how, depends, effects, gives, conditional, harmless in data[
         "sites"

@@ -26,6 +26,16 @@ class Entry:
     alternatives: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class ClassReport:
+    """A class with at least one stopped method: its entries and the modules in it that stay clean."""
+
+    place: Place
+    is_module: bool
+    entries: list[Entry]
+    clean: list[str]
+
+
 class Entries:
     """Answers what a user of a class asks: which methods may I call, and which parts."""
 

@@ -68,6 +68,7 @@ class Function:
     ``parameters`` are those that may hold floats or modules, ``signature`` are all by position (without
     ``self``), ``reads`` the attributes of ``self`` that it reads. Of the calls of other packages' functions
     and of builtins one is kept at most: they are two of three, lead nowhere, and only tell that it computes.
+    ``goes_backward``: it is a step of training; what it goes backward from counts as given out.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Function:
     returns: Atoms = NOTHING
     gives_value: bool = False
     kind: str = ""
+    goes_backward: bool = False
 
 
 @dataclass(slots=True)

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
-from gradscope.scanning.entries import Entries, Entry
+from gradscope.scanning.entries import ClassReport, Entries
 from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
 from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
 from gradscope.scanning.package import Package, Place
-from gradscope.scanning.reach import FORWARDS, Chain, Reach, source_of
+from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
 from gradscope.scanning.training import Loss, Training, Way
 
+FROZEN = "What it runs is frozen here: only a gradient to its input is lost."
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
 FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
@@ -30,7 +31,10 @@ GENERATES = re.compile(r"(?:generate(?:_.*)?|sample|(?:offline_)?inference|(?:va
 
 @dataclass(slots=True)
 class Judgement:
-    """One site with its severity, how sure that is, the reason in words and the calls that lead to it."""
+    """One site with its severity, how sure that is, the reason in words and the calls that lead to it.
+
+    ``stands_for`` are the sites outside of the code scanned that a call in it comes to.
+    """
 
     facts: FileFacts
     site: Site
@@ -39,16 +43,7 @@ class Judgement:
     message: str
     chain: list[Place] = field(default_factory=list)
     advice: str = ""
-
-
-@dataclass(slots=True)
-class ClassReport:
-    """A class with at least one stopped method: its entries and the modules in it that stay clean."""
-
-    place: Place
-    is_module: bool
-    entries: list[Entry]
-    clean: list[str]
+    stands_for: tuple[Site, ...] = ()
 
 
 class Judge:
@@ -85,6 +80,11 @@ class Judge:
         """The classes with a stopped method."""
         return self._class_reports(self.reach.leading_to(self.regions))
 
+    @property
+    def own_reports(self) -> list[ClassReport]:
+        """Those of the code scanned."""
+        return [report for report in self.reports if report.place.module not in self.package.outside]
+
     @cached_property
     def report_of(self) -> dict[Place, ClassReport]:
         """The same by class."""
@@ -95,10 +95,10 @@ class Judge:
         return self._only_ways()
 
     def judge(self, family: str = "GS") -> list[Judgement]:
-        """Return every site of the rules that begin like ``family``, judged."""
+        """Return every site of the code scanned, of the rules that begin like ``family``, judged."""
         return [
-            self._judge(facts, site, Place(facts.module, site.function))
-            for facts in self.package.files.values()
+            self.judged(facts, site, Place(facts.module, site.function))
+            for facts in self.package.own
             for site in facts.sites
             if site.rule.startswith(family)
         ]
@@ -132,7 +132,7 @@ class Judge:
     def _only_ways(self) -> dict[tuple[Place, Site], Chain]:
         """Return the sites of module classes in which every public compute method is stopped."""
         found: dict[tuple[Place, Site], Chain] = {}
-        for report in self.reports:
+        for report in self.own_reports:
             closed = report.is_module and all(
                 entry.status == "blocked" and entry.chain and not entry.chain.partly for entry in report.entries
             )
@@ -192,7 +192,8 @@ class Judge:
 
     # --- one site -----------------------------------------------------------------------------------
 
-    def _judge(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+    def judged(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+        """Return one site with all that is to be said of it."""
         why = self.harmless.get((place, site), "")
         if why:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
@@ -218,12 +219,13 @@ class Judge:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {NOTHING_LIVE}.")
         way = self.training.reached.get(place)
         only = self._only_way.get((place, site))
-        if only is not None and not site.conditional:
+        frozen = site.how == "block" and self.training.runs_what_is_frozen(_outside_atoms(live), place)
+        if only is not None and not site.conditional and not frozen:
             through = only.steps[0].name.rpartition(".")[0]
             message = f"{where(site)}, and every public way through {through} leads here."
             return Judgement(facts, site, "error", "certain", message, only.steps)
         if way is not None:
-            return self._in_forward(facts, site, place, way)
+            return self.in_forward(facts, site, place, way)
         meant = meant_by_name(place)
         if meant:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant}.")
@@ -265,7 +267,8 @@ class Judge:
         )
         return Judgement(facts, site, "error", "certain", message)
 
-    def _in_forward(self, facts: FileFacts, site: Site, place: Place, way: Way) -> Judgement:
+    def in_forward(self, facts: FileFacts, site: Site, place: Place, way: Way, only: Use | None = None) -> Judgement:
+        """Return a region that a forward pass comes to, judged by what that loses in it; ``only``: this one."""
         entry = self._entry_name(way[0], place)
         if site.conditional or place not in self.training.always_reached:
             message = f"{where(site)} when a condition known only at run time says so; {entry} computes with it."
@@ -282,7 +285,7 @@ class Judge:
         if site.how == "block" and self.reach.gets_past(site.depends, place):
             return self._in_part(facts, site, way)
         if len(way) > 1:
-            loss, way = self.training.loss(site.depends, place)
+            loss, way = self.training.loss(site.depends, place, only)
             if loss is Loss.NONE:
                 why = f"no forward pass hands {place.name} anything that wants a gradient"
                 return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
@@ -290,6 +293,8 @@ class Judge:
                 return self._in_part(facts, site, way)
             entry = self._entry_name(way[0], place)
         message = f"{where(site)}: training through {entry} loses the gradient here."
+        if site.how == "block" and self.training.runs_what_is_frozen(outside, place):
+            return Judgement(facts, site, "warning", "likely", f"{message} {FROZEN}", way)
         return Judgement(facts, site, "error", "likely", message, way)
 
     def _in_part(self, facts: FileFacts, site: Site, way: Way) -> Judgement:

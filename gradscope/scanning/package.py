@@ -33,10 +33,14 @@ class Place(NamedTuple):
 
 
 class Package:
-    """Answers questions that need more than one file."""
+    """Answers questions that need more than one file.
 
-    def __init__(self, files: Iterable[FileFacts]) -> None:
+    ``outside`` are the modules that no target holds: they were followed from one.
+    """
+
+    def __init__(self, files: Iterable[FileFacts], outside: frozenset[str] = frozenset()) -> None:
         self.files = {facts.module: facts for facts in files}
+        self.outside = outside
         self._roots = {module.partition(".")[0] for module in self.files}
         self._children: dict[str, list[str]] = {}
         self._homes: dict[str, list[str]] = {}
@@ -73,6 +77,11 @@ class Package:
         self.find_class = lru_cache(maxsize=None)(self._find_class)
         self._of_self = lru_cache(maxsize=None)(self._owned)
         self._global = lru_cache(maxsize=None)(self._called)
+
+    @property
+    def own(self) -> list[FileFacts]:
+        """The files of the targets, without those followed from them."""
+        return [facts for facts in self.files.values() if facts.module not in self.outside]
 
     def function(self, place: Place) -> Function | None:
         """Return the fact of a function, where it was looked into."""

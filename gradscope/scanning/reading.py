@@ -14,7 +14,7 @@ import re
 import tokenize
 import warnings
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gradscope.scanning.blanking import HEADER, Blanked, blank
 
@@ -41,6 +41,7 @@ TENSOR_OPS = re.compile(
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
 BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (=", "grad(": " (="}
 _COMPARISON = re.compile(r"[<>]|[=!]=|\b(?:in|is)\b")
+_MADE_AT_TOP = re.compile(r"^\w+[ \t]*=[ \t]*(?:\w+\.)*[A-Z]\w*(?:\.from_\w+)?\(", re.MULTILINE)
 _FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
 _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 
@@ -108,19 +109,25 @@ class Needles:
 
     ``names`` are literals that make a whole class worth reading: torch's switches, the package's own
     wrappers, functions and classes known to be stopped. They count where they are whole identifiers.
+    Without ``operations``, as in files that no target holds, they are all that is looked for.
     """
 
     names: tuple[str, ...] = GRAD_MODE
+    operations: bool = True
 
     def are_in(self, data: bytes) -> bool:
         """Tell whether a file's bytes hold anything to look into."""
         for name in self.names:
             if name.encode() in data:
                 return True
-        return b"torch" in data and (
-            _TENSOR_OPS_BYTES.search(data) is not None
-            or any(literal in data and any(each in data for each in whole) for literal, whole in _BARE_OPS_BYTES)
-            or (b"Parameter(" in data and _makes_in_passing(data))
+        return (
+            self.operations
+            and b"torch" in data
+            and (
+                _TENSOR_OPS_BYTES.search(data) is not None
+                or any(literal in data and any(each in data for each in whole) for literal, whole in _BARE_OPS_BYTES)
+                or (b"Parameter(" in data and _makes_in_passing(data))
+            )
         )
 
     def with_renames(self, source: str, switches: list[int]) -> Needles:
@@ -131,7 +138,7 @@ class Needles:
         if not found:
             return self
         applied = [f"{word} {root}" for _, root in found if root for word in ("class", "def")]
-        return Needles((*self.names, *(name for name, _ in found if name), *applied))
+        return replace(self, names=(*self.names, *(name for name, _ in found if name), *applied))
 
     def deep(self, source: str) -> list[int]:
         """Return the offsets of the names, ascending."""
@@ -151,6 +158,11 @@ def parameters_made(source: str) -> list[int]:
 def buffers_registered(source: str) -> list[int]:
     """Return the offsets at which buffers are registered, ascending."""
     return list(_places(source, "register_buffer("))
+
+
+def made_by_script(source: str) -> list[int]:
+    """Return the offsets at which a script that trains makes objects: what its loop calls is only told by these."""
+    return [match.start() for match in _MADE_AT_TOP.finditer(source)] if ".backward(" in source else []
 
 
 def tensor_ops(source: str, parameters: list[int]) -> list[int]:

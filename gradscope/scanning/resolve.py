@@ -21,12 +21,16 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", ".git", ".hg", ".svn
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file to scan; ``archive`` is the zip file that holds it, ``path`` is then the member's name."""
+    """One file to scan; ``archive`` is the zip file that holds it, ``path`` is then the member's name.
+
+    ``is_outside``: of no target, but followed from one.
+    """
 
     path: str
     module: str
     is_package: bool = False
     archive: str = ""
+    is_outside: bool = False
 
     @property
     def shown(self) -> str:
@@ -173,10 +177,10 @@ def _add_dotted(resolved: Resolved, dotted: str) -> bool:
 
 
 def _find(names: list[str]) -> tuple[ModuleSpec | None, int]:
-    spec = _find_first(names[0])
+    spec = find_first(names[0])
     depth = 1
     while spec is not None and depth < len(names):
-        locations = _locations(spec)
+        locations = locations_of(spec)
         deeper = PathFinder.find_spec(names[depth], locations) if locations else None
         if deeper is None:
             break
@@ -184,7 +188,7 @@ def _find(names: list[str]) -> tuple[ModuleSpec | None, int]:
     return spec, depth
 
 
-def _find_first(name: str) -> ModuleSpec | None:
+def find_first(name: str) -> ModuleSpec | None:
     """Ask the finders for a top-level name, with the working folder first as ``python -m`` has it."""
     path = list(sys.path)
     sys.path.insert(0, os.getcwd())
@@ -199,7 +203,8 @@ def _find_first(name: str) -> ModuleSpec | None:
     return None
 
 
-def _locations(spec: ModuleSpec) -> list[str]:
+def locations_of(spec: ModuleSpec) -> list[str]:
+    """Return the folders in which the modules of a package lie."""
     found = spec.submodule_search_locations
     if spec.origin and "." not in spec.name and found and _is_spread(spec.origin):
         return list(dict.fromkeys([*found, *filter(os.path.isdir, (os.path.join(at, spec.name) for at in sys.path))]))
@@ -218,13 +223,13 @@ def _is_spread(init: str) -> bool:
 
 
 def _add_spec(resolved: Resolved, spec: ModuleSpec, module: str) -> None:
-    for location in _locations(spec):
+    for location in locations_of(spec):
         archive, inner = _split_archive(location)
         if archive:
             _add_archive(resolved, archive, PurePosixPath(inner), module)
         else:
             _add_folder(resolved, Path(location), module)
-    if _locations(spec) or not spec.origin:
+    if locations_of(spec) or not spec.origin:
         return
     archive, inner = _split_archive(spec.origin)
     if archive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
@@ -54,7 +55,7 @@ class Training:
 
     def _reached_from_forwards(self, *, always: bool = False) -> dict[Place, Way]:
         reached: dict[Place, Way] = {}
-        for owner, entry in self._trained:
+        for owner, entry in self.trained:
             found = self.reach.reachable(entry, owner, always=always)
             for place, way in found.items():
                 if place not in reached or len(way) < len(reached[place]):
@@ -65,9 +66,9 @@ class Training:
         return reached
 
     @cached_property
-    def _trained(self) -> list[tuple[Place, Place]]:
+    def trained(self) -> list[tuple[Place, Place]]:
         """The module classes with their forward passes, less those that run without gradients by their nature."""
-        owners = (Place(facts.module, name) for facts in self.package.files.values() for name in facts.classes)
+        owners = (Place(facts.module, name) for facts in self.package.own for name in facts.classes)
         return [
             (owner, entry)
             for owner in owners
@@ -89,16 +90,39 @@ class Training:
         """The classes with a region in a method of their own."""
         return frozenset(owner for place in self.reach.regions if (owner := self.reach.owner(place)) is not None)
 
+    def freezes(self, owner: Place | None, names: Container[str]) -> bool:
+        """Tell whether a class always freezes one of these attributes: ``self.encoder.requires_grad_(False)``."""
+        return owner is not None and any(name in names for name in self._frozen.get(owner, ()))
+
+    def runs_what_is_frozen(self, atoms: Atoms, place: Place) -> bool:
+        """Tell whether all that these say of modules is of some that their class freezes."""
+        names = {source_of(atom).partition(":")[2].removeprefix("self.").partition(".")[0] for atom in atoms}
+        return bool(names) and all(self.freezes(self.reach.owner(place), {name}) for name in names)
+
+    @cached_property
+    def _frozen(self) -> dict[Place, set[str]]:
+        """The attributes that classes freeze, by class."""
+        found: dict[Place, set[str]] = {}
+        for facts in self.package.own:
+            for site in facts.sites:
+                owner = self.reach.owner(Place(facts.module, site.function)) if site.rule == "GS901" else None
+                if owner is not None and not site.conditional:
+                    sources = (source_of(atom).partition(":") for atom in site.depends)
+                    found.setdefault(owner, set()).update(name for kind, _, name in sources if kind == "attr")
+        return found
+
     # --- what is lost on the way back -------------------------------------------------------------
 
-    def loss(self, atoms: Atoms, place: Place) -> tuple[Loss, Way]:
+    def loss(self, atoms: Atoms, place: Place, only: Use | None = None) -> tuple[Loss, Way]:
         """Return how much of the gradient for these is lost to a forward pass that calls the function, and the way.
+
+        ``only``: to this forward pass; else to the one that loses most.
 
         A caller that hands over nothing live loses nothing; one that lets a gradient past the call loses a part.
         """
         sources = frozenset(source_of(atom) for atom in atoms if self._may_carry(atom, place, self.reach.owner(place)))
         worst: tuple[Loss, Way] = Loss.NONE, self.reached[place]
-        for entry in self._entries.get(place, ()):
+        for entry in self._entries.get(place, ()) if only is None else (only,):
             callers = self._callers(entry)
             for use in [use for use in callers if use[0] == place]:
                 worst = max(worst, self._loss_at(use, sources, entry, callers, []), key=lambda found: found[0])

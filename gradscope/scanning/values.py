@@ -110,8 +110,9 @@ class Expressions:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             line = node.func.end_lineno or line
         self.sites.append(
-            Site(rule, line, column, end, self.function, mechanism, "call", depends=value.atoms, harmless=harmless)
-        )
+            Site(rule, line, column, end, self.function, mechanism, "call", depends=value.atoms,
+                 conditional=rule == "GS901" and bool(self.conditions), harmless=harmless)
+        )  # fmt: skip
         return value.atoms | {f"cut:{line}"}
 
     def _silently(self, nodes: Sequence[ast.expr]) -> list[Value]:

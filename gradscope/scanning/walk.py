@@ -20,6 +20,7 @@ from gradscope.scanning.reading import (
     Needles,
     buffers_registered,
     kept_parameters,
+    made_by_script,
     parameters_made,
     parse,
     tensor_ops,
@@ -58,7 +59,8 @@ class FileReader:
         needles = needles.with_renames(source, switches)
         deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
         parameters = parameters_made(source)
-        offsets = sorted([*deep, *tensor_ops(source, parameters)])
+        others = [*tensor_ops(source, parameters), *made_by_script(source)] if needles.operations else []
+        offsets = sorted([*deep, *others])
         parsed = parse(source, offsets, deep, () if self.names.wrappers else self._known)
         self.facts.skipped = parsed.skipped
         tree = parsed.tree
@@ -124,7 +126,9 @@ class FileReader:
         template.body, template.name = loose, ""
         template.end_lineno = max(node.end_lineno or 0 for node in loose)
         body = Body(template, self.names, None, "", None)
-        body.read()
+        own = body.read()
+        if own.goes_backward:  # a script that trains
+            self._keep(replace(own, name="<module>", line=loose[0].lineno))
         self._take(body)
 
     # --- functions and classes ------------------------------------------------------------------

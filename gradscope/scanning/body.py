@@ -141,7 +141,7 @@ class Body(Regions):
         for value in parts:
             if not value.atoms:
                 continue
-            made_of = [atom for atom in value.atoms if not atom.startswith(("arg:", "cut:"))]
+            made_of = [atom for atom in value.atoms if not atom.startswith(("arg:", "cut:", "from:"))]
             if len(made_of) == 1 and made_of[0].startswith("call:"):
                 self.returned.add(f"{APART}:{made_of[0][5:]}")
 

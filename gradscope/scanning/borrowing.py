@@ -18,6 +18,8 @@ from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Use, source_of
 from gradscope.scanning.training import Way
 
+# What Lightning, Transformers and Keras call for the loss of a step; they go backward themselves.
+GIVE_LOSS = (".training_step", ".compute_loss", ".train_step")
 TRAINED = "Its parameters are handed to an optimizer all the same."
 _OPTIMIZED = (
     r"(?is)(?:\w*(?:adam|sgd|optim|rmsprop|adagrad|adafactor|adadelta|lion|lamb|lbfgs|muon)\w*\s*\(|\bparam\w*\s*\+?=)"
@@ -76,10 +78,10 @@ class _Borrowing:
                 yield from ((facts, site, place, way) for site in self.reach.blockers(place) if site.how != "class")
 
     def _steps(self) -> Iterator[Use]:
-        """Yield the functions scanned that go backward."""
+        """Yield the functions scanned that go backward, or give a trainer what it goes backward from."""
         for facts in self.package.own:
             for function in facts.functions.values():
-                if function.goes_backward:
+                if function.goes_backward or function.name.endswith(GIVE_LOSS):
                     place = Place(facts.module, function.name)
                     yield place, self.reach.owner(place)
 
@@ -96,10 +98,11 @@ class _Borrowing:
         function, called = self.package.function(caller), self.package.function(way[at])
         if not at or function is None or called is None:
             return
-        if called.gives_value and not self.reach.live(called.returns, way[at]):
-            return  # it gives integers: generate()
+        if not self.reach.live(called.returns, way[at]):
+            return  # it gives nothing, or integers: save(), generate()
         for call, target in self.package.callees(caller, self.reach.owner_for(caller, owner)):
-            if target == way[at] and _is_given_out(function, call):
+            nothing_else = not self.reach.live(function.returns, caller)
+            if target == way[at] and (_is_given_out(function, call) or nothing_else):
                 yield Borrowed(caller, call, way, judgement)
                 return
 

@@ -108,7 +108,8 @@ class Calls(Expressions):
             value = given[0]  # the others say which dtype and device
             if _carries(value):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
-            return Value(_cuts_of(value).atoms, "tensor")
+            made_of = {f"from:{atom}" for atom in value.atoms if atom.startswith("call:")}
+            return Value(_cuts_of(value).atoms | made_of, "tensor")
         if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
             return Value(self.report(node, "GS207", f"{name} without create_graph", value), "tensor")
         if name == "checkpoint" and _is_reentrant(node):
@@ -301,12 +302,12 @@ FROZEN = "frozen, and frozen is not blocked"
 
 def _carries(value: Value) -> bool:
     """Tell whether a value is a tensor that was computed of something."""
-    return value.kind == "tensor" and bool(value.atoms)
+    return value.kind == "tensor" and not all(atom.startswith("from:") for atom in value.atoms)
 
 
 def _cuts_of(value: Value) -> Value:
     """Return what is left of a value of which no gradient comes: where it was lost."""
-    return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "plain")
+    return Value(frozenset(atom for atom in value.atoms if atom.startswith(("cut:", "from:"))), "plain")
 
 
 def _makes_anew(node: ast.Call, name: str) -> bool:
@@ -343,7 +344,9 @@ def _through(node: ast.Call, target: str, given: list[Value]) -> Atoms:
             rest = number - len(node.args)
             way = (number if number < starred else "*") if rest < 0 else node.keywords[rest].arg or "*"
             found.update(
-                atom if "arg:" in atom or "cut:" in atom or atom.startswith("in:") else f"arg:{target}:{way}:{atom}"
+                atom
+                if "arg:" in atom or "cut:" in atom or atom.startswith(("in:", "from:"))
+                else f"arg:{target}:{way}:{atom}"
                 for atom in value.atoms
             )
     return frozenset(found)

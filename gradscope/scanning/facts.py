@@ -8,6 +8,7 @@ package are joined.
 - ``call:self.x``, ``call:dotted.name``: the result of a call
 - ``arg:self.x:0:param:y``: the first argument of such a call was ``y``
 - ``cut:12``: what a detach or the like on line 12 gave out
+- ``from:call:...``: the numbers of such a result, made a tensor anew: no gradient comes of them
 - ``in:12``: what was computed in the block that begins on line 12
 - ``off:...``: any of these, computed where gradients are switched off
 - ``apart``: a part of the result is computed with gradients off and nothing else

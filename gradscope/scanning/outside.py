@@ -32,7 +32,8 @@ MOST_STARRED = 20
 # torch's own functions are known by their rules; in the standard library and in these no tensor is computed with.
 KNOWN = frozenset({
     "torch", "__future__", *sys.stdlib_module_names,
-    *"numpy scipy pandas PIL cv2 matplotlib sklearn tqdm yaml requests packaging typing_extensions einops".split(),
+    *("numpy scipy pandas PIL cv2 matplotlib sklearn tqdm yaml requests packaging typing_extensions einops "
+    "datasets wandb").split(),
 })  # fmt: skip
 
 # These begin with a line break, not with ``^``: a literal lets the search leap from line to line.

@@ -80,6 +80,7 @@ STOPPED = {
     "by its module": module("import vendor", "vendor.Tower()", "self.tower.encode(x)"),
     "by its own module": module("from vendor.towers import Tower", "Tower()", "self.tower.encode(x)"),
     "by a module's other name": module("import vendor.towers as t", "t.Tower()", "self.tower.encode(x)"),
+    "its numbers": module("from vendor import Tower", "Tower()", "torch.tensor(self.tower.encode(x).numpy())"),
     "through its other method": module("from vendor import Tower", "Tower()", "self.tower.through(x)"),
     "from_pretrained": module("from vendor import Lower", "Lower.from_pretrained()", "self.tower.encode(x)"),
     "a function": module("from vendor import helped, Tower", "Tower()", "helped(self.tower, x)"),
@@ -210,6 +211,23 @@ def test_what_a_step_does_not_go_backward_from_is_left_out(vendor: Path) -> None
     step = "def step(tower: Tower, net, x):\n    net(x).sum().backward()\n    print(tower.encode(x))\n"
     source = f"{HEAD}from vendor import Tower\n\n\n{step}"
     assert calls(scanned(source)) == []
+
+
+@pytest.mark.parametrize("name", ["training_step", "compute_loss"])
+def test_what_gives_a_trainer_its_loss_is_a_step(vendor: Path, name: str) -> None:
+    loss = f"    def {name}(self, x):\n        return torch.tensor(self.tower.encode(x).numpy()).sum()  # here\n"
+    made = NET.format(made="Tower()").replace("nn.Module", "Trainer")
+    source = f"{HEAD}from trainers import Trainer\nfrom vendor import Tower\n\n\n{made}{loss}"
+    (finding,) = calls(scanned(source))
+    assert (finding.severity, finding.source[-6:]) == ("warning", "# here")
+    assert calls(scanned(source.replace(name, "predict_step"))) == []
+
+
+def test_what_gives_nothing_loses_nothing(vendor: Path) -> None:
+    saving = "\n    def save(self, x):\n        torch.save(self.encode(x), 'x.pt')\n"
+    path = vendor / "vendor" / "base.py"
+    path.write_text(path.read_text() + saving)
+    assert calls(scanned(module("from vendor import Tower", "Tower()", "self.tower.save(x)"))) == []
 
 
 def test_a_script_without_a_function_is_a_step(vendor: Path) -> None:

@@ -88,7 +88,7 @@ class Body(Regions):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN
                 continue
             self.parameters.add(name)
-            if note[:1].isupper():
+            if note[:1].isupper() and "Tensor" not in note:
                 self._note_class(name, of_the_scan(class_named(argument.annotation, self.names), self.names))
             is_tensor = "Tensor" in note or (is_forward and not note)
             kind = "module" if "Module" in note else "tensor" if is_tensor else "unknown"
@@ -216,7 +216,7 @@ class Body(Regions):
         value = self.value(node)
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
-        made = self._class_of(node)
+        made = self._class_of(node) if self.made or isinstance(node, ast.Call) else ""
         for target in targets:
             if isinstance(target, ast.Name) and self.function and not self.regions:  # by far the most
                 self.env[target.id] = value

@@ -42,9 +42,11 @@ def class_made(value: ast.expr, names: Names) -> str:
 
     Empty where the call is of something else, or of another package's class that is not in the scan.
     """
-    func = value.func if isinstance(value, ast.Call) else None
+    if not isinstance(value, ast.Call):
+        return ""
+    func = value.func
     last = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
-    if func is None or not (last[:1].isupper() or last.startswith("from_")):
+    if not (last[:1].isupper() or last.startswith("from_")):
         return ""
     dotted = names.dotted(func)
     if last.startswith("from_"):

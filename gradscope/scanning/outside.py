@@ -82,7 +82,7 @@ class _Search:
         self._spec = lru_cache(maxsize=None)(self._find_spec)
         self._own = own
         self._own_paths = {source.file.shown for source in own}
-        self._roots = {source.file.module.partition(".")[0] for source in own}
+        self._own_modules = {source.file.module for source in own}
         self._folders = tuple(dict.fromkeys(_import_folder(source.file) for source in own if not source.file.archive))
         self._seen: set[tuple[str, str]] = set()
         self._room = MOST_TEXT
@@ -104,8 +104,9 @@ class _Search:
         self.outside.missing = sorted(set(self.outside.missing))
 
     def _is_outside(self, dotted: str) -> bool:
-        root = dotted.partition(".")[0]
-        return root not in self._roots and root not in KNOWN
+        parts = dotted.split(".")
+        heads = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        return parts[0] not in KNOWN and not any(head in self._own_modules for head in heads)
 
     def _root(self, dotted: str) -> SourceFile | None:
         return self._module_at(dotted.partition(".")[0])

@@ -287,6 +287,15 @@ def test_a_module_beside_the_script_is_followed(vendor: Path, tmp_path: Path) ->
     assert len(calls(scan("project", cache=False))) > 1  # both files are the project's own now
 
 
+def test_a_file_of_a_package_is_followed_into_the_rest_of_it(vendor: Path) -> None:
+    path = vendor / "vendor" / "mine.py"
+    path.write_text(module("from .towers import Tower", "Tower()", "self.tower.encode(x)"))
+    (finding,) = calls(scan("site/vendor/mine.py", cache=False))
+    assert finding.source.endswith("# here")
+    assert "vendor/base.py:10" in finding.message
+    assert scan("site/vendor", cache=False).stats["outside"] == 0
+
+
 def test_nothing_of_it_is_imported(vendor: Path) -> None:
     path = vendor / "vendor" / "__init__.py"
     path.write_text(f"raise SystemExit('imported')\n{path.read_text()}")

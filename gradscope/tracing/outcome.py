@@ -27,8 +27,9 @@ from gradscope.tracing.unanalysed import CannotTell, used_elsewhere
 from gradscope.tracing.unregistered import unregistered
 
 Pass: TypeAlias = Literal["none", "plain", "watched"]
-# What torch says where an allocation fails: of its own allocator, and of C++ anywhere below (a plain RuntimeError).
-NO_MEMORY = ("can't allocate memory", "std::bad_alloc")
+# What torch says where an allocation fails: of its own allocator, and of C++ anywhere below (a plain RuntimeError);
+# and where the system gives the engine of the backward pass no thread (EAGAIN of pthread_create).
+NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Resource temporarily unavailable")
 
 
 @dataclass(slots=True)

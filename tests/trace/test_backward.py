@@ -470,7 +470,13 @@ class ExhaustedBackward(torch.autograd.Function):
         raise ctx.error
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("std::bad_alloc")], ids=str)
+MACHINE = (
+    torch.OutOfMemoryError("out of memory"), RuntimeError("std::bad_alloc"),
+    RuntimeError("Resource temporarily unavailable"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error", MACHINE, ids=str)
 def test_a_machine_without_memory_is_no_crash_of_autograd(error: Exception) -> None:
     session = traced(lambda x: ExhaustedBackward.apply(x, error))
     assert (session.verdict, session.findings) == ("flows", [])

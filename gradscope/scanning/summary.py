@@ -44,10 +44,11 @@ def session_of(
         ]  # fmt: skip
         _weigh_asked(judgements, [entry for report, _, entry in asked if _is_named(report, entry, wanted)])
         judgements.sort(key=_order)
-    ids: dict[int, str] = {}
+    ids: dict[tuple[int, Place], str] = {}  # by the site and the function that a finding is in
     findings = []
     for number, each in enumerate(judgements, start=1):
-        ids.update((id(site), f"F{number}") for site in _sites(each))
+        place = Place(each.facts.module, each.site.function)
+        ids.update(((id(site), place), f"F{number}") for site in _sites(each))
         findings.append(_finding(f"F{number}", each, judge, collected))
     findings, remarks = _without_ignored(findings, collected)
     remarks += [_not_followed(entry, names) for report, _, entry in asked if not entry.chain
@@ -201,7 +202,7 @@ def _asked(judge: Judge, name: str) -> list[tuple[Place, Place | None]]:
 
 
 def _entry(
-    judge: Judge, report: ClassReport, clean: Iterable[str], entry: Entry, ids: dict[int, str]
+    judge: Judge, report: ClassReport, clean: Iterable[str], entry: Entry, ids: dict[tuple[int, Place], str]
 ) -> dict[str, Any]:
     chain = entry.chain
     sites = chain.sites if chain else []
@@ -214,10 +215,12 @@ def _entry(
         "chain": [_step(judge, place, [site for at, site in sites if at == place]) for place in chain.steps]
         if chain
         else [],
-        "findings": list(dict.fromkeys(ids[id(site)] for _, site in sites if id(site) in ids)),
+        "findings": list(dict.fromkeys(
+            ids[id(site), step] for at, site in sites for step in (at, *(chain.steps if chain else ()))
+            if (id(site), step) in ids)),
         "alternatives": list(entry.alternatives),
         "clean": list(clean),
-    }
+    }  # fmt: skip
 
 
 def _step(judge: Judge, place: Place, sites: list[Any]) -> dict[str, Any]:

@@ -179,6 +179,15 @@ def test_what_lies_behind_is_told_and_what_to_call_instead(vendor: Path) -> None
     assert session.stats["files"] == 1
 
 
+def test_each_way_in_names_the_finding_at_its_own_call(vendor: Path) -> None:
+    first = STOPPED["by its name"]
+    session = scanned(first + "\n\n" + first.replace("Net", "Other"))
+    found = {entry["class"]: entry["findings"] for entry in session.entries}
+    lines = {finding.id: finding.line for finding in session.findings}
+    assert len(lines) == 2
+    assert [lines[name] for name in (*found["Net"], *found["Other"])] == sorted(lines.values())
+
+
 @pytest.mark.parametrize(
     ("note", "made", "call"),
     [

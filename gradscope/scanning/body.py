@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from gradscope.scanning.calls import FROZEN
-from gradscope.scanning.facts import APART, Atoms, Call, Class, Function
+from gradscope.scanning.facts import APART, DATA, Atoms, Call, Class, Function
 from gradscope.scanning.regions import Regions
 from gradscope.scanning.signatures import (
     FunctionNode,
+    gives_data,
     gives_integers,
     holds_no_floats,
     positional,
@@ -49,6 +50,8 @@ class Body(Regions):
             self._close(self.regions.pop())
         if self._gives_apart:
             self.returned.add(APART)
+        if gives_data(node):
+            self.returned.add(DATA)
         self.names.aliases = aliases
         decorators = {self.names.dotted(item).rpartition(".")[2] for item in node.decorator_list}
         kind = "async" if isinstance(node, ast.AsyncFunctionDef) else "generator" if self.yields else ""
@@ -126,7 +129,8 @@ class Body(Regions):
     def hand_out(self, parts: Sequence[Value]) -> None:
         """Take note of a part of the result that nothing but stopped values are in, or nothing but one call's."""
         for value in parts:
-            if value.atoms and all("off:" in atom or atom.startswith("in:") for atom in value.atoms):
+            is_stopped = all("off:" in atom or atom.startswith("in:") for atom in value.atoms)
+            if value.atoms and is_stopped and value.kind != "array":
                 self._gives_apart = True
         self._note_results_of_one_call(parts)
 
@@ -143,7 +147,10 @@ class Body(Regions):
         if isinstance(node, ast.AsyncFor):
             self.suspended(node.iter, "await")
         self.bind_each(node.target, node.iter)
+        before, sites = dict(self.env) if _may_be_empty(node.iter) else {}, len(self.sites)
         self._loop([*node.body, *node.orelse])
+        if any(site.how == "block" for site in self.sites[sites:]):
+            self.env.update({name: _merged(value, self.env[name]) for name, value in before.items()})
 
     def _while(self, node: ast.While) -> None:
         self.value(node.test)
@@ -351,6 +358,13 @@ def _merged(first: Value, second: Value) -> Value:
     return Value(first.atoms | second.atoms, kind)
 
 
+def _may_be_empty(node: ast.expr) -> bool:
+    """Tell ``range(start, self.frozen)``: layers between two settings, of which there are often none."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "range":
+        return False
+    return len(node.args) == 2 and not any(isinstance(each, ast.Constant) for each in node.args)
+
+
 def _root(target: ast.expr) -> str:
     while isinstance(target, (ast.Attribute, ast.Subscript)):
         target = target.value
@@ -361,10 +375,13 @@ def _changes(method: str) -> bool:
     return method.endswith("_") or method in ("append", "extend", "add", "update", "insert", "appendleft", "put", "set")
 
 
+_ARE_TRAINING = frozenset({"training", "is_training", "is_train"})
+
+
 def _asks_for_training(test: ast.expr) -> bool:
-    """Tell ``self.training``, alone, negated or as one of several conditions."""
+    """Tell ``self.training`` or what is called like it, alone, negated or as one of several conditions."""
     for part in test.values if isinstance(test, ast.BoolOp) else [test]:
         asked = part.operand if isinstance(part, ast.UnaryOp) else part
-        if isinstance(asked, ast.Attribute) and asked.attr == "training":
+        if (getattr(asked, "attr", "") or getattr(asked, "id", "")) in _ARE_TRAINING:
             return True
     return False

@@ -138,10 +138,9 @@ class Calls(Expressions):
                 self.report(node, "GS302", "float()", value)
             return PLAIN
         last = dotted.rpartition(".")[2]
-        if last == "deepcopy":
-            return Value(NOTHING, value.kind)  # a copy is a leaf of its own
-        if last in _INDEX_FUNCTIONS or _gives_indices(last) or _unpacks(last):
-            return INDEX
+        known = self._made_new(dotted, last, value)
+        if known is not None:
+            return known
         if last[:1].isupper():
             self.hand_out(given)
         if last == "Parameter" and _carries(value):
@@ -151,6 +150,17 @@ class Calls(Expressions):
         if not dotted:
             return self._unnamed(node, value)
         return Value(_through(node, dotted, given) | {f"call:{dotted}"}, "unknown")
+
+    def _made_new(self, dotted: str, last: str, value: Value) -> Value | None:
+        """Return the value of a call whose result is no part of the graph of what it is given."""
+        if last == "deepcopy":
+            return Value(NOTHING, value.kind)  # a copy is a leaf of its own
+        if last in _INDEX_FUNCTIONS or _gives_indices(last) or _unpacks(last):
+            return INDEX
+        root = dotted.partition(".")[0]
+        if root in torch_ops.ARRAY_LIBRARIES and root not in self.env:
+            return Value(frozenset(atom for atom in value.atoms if not atom.startswith("in:")), "array")
+        return None
 
     def _kept_called(self, atoms: Atoms, node: ast.Call, method: str = "") -> Atoms:
         """Note the call of what ``self`` keeps, under a local name or in a container; return the atoms of the results.

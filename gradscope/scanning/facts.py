@@ -12,6 +12,7 @@ package are joined.
 - ``off:...``: any of these, computed where gradients are switched off
 - ``apart``: a part of the result is computed with gradients off and nothing else
 - ``apart:self.x``: a part of the result is what such a call gives and nothing else
+- ``data``: the result is said to be arrays or text, which no gradient is asked of
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Atoms: TypeAlias = frozenset[str]
 
 NOTHING: Atoms = frozenset()
 APART = "apart"
+DATA = "data"
 
 
 @dataclass(frozen=True, slots=True)

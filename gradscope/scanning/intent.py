@@ -34,7 +34,7 @@ _HANDLING = re.compile(
 _CLASSES = re.compile(
     r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
-    r"Attack(?:er)?|Explainer|Post[Pp]rocess\w*|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
+    r"Attack(?:er)?|Explainer|Post[Pp]rocess\w*|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augment(?:ation\w*|er)?|SpecAugment\w*|Cutout|CutOut)$"
 )
 _FILES = re.compile(
     r"(?:^|/)(?:tests?|testing|test_utils|examples?|scripts?|benchmarks?|tools|conversion|convert\w*|quantizers?|"
@@ -61,8 +61,9 @@ def meant_by_class(place: Place, package: Package) -> str:
 
 _NOT_TRAINED = re.compile(
     r"label|target|teacher|(?:^|_)gt(?:_|$)|mask|ind(?:ex|ices)|(?:^|_)idx|(?:^|_)ids?$|reference|(?:^|_)ref_|matched|assign|"
-    r"(?:^|_)(?:row|col|column|batch)_(?:offsets?|ptr)$"
+    r"(?:^|_)(?:row|col|column|batch)_(?:offsets?|ptr)$|(?:^|_)(?:rois?|proposals?)(?:_|$)"
 )
+_DECODED = re.compile(r"(?:^|_)(?:predicted_(?:words|tokens)|transcripts?|transcriptions?|hyps|hypotheses)$")
 _TEACHERS = re.compile(
     r"(?:^|_)teacher(?:_|$)|(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
     r"policy)|_(?:ema|target)$|_(?:encoder|decoder|proj|model|net|head)_m$"
@@ -76,6 +77,11 @@ def meant_by_result(names: tuple[str, ...]) -> str:
     if names and all(_NOT_TRAINED.search(name) for name in names):
         return f"it computes {', '.join(names)}, which nothing is trained through"
     return ""
+
+
+def are_decoded(names: tuple[str, ...]) -> bool:
+    """Tell whether a block's results are the words or tokens that a model was made to say, judged by their names."""
+    return bool(names) and all(_DECODED.search(name) for name in names)
 
 
 def meant_by_module(called: Iterable[str], read: Iterable[str] = ()) -> str:

@@ -8,13 +8,21 @@ a note, with the reason why it is none of the two.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
 from gradscope.scanning.entries import Entries, Entry
-from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
-from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
+from gradscope.scanning.facts import Atoms, FileFacts, Site
+from gradscope.scanning.intent import (
+    are_decoded,
+    is_table,
+    meant_by_class,
+    meant_by_module,
+    meant_by_name,
+    meant_by_result,
+)
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, source_of
 from gradscope.scanning.training import Loss, Training, Way
@@ -118,17 +126,6 @@ class Judge:
                     reports.append(ClassReport(owner, is_module, entries, self.entries.clean_components(owner)))
         return reports
 
-    def _methods(self, owner: Place) -> list[Place]:
-        """Return the methods of a class and what they call."""
-        facts = self.package.files[owner.module]
-        own = [Place(owner.module, f"{owner.name}.{name}") for name in facts.classes[owner.name].methods]
-        called = [target for method in own for _, target in self.package.callees(method, owner)]
-        return [*own, *called]
-
-    def _calls(self, place: Place) -> tuple[Call, ...]:
-        function = self.package.function(place)
-        return function.calls if function else ()
-
     def _only_ways(self) -> dict[tuple[Place, Site], Chain]:
         """Return the sites of module classes in which every public compute method is stopped."""
         found: dict[tuple[Place, Site], Chain] = {}
@@ -136,58 +133,30 @@ class Judge:
             closed = report.is_module and all(
                 entry.status == "blocked" and entry.chain and not entry.chain.partly for entry in report.entries
             )
-            if closed and self._is_known(report.place) and not self._only_generates(report):
-                for chain in (entry.chain for entry in report.entries if entry.chain):
-                    for place, site in chain.sites:
-                        if not _in_mixin(place) or chain.steps[0].name.endswith(FORWARDS):
-                            found.setdefault((place, site), chain)
-                for place in self._methods(report.place):
-                    if self.entries.is_a_step(place.name.rpartition(".")[2], report.place):
-                        continue
-                    for site in self.reach.blockers(place):
-                        if self.reach.owner(place) == report.place:
-                            found.setdefault((place, site), Chain([place], [(place, site)]))
+            if closed and self.entries.is_known(report.place) and not self._only_generates(report):
+                for key, chain in self._sites_inside(report):
+                    found.setdefault(key, chain)
         return found
+
+    def _sites_inside(self, report: ClassReport) -> Iterator[tuple[tuple[Place, Site], Chain]]:
+        """Yield the sites that a class comes to, each with the way there; who gives arrays or text trains nothing."""
+        for chain in (entry.chain for entry in report.entries if entry.chain):
+            for place, site in chain.sites if not self.reach.gives_data(chain.steps[0]) else ():
+                if not self.reach.gives_data(place) and (
+                    not _in_mixin(place) or chain.steps[0].name.endswith(FORWARDS)
+                ):
+                    yield (place, site), chain
+        for place in self.entries.methods(report.place):
+            is_step = self.entries.is_a_step(place.name.rpartition(".")[2], report.place)
+            for site in self.reach.blockers(place) if not (is_step or self.reach.gives_data(place)) else ():
+                if self.reach.owner(place) == report.place:
+                    yield (place, site), Chain([place], [(place, site)])
 
     def _only_generates(self, report: ClassReport) -> bool:
         """Tell whether a class has no forward pass to train with, only ways to generate: its parts are trained."""
-        return all(GENERATES.match(entry.place.name.rpartition(".")[2]) for entry in report.entries)
-
-    def _is_known(self, owner: Place) -> bool:
-        """Tell whether every public method of a class and its bases was read: one that was not may be a way in.
-
-        A class without a forward pass that calls ``self.forward``, or that others with one derive from, is half a
-        class: its subclasses have the way in.
-        """
-        if self.package.method(owner, "forward") is None and (
-            self._has_heirs(owner)
-            or any(call.target == "self.forward" for place in self._methods(owner) for call in self._calls(place))
-        ):
-            return False
-        for place in self.package.mro(owner):
-            facts = self.package.files[place.module]
-            klass = facts.classes.get(place.name)
-            if klass is None:
-                continue
-            public = [name for name in klass.methods if not name.startswith("_") or name in FORWARDS]
-            read = {name: facts.functions.get(f"{place.name}.{name}") for name in public}
-            if any(function is None for function in read.values()):
-                return False
-            if any(function and not function.gives_value for name, function in read.items() if name in FORWARDS):
-                return False  # abstract: the way in is a subclass's
-        return True
-
-    def _has_heirs(self, owner: Place) -> bool:
-        """Tell whether a class that derives from this one has a forward pass, or was not read and may have one."""
-        name = owner.name.rpartition(".")[2]
-        heirs = self.package.descendants(name) - {name}
-        places = [
-            Place(facts.module, heir) for facts in self.package.files.values() for heir in heirs & facts.headers.keys()
-        ]
-        return any(
-            place.name not in self.package.files[place.module].classes or self.package.method(place, "forward")
-            for place in places
-            if owner in self.package.mro(place)
+        return all(
+            GENERATES.match(entry.place.name.rpartition(".")[2]) or self.reach.gives_data(entry.place)
+            for entry in report.entries
         )
 
     # --- one site -----------------------------------------------------------------------------------
@@ -218,7 +187,9 @@ class Judge:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {NOTHING_LIVE}.")
         way = self.training.reached.get(place)
         only = self._only_way.get((place, site))
-        if only is not None and not site.conditional:
+        is_dropped = site.how == "block" and not self.reach.is_given_back(site, place)
+        ends_here = is_dropped or are_decoded(site.gives)  # no gradient would get further without the switch
+        if only is not None and not (site.conditional or ends_here):
             through = only.steps[0].name.rpartition(".")[0]
             message = f"{where(site)}, and every public way through {through} leads here."
             return Judgement(facts, site, "error", "certain", message, only.steps)
@@ -270,6 +241,9 @@ class Judge:
         if site.conditional or place not in self.training.always_reached:
             message = f"{where(site)} when a condition known only at run time says so; {entry} computes with it."
             return Judgement(facts, site, "warning", "possible", message, way)
+        if self.reach.gives_data(place) or are_decoded(site.gives):
+            message = f"{where(site)} and gives arrays or text, into which no gradient gets anyway."
+            return Judgement(facts, site, "warning", "likely", message, way)
         if not site.depends:
             message = f"{where(site)} and keeps what it computes on self."
             return Judgement(facts, site, "warning", "possible", message, way)
@@ -277,7 +251,7 @@ class Judge:
         if len(way) > 1 and not outside and meant_by_name(place):
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
         if site.how == "block" and not self.reach.is_given_back(site, place):
-            why = f"nothing that {place.name} gives back is made of it"
+            why = f"nothing that {place.name} gives back carries a gradient from it"
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
         if site.how == "block" and self.reach.gets_past(site.depends, place):
             return self._in_part(facts, site, way)

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
-from gradscope.scanning.facts import APART, Atoms, Site
+from gradscope.scanning.facts import APART, DATA, Atoms, Site
 from gradscope.scanning.package import Package, Place
 
 FORWARDS = ("forward", "__call__")
@@ -23,6 +23,9 @@ NOT_COMPUTE = ("__init__", "__repr__", "__len__", "__getattr__", "__setattr__", 
 _PREPARES = re.compile(
     r"^_?(?:pre_?proc|transform|tokeni[sz]|processor|get_)|(?:fn|func|function|config|init|processor|tokenizer)$"
 )
+_GIVES_TEXT = re.compile(r"^(?:.*\.)?_?transcribe(?:_\w+)?$")
+# A module that counts what it is given (reinforcement learning's observations and returns): buffers, no parameter.
+_COUNTS = re.compile(r"(?:^|_)(?:running|mean)_(?:mean_)?(?:std|var)$|^(?:obs|value|reward|return)_rms$")
 # A class of another package that is a module, as far as its name says.
 _MODEL_NAME = re.compile(r"(?:Model|Module|Network|Net|Encoder|Decoder|Transformer|Backbone|LM|Generation|VAE)$")
 # nn.Module's own methods: they compute nothing of the forward pass.
@@ -124,6 +127,11 @@ class Reach:
             return True
         return target, self.owner_for(target, owner)
 
+    def gives_data(self, place: Place) -> bool:
+        """Tell whether a function is said to give arrays or text: it may be a way to use a model, and none to train."""
+        function = self.package.function(place)
+        return function is not None and (DATA in function.returns or bool(_GIVES_TEXT.match(function.name)))
+
     def is_given_back(self, site: Site, place: Place) -> bool:
         """Tell whether what a block computes is part of what its function gives back or keeps."""
         function = self.package.function(place)
@@ -182,7 +190,7 @@ class Reach:
         if method is not None:
             return self.touches(method, owner)
         kind = self.package.attribute(owner, name)
-        if name in MODULE_API:
+        if name in MODULE_API or _COUNTS.search(name):
             return False
         if kind in ("", "module") or (kind.startswith("?") and not self.package.classes_of(owner, name)):
             return not _PREPARES.search(name)

@@ -18,6 +18,7 @@ from gradscope.scanning.switches import Names
 class Value(NamedTuple):
     """Atoms and kind: ``tensor``, ``index`` (integers or truth values), ``module``, ``plain`` or ``unknown``.
 
+    An ``array`` is what another library makes of tensors: it depends on them, and no gradient gets into it.
     A ``number`` is what ``.item()`` makes of a tensor: it depends on it, and no gradient gets into what is made of it.
     """
 

@@ -172,7 +172,18 @@ def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: s
 
 
 @pytest.mark.parametrize(
-    "name", ["PostProcess", "PostProcessMasks", "BeamSearcher", "RandomAttack", "MaskExplainer", "DurationCalculator"]
+    "name",
+    [
+        "PostProcess",
+        "PostProcessMasks",
+        "BeamSearcher",
+        "RandomAttack",
+        "MaskExplainer",
+        "DurationCalculator",
+        "SpecAugment",
+        "ChannelAugment",
+        "SpecCutout",
+    ],
 )
 def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str) -> None:
     source = f"""

@@ -212,6 +212,8 @@ class Body(Regions):
         if switch is not None:
             self._alias(targets, switch)
             return
+        if not self.names.none_here:
+            self._rename_parts(targets, node)
         if isinstance(targets[0], ast.Attribute) and all(getattr(target, "attr", "") == "data" for target in targets):
             self.discarded = node  # weight.data = f(...) gives the graph nothing
         value = self.value(node)
@@ -248,6 +250,14 @@ class Body(Regions):
             root = _root(target)
             if root == "self" or root in self.parameters:
                 self.returned |= blocks
+
+    def _rename_parts(self, targets: Sequence[ast.expr], node: ast.expr) -> None:
+        """``model = self.model``: what is called by this name is what ``self`` keeps."""
+        given = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
+        parts = tuple(part.attr for part in given if is_own(part))
+        for target in targets:
+            if isinstance(target, ast.Name) and (parts or target.id in self.renamed):
+                self.renamed[target.id] = parts
 
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
         self._binds_names = True

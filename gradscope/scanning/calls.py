@@ -159,7 +159,7 @@ class Calls(Expressions):
             return INDEX
         root = dotted.partition(".")[0]
         if root in torch_ops.ARRAY_LIBRARIES and root not in self.env:
-            return Value(frozenset(atom for atom in value.atoms if not atom.startswith("in:")), "array")
+            return _as_array(value)
         return None
 
     def _kept_called(self, atoms: Atoms, node: ast.Call, method: str = "") -> Atoms:
@@ -180,6 +180,13 @@ class Calls(Expressions):
                 found.add(f"call:{target}")
         return frozenset(found)
 
+    def _part_called(self, name: str, node: ast.Call) -> Atoms:
+        """Note the call of a part of unknown kind under a local name."""
+        parts = [part for part in self.renamed.get(name, ()) if self.klass and not self.klass.attributes.get(part)]
+        for part in parts:
+            self._note_call(f"self.{part}", node)
+        return frozenset(f"call:self.{part}" for part in parts)
+
     def _unnamed(self, node: ast.Call, value: Value) -> Value:
         """Return the value of calling what has no name: ``Tower()(x)``, ``self.layers[0](x)``, ``getattr(...)(x)``."""
         made = self.names.dotted(node.func.func) if isinstance(node.func, ast.Call) else ""
@@ -199,7 +206,7 @@ class Calls(Expressions):
         atoms = value.atoms | callee.atoms
         if callee.kind == "function" or name in self.parameters:
             self._note_call(name, node)
-        atoms |= self._kept_called(callee.atoms, node)
+        atoms |= self._kept_called(callee.atoms, node) | self._part_called(name, node)
         if name in self.parameters:
             atoms |= {f"call:{name}"}
         return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
@@ -308,6 +315,12 @@ def _carries(value: Value) -> bool:
 def _cuts_of(value: Value) -> Value:
     """Return what is left of a value of which no gradient comes: where it was lost."""
     return Value(frozenset(atom for atom in value.atoms if atom.startswith("cut:")), "plain")
+
+
+def _as_array(value: Value) -> Value:
+    """Return what another library makes of a value: no gradient comes to it, and none is lost in a block around it."""
+    atoms = (atom for atom in value.atoms if not atom.startswith("in:"))
+    return Value(frozenset(atom if atom.startswith(("off:", "cut:")) else f"off:{atom}" for atom in atoms), "array")
 
 
 def _makes_anew(node: ast.Call, name: str) -> bool:

@@ -32,7 +32,7 @@ _HANDLING = re.compile(
     r"named_.*|clone.*|copy.*|prepare_.*|compile.*|setup.*|collect_.*)$"
 )
 _CLASSES = re.compile(
-    r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
+    r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Miner|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
     r"Attack(?:er)?|Explainer|Post[Pp]rocess\w*|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augment(?:ation\w*|er)?|SpecAugment\w*|Cutout|CutOut)$"
 )
@@ -41,6 +41,7 @@ _FILES = re.compile(
     r"optim(?:izers?)?|metrics?|commands|cli|data|datasets|evaluation|export\w*)(?:/|$)|(?:^|/)(?:test_|convert_|conftest|"
     r"benchmark)[^/]*$|_test\.py$|(?:^|/)(?:train|validate|benchmark|metrics?|trainer\w*|val|export\w*)\.py$"
 )
+_WITH_HOOK = frozenset({"LightningModule"})
 _OPTIMIZERS = frozenset({"Optimizer", "Metric", "TrainerCallback", "LRScheduler", "_LRScheduler", "Quantizer"})
 
 
@@ -49,7 +50,8 @@ def meant_by_class(place: Place, package: Package) -> str:
     owner = place.name.rpartition(".")[0]
     facts = package.files.get(place.module)
     klass = facts.classes.get(owner) if facts else None
-    if klass and any(name.startswith("backward") for name in klass.methods):
+    is_hooked = package.has_base(Place(place.module, owner), _WITH_HOOK)  # called with a loss, to go backward from it
+    if klass and any(name.startswith("backward") for name in klass.methods) and not is_hooked:
         return f"{owner} has a hand-written backward"
     if "quant" in place.module.rpartition(".")[2]:
         return "quantisation works with integers and scales"

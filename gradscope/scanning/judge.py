@@ -251,8 +251,7 @@ class Judge:
         if len(way) > 1 and not outside and meant_by_name(place):
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
         if site.how == "block" and not self.reach.is_given_back(site, place):
-            why = f"nothing that {place.name} gives back carries a gradient from it"
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+            return self._not_given_back(facts, site, place)
         if site.how == "block" and self.reach.gets_past(site.depends, place):
             return self._in_part(facts, site, way)
         if len(way) > 1:
@@ -265,6 +264,10 @@ class Judge:
             entry = self._entry_name(way[0], place)
         message = f"{where(site)}: training through {entry} loses the gradient here."
         return Judgement(facts, site, "error", "likely", message, way)
+
+    def _not_given_back(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+        why = f"nothing that {place.name} gives back carries a gradient from it"
+        return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
 
     def _in_part(self, facts: FileFacts, site: Site, way: Way) -> Judgement:
         message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
@@ -299,7 +302,10 @@ class Judge:
             advice = f"Call the modules inside it: {', '.join(report.clean[:6])}."
         if not (entry or runs_model):
             return Judgement(facts, site, "note", "possible", f"{where(site)}; no model is run in it.")
-        is_part = name in FORWARDS or (site.how == "block" and self.reach.flows(place, owner))
+        flows_beside = site.how == "block" and self.reach.flows(place, owner)
+        if flows_beside and not self.reach.is_given_back(site, place):
+            return self._not_given_back(facts, site, place)
+        is_part = name in FORWARDS or flows_beside
         what = "what comes out of it carries no gradient" if is_part else "it is for inference only"
         return Judgement(facts, site, "warning", "likely", f"{where(site)}: {what}.", advice=advice)
 

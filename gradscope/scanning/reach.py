@@ -10,7 +10,8 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
-from gradscope.scanning.facts import APART, DATA, Atoms, Site
+from gradscope.scanning.facts import APART, DATA, Atoms, Function, Site
+from gradscope.scanning.intent import is_tool
 from gradscope.scanning.package import Package, Place
 
 FORWARDS = ("forward", "__call__")
@@ -96,10 +97,17 @@ class Reach:
             return self._is_passed_on(name, place, owner)
         if kind == "attr":
             return owner is not None and self._holds_weights(owner, name)
-        if kind != "call":
-            return False
+        return kind == "call" and self._gives_live(name, place, owner)
+
+    def _gives_live(self, name: str, place: Place, owner: Place | None) -> bool:
+        """Tell whether what a call gives can carry a gradient whatever it is given: it runs a module."""
         if name.startswith("self."):
             return owner is not None and self.computes(owner, name[5:])
+        if name.startswith("super()."):
+            found = self.package.target(name, place, owner)
+            if found is not None:
+                return self.touches(found, self.owner_for(found, owner))
+            return name[8:] in FORWARDS and owner is not None and self.package.is_module(owner)
         function = self.package.function(place)
         return function is not None and name in function.parameters
 
@@ -110,7 +118,9 @@ class Reach:
     def _flows_in(self, use: Use) -> bool | list[Use]:
         place, owner = use
         function = self.package.function(place)
-        ways = [self._way_out(atom, place, owner) for atom in function.returns] if function else [True]
+        if function is None or is_left_open(function):
+            return True
+        ways = [self._way_out(atom, place, owner) for atom in function.returns]
         return True in ways or [way for way in ways if not isinstance(way, bool)]
 
     def _flows_out(self, atom: str, place: Place, owner: Place | None) -> bool:
@@ -159,7 +169,7 @@ class Reach:
         target, position, atom = way.split(":", 2)
         found = self.package.target(target, place, owner)
         function = self.package.function(found) if found else None
-        if function is not None and position != "*":
+        if function is not None and not is_left_open(function) and position != "*":
             names = function.signature
             name = position
             if position.isdigit():
@@ -188,7 +198,10 @@ class Reach:
         """Tell whether ``self.name(...)`` runs a module: a method that does, or a callable kept on ``self``."""
         method = self.package.method(owner, name)
         if method is not None:
-            return self.touches(method, owner)
+            function = self.package.function(method)
+            return self.touches(method, owner) or (
+                function is not None and is_left_open(function) and not is_tool(name) and self.package.is_module(owner)
+            )
         kind = self.package.attribute(owner, name)
         if name in MODULE_API or _COUNTS.search(name):
             return False
@@ -334,6 +347,11 @@ class Reach:
                 if self.package.attribute(home, name) != "module" and self.computes(home, name):
                     found[call.target] = None
         return list(found)
+
+
+def is_left_open(function: Function) -> bool:
+    """Tell a method that gives nothing itself: where its value is used, a subclass has one in its place."""
+    return not function.gives_value and function.kind not in ("generator", "property") and not function.calls
 
 
 def _somewhere(start: Use, known: dict[Use, bool], look: Callable[[Use], bool | list[Use]]) -> bool:

@@ -71,6 +71,8 @@ def _held(note: ast.expr | None) -> str:
     if isinstance(note, ast.Constant) and note.value is None:
         return ""
     name = _last_name(note)
+    if name == "Image" and isinstance(note, ast.Attribute) and _last_name(note.value) == "Image":  # PIL's
+        return "data"
     return "data" if name in _DATA else "number" if name in _NUMBERS else "tensor"
 
 

@@ -57,6 +57,7 @@ class Expressions:
         self.reads: set[str] = set()
         self.sites: list[Site] = []
         self.parameters: set[str] = set()
+        self.renamed: dict[str, tuple[str, ...]] = {}  # local names, and what of ``self`` they stand for
         self.discarded: ast.expr | None = None
         self.sometimes = False
         self.has_numbers = False  # as long as there are none, nobody looks for them

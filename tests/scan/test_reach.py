@@ -183,6 +183,7 @@ def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: s
         "SpecAugment",
         "ChannelAugment",
         "SpecCutout",
+        "PairMiner",
     ],
 )
 def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str) -> None:

@@ -60,11 +60,11 @@ def gravest(tmp_path: Path) -> Gravest:
 
 NO_TENSORS = (
     "str", "list[str]", "np.ndarray", "List[Dict[str, np.ndarray]]", "list[list[int] | list[float]]", "list[tuple[str, float]]",
-    "Optional[np.ndarray]", "npt.NDArray[np.float32]", "str | None",
+    "Optional[np.ndarray]", "list[PIL.Image.Image]", "npt.NDArray[np.float32]", "str | None",
 )  # fmt: skip
 PERHAPS_TENSORS = (
     "float", "Tuple[float, float]", "dict[str, float]", "Dict[str, Any]", "'torch.Tensor'", "torch.Tensor",
-    "tuple[torch.Tensor, np.ndarray]", "None", "list", "dict[str, torch.Tensor] | str",
+    "tuple[torch.Tensor, np.ndarray]", "tv_tensors.Image", "None", "list", "dict[str, torch.Tensor] | str",
 )  # fmt: skip
 
 
@@ -140,6 +140,110 @@ def test_a_block_is_judged_by_what_is_made_of_it(gravest: Gravest, case: str) ->
         off_and_on = grads(source), grads(source.replace("torch.no_grad()", "torch.enable_grad()"))
         assert (off_and_on[0] == off_and_on[1]) == (case in GIVES_NONE)
     assert gravest(body) == ("note" if case in GIVES_NONE else "error")
+
+
+def test_what_is_only_shown_beside_a_loss_is_no_part_of_it(gravest: Gravest) -> None:
+    body = """
+        def training_step(self, x):
+            loss = self.layer(x).sum()
+            with torch.no_grad():
+                shown = self.layer(x).mean()
+            self.log("shown", shown)
+            return {}
+        """
+    assert gravest(body.format("{'loss': loss}")) == "note"
+    assert gravest(body.format("{'loss': loss + shown}")) == "warning"
+
+
+# --- what a subclass puts in, and what is run by another name ----------------------------------------
+
+LEFT_OPEN = {
+    "raises": ("raise NotImplementedError", "error"), "is abstract": ('"""Of x."""', "error"),
+    "is there": ("return self.layer(x)", "error"), "gives a size": ("return x.shape[0]", "note"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OPEN)
+def test_a_method_that_is_left_open_may_run_anything(gravest: Gravest, case: str) -> None:
+    inside, severity = LEFT_OPEN[case]
+    body = """
+        def get_features(self, x):
+            {}
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.get_features(x)
+        """
+    assert gravest(body.format(inside)) == severity
+
+
+def test_the_forward_pass_of_a_base_class_runs_a_module(gravest: Gravest) -> None:
+    """The integers that it is given carry no gradient; what it makes of them does."""
+    body = """
+        def embed(self, x):
+            return self.layer(x)
+
+
+    class Child({}):
+        def forward(self, input_ids):
+            with torch.no_grad():
+                states = super().{}(input_ids)
+            return states
+        """
+    assert gravest(dedent(body).format("Net", "embed").lstrip()) == "error"
+    assert gravest(dedent(body).format("elsewhere.PreTrainedModel", "forward").lstrip()) == "error"
+    assert gravest(dedent(body).format("elsewhere.Settings", "forward").lstrip()) == "note"
+
+
+def test_a_part_under_a_local_name_is_still_that_part(gravest: Gravest) -> None:
+    body = """
+        def embed(self, x):
+            return x
+
+
+    class Detector:
+        def __init__(self, model, coarse):
+            self.model = model
+            self.coarse = coarse
+
+        def __call__(self, image: np.ndarray, small=False):
+            model = self.coarse if small else self.model
+            {}
+            with torch.no_grad():
+                lines = model(torch.from_numpy(image))[0]
+            return lines
+        """
+    assert gravest(dedent(body).format("").lstrip()) == "warning"
+    assert gravest(dedent(body).format("model = len").lstrip()) == "note"
+
+
+@pytest.mark.parametrize(("base", "severity"), [("lightning.LightningModule", "warning"), ("Engine", "note")])
+def test_a_hook_around_the_backward_pass_is_no_backward_by_hand(tmp_path: Path, base: str, severity: str) -> None:
+    source = f"""
+        import lightning
+        import torch
+        from torch import nn
+
+        class Engine(nn.Module):
+            pass
+
+        class Net({base}):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.layer(x)
+
+            @torch.no_grad()
+            def generate(self, x):
+                return self.layer(x)
+
+            def backward(self, *args, **kwargs):
+                super().backward(*args, **kwargs)
+        """
+    (tmp_path / "net.py").write_text(dedent(source))
+    assert [each.severity for each in scan(str(tmp_path / "net.py"), cache=False).findings] == [severity]
 
 
 # --- loops, flags and statistics ---------------------------------------------------------------------

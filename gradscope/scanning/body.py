@@ -212,7 +212,7 @@ class Body(Regions):
         if switch is not None:
             self._alias(targets, switch)
             return
-        if not self.names.none_here:
+        if not self.names.none_here and (self.renamed or isinstance(node, (ast.Attribute, ast.IfExp))):
             self._rename_parts(targets, node)
         if isinstance(targets[0], ast.Attribute) and all(getattr(target, "attr", "") == "data" for target in targets):
             self.discarded = node  # weight.data = f(...) gives the graph nothing

@@ -157,8 +157,7 @@ class Calls(Expressions):
             return Value(NOTHING, value.kind)  # a copy is a leaf of its own
         if last in _INDEX_FUNCTIONS or _gives_indices(last) or _unpacks(last):
             return INDEX
-        root = dotted.partition(".")[0]
-        if root in torch_ops.ARRAY_LIBRARIES and root not in self.env:
+        if dotted.startswith(torch_ops.ARRAY_LIBRARIES) and dotted.partition(".")[0] not in self.env:
             return _as_array(value)
         return None
 

@@ -50,8 +50,10 @@ def meant_by_class(place: Place, package: Package) -> str:
     owner = place.name.rpartition(".")[0]
     facts = package.files.get(place.module)
     klass = facts.classes.get(owner) if facts else None
-    is_hooked = package.has_base(Place(place.module, owner), _WITH_HOOK)  # called with a loss, to go backward from it
-    if klass and any(name.startswith("backward") for name in klass.methods) and not is_hooked:
+    if (
+        klass and any(name.startswith("backward") for name in klass.methods)
+        and not package.has_base(Place(place.module, owner), _WITH_HOOK)  # called with a loss, to go backward from it
+    ):  # fmt: skip
         return f"{owner} has a hand-written backward"
     if "quant" in place.module.rpartition(".")[2]:
         return "quantisation works with integers and scales"

@@ -147,11 +147,13 @@ class Package:
     def descendants(self, name: str) -> set[str]:
         """Return the names of the classes that derive from one of this name, with itself."""
         if not self._children:
-            headers = [item for facts in self.files.values() for item in facts.headers.items()]
-            headers += [(place.name, self._bases(place)) for place in self._inner_classes]
-            for child, bases in headers:
-                for base in bases:
-                    self._children.setdefault(base.rpartition(".")[2], []).append(child.rpartition(".")[2])
+            for facts in self.files.values():
+                for child, bases in facts.headers.items():
+                    for base in bases:
+                        self._children.setdefault(base.rpartition(".")[2], []).append(child)
+            for place in self._inner_classes:
+                for base in self._bases(place):
+                    self._children.setdefault(base.rpartition(".")[2], []).append(place.name)
         found = {name}
         pending = [name]
         while pending:
@@ -164,7 +166,7 @@ class Package:
     def classes_called(self, names: set[str]) -> list[Place]:
         """Return the classes by these names, as ``descendants`` gives them: also those inside of others."""
         found = [Place(facts.module, name) for facts in self.files.values() for name in names & facts.headers.keys()]
-        return found + [place for place in self._inner_classes if place.name.rpartition(".")[2] in names]
+        return found + [place for place in self._inner_classes if place.name in names]
 
     def _mro(self, place: Place) -> tuple[Place, ...]:
         order: list[Place] = []

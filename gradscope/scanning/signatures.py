@@ -56,10 +56,10 @@ def gives_integers(node: FunctionNode) -> bool:
 
 def gives_data(node: FunctionNode) -> bool:
     """Tell whether a function is said to give arrays, text or lists of numbers, and no tensor."""
-    return _held(node.returns) == "data"
+    return node.returns is not None and _held(node.returns) == "data"
 
 
-def _held(note: ast.expr | None) -> str:
+def _held(note: ast.expr) -> str:
     """Return what an annotation says is held: ``data``, a ``number``, a ``tensor`` (perhaps), or nothing.
 
     A number alone is what many a loss is said to give which gives a tensor, and so is a dictionary of them.
@@ -85,7 +85,7 @@ def _held_in(note: ast.Subscript) -> str:
     return "data" if held == "number" and _HOLDERS[name] == "list" else held
 
 
-def _last_name(node: ast.expr | None) -> str:
+def _last_name(node: ast.expr) -> str:
     return str(getattr(node, "attr", "") or getattr(node, "id", ""))
 
 

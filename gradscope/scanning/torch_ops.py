@@ -34,7 +34,7 @@ DERIVATIVES = frozenset(
     ]
 )
 # What these make of a tensor is an array: they take none that requires a gradient.
-ARRAY_LIBRARIES = frozenset({"numpy", "cv2", "scipy"})
+ARRAY_LIBRARIES = ("numpy.", "cv2.", "scipy.")
 # Methods and attributes that answer with plain Python.
 PLAIN_METHODS = frozenset(
     "size dim numel stride ndimension element_size nelement is_contiguous is_floating_point is_complex data_ptr "

@@ -33,6 +33,7 @@ FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
 
 _LOSS_CLASS = re.compile(r"Loss|Criterion")
 _LOSS_FUNCTION = re.compile(r"(?:^|_)loss(?:es)?(?:_|$)")
+_IS_MODEL = re.compile(r"param:(?:\w+_)?(?:model|net|network|unet|vae)$")
 GENERATES = re.compile(r"(?:generate(?:_.*)?|sample|(?:offline_)?inference|(?:validation|test|predict)_step)$")
 
 
@@ -285,6 +286,7 @@ class Judge:
         name = place.name.rpartition(".")[2]
         owner = self.reach.owner(place)
         kinds = {source_of(atom).partition(":")[0] for atom in live}
+        kinds |= {"call" for atom in live if _IS_MODEL.match(source_of(atom))}  # given to somebody who runs it
         runs_model = not kinds.isdisjoint(("call", "attr")) and not self._works_on_itself(place, owner, kinds)
         is_inner = place.name.rpartition(".")[0] in facts.functions
         report = self.report_of.get(owner) if owner else None

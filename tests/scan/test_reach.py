@@ -687,6 +687,9 @@ def test_a_part_that_calls_itself_loses_what_its_callers_lose(tmp_path: Path) ->
 
 BESIDE = {
     "a sampler": ("@torch.no_grad()\ndef draw(model, x):\n    return step(model(x), x)\n\ndef step(a, b):\n    return a - b", "warning"),
+    "a model that is handed on": ("@torch.no_grad()\ndef decode(model, x):\n    return Task(model).run(x)", "warning"),
+    "a part of a model": ("@torch.no_grad()\ndef detect(model, x):\n    return model.head(x)", "warning"),
+    "something else that is handed on": ("@torch.no_grad()\ndef decode(audio, x):\n    return Task(audio).run(x)", "note"),
     "a step of its own": ("@torch.no_grad()\ndef draw(a, b):\n    return step(a, b)\n\ndef step(a, b):\n    return a - b", "note"),
     "a density": ("class Posterior:\n    def __init__(self, net):\n        self.net = net\n    @torch.no_grad()\n    def log_prob(self, x):\n        return self.net(x)", "warning"),
     "a log": ("class Posterior:\n    def __init__(self, net):\n        self.net = net\n    @torch.no_grad()\n    def log_images(self, x):\n        return self.net(x)", "note"),

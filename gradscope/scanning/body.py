@@ -180,14 +180,19 @@ class Body(Regions):
     def _if(self, node: ast.If) -> None:
         self.value(node.test)
         before, before_sometimes = dict(self.env), self.sometimes
-        self.sometimes = before_sometimes or _asks_for_training(node.test)
+        in_body, in_else = _modes(node.test)
+        self.sometimes = before_sometimes or in_body
         before_body = len(self.calls)
         body_gives_apart = self._arm(node, node.body, is_first=True)
         after_calls = len(self.calls)
         after_body, self.env = self.env, before
+        self.sometimes = before_sometimes or in_else
         else_gives_apart = self._arm(node, node.orelse, is_first=False)
         self._gives_apart = self._gives_apart or (body_gives_apart and else_gives_apart)
         self.sometimes = before_sometimes
+        if _leaves_in_training(node):
+            self.sometimes = "evaluation"
+            self.conditions.append((node.test, False))
         either = {call.target for call in self.calls[before_body:after_calls]}
         either &= {call.target for call in self.calls[after_calls:]}
         for number in range(before_body, len(self.calls) if either else 0):
@@ -201,9 +206,10 @@ class Body(Regions):
     def _arm(self, node: ast.If, body: Sequence[ast.stmt], is_first: bool) -> bool:
         """Run one arm of an ``if``; tell whether it gives stopped values apart from others, or gives nothing at all."""
         before, self._gives_apart = self._gives_apart, False
+        depth = len(self.conditions)
         self.conditions.append((node.test, is_first))
         self._run(body)
-        self.conditions.pop()
+        del self.conditions[depth:]
         gives_apart, self._gives_apart = self._gives_apart, before
         return gives_apart or (bool(body) and isinstance(body[-1], ast.Raise))
 
@@ -388,10 +394,19 @@ def _changes(method: str) -> bool:
 _ARE_TRAINING = frozenset({"training", "is_training", "is_train"})
 
 
-def _asks_for_training(test: ast.expr) -> bool:
-    """Tell ``self.training`` or what is called like it, alone, negated or as one of several conditions."""
-    for part in test.values if isinstance(test, ast.BoolOp) else [test]:
-        asked = part.operand if isinstance(part, ast.UnaryOp) else part
-        if (getattr(asked, "attr", "") or getattr(asked, "id", "")) in _ARE_TRAINING:
-            return True
-    return False
+def _modes(test: ast.expr) -> tuple[str, str]:
+    """Return when the arms of an ``if`` are run: in ``training``, in ``evaluation``, in ``either``; empty: always."""
+    if isinstance(test, ast.BoolOp):
+        return ("either", "either") if any(any(_modes(part)) for part in test.values) else ("", "")
+    if isinstance(test, ast.UnaryOp):
+        return _modes(test.operand)[::-1]
+    return ("training", "evaluation") if _is_training(test) else ("", "")
+
+
+def _is_training(test: ast.expr) -> bool:
+    return (getattr(test, "attr", "") or getattr(test, "id", "")) in _ARE_TRAINING
+
+
+def _leaves_in_training(node: ast.If) -> bool:
+    """Tell ``if self.training: return ...``: what comes after it is run in evaluation only."""
+    return not node.orelse and isinstance(node.body[-1], (ast.Return, ast.Raise)) and _is_training(node.test)

@@ -54,8 +54,9 @@ class Calls(Expressions):
         return Value(self._own_call(node, name, given).atoms, "tensor")
 
     def _note_call(self, target: str, node: ast.Call) -> None:
-        sometimes = self.sometimes or (bool(self.conditions) and _INFERS.search(target) is not None)
-        self.calls.append(Call(target, node is not self.discarded, sometimes))
+        sometimes = self.sometimes or ("evaluation" if self.conditions and _INFERS.search(target) else "")
+        is_used = node is not self.discarded and not _gives_indices(target.rpartition(".")[2])  # for a gradient
+        self.calls.append(Call(target, is_used, sometimes))
 
     def _note_given(self, node: ast.Call, dotted: str) -> None:
         """``checkpoint(self.run, x)`` calls ``self.run``, and so does ``in_chunks(self.run, x)``."""
@@ -109,7 +110,8 @@ class Calls(Expressions):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
             return Value(_cuts_of(value).atoms, "tensor")
         if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
-            return Value(self.report(node, "GS207", f"{name} without create_graph", value), "tensor")
+            given_out = self.report(node, "GS207", f"{name} without create_graph", value)
+            return Value(given_out - value.atoms, "tensor")  # a constant
         if name == "checkpoint" and _is_reentrant(node):
             self.report(node, "GS604", "reentrant checkpoint", value)
         return Value(value.atoms, "tensor")
@@ -286,7 +288,8 @@ _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_f
 # What takes a function to be called at another time, for another purpose.
 _KEEPS = re.compile(r"(?:^|[._])(?:register|subscribe|connect|append|add|callback|hook|wraps|Thread|Timer)|hook$")
 _GIVES_INDICES = re.compile(
-    r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
+    r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?!(?:\w+_)?from_)(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
+    r"^get_(?:\w+_)?codes$|"
     r"^index_quantize$|^tokenize$|^maximum_path$|^viterbi(?:_|$)|^monotonic_align"
 )
 # Called under an if, these are the other way than training: self.moe_infer(x), self.generate_step(x).

@@ -55,12 +55,13 @@ class Call(NamedTuple):
     """A call as written, of what may be in the scan: its dotted target (``self.encode``, ``super().forward``).
 
     ``used`` says whether its value goes anywhere (a call as a statement of its own has an effect at most),
-    ``sometimes`` that ``self.training`` decides whether it is made, or an ``if`` whether inference is run.
+    ``sometimes`` in which mode alone it is made: ``training``, ``evaluation`` (also where an ``if`` decides whether
+    inference is run), or ``either``, as a setting beside ``self.training`` says.
     """
 
     target: str
     used: bool = True
-    sometimes: bool = False
+    sometimes: str = ""
 
 
 @dataclass(slots=True)

@@ -227,6 +227,8 @@ class Judge:
         if owner is None or not atom.startswith(("attr:", "call:self.")):
             return False
         name = atom.rpartition(":")[2].removeprefix("self.")
+        if "Sinusoid" in owner.name and self.package.attribute(owner, name) == "parameter":
+            return False  # computed, and kept as a parameter for its device and dtype
         return self.package.method(owner, name) is None
 
     def _at_import(self, facts: FileFacts, site: Site) -> Judgement:

@@ -326,7 +326,7 @@ class Reach:
         while queue:
             here, current_owner = queue.popleft()
             for call, target in self.package.callees(here, current_owner):
-                is_taken = call.used and not (always and call.sometimes)
+                is_taken = call.used and not (always and call.sometimes not in ("", "training"))
                 if is_taken and target not in found and target.name.rpartition(".")[2] not in NOT_COMPUTE:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))

@@ -59,7 +59,7 @@ class Expressions:
         self.parameters: set[str] = set()
         self.renamed: dict[str, tuple[str, ...]] = {}  # local names, and what of ``self`` they stand for
         self.discarded: ast.expr | None = None
-        self.sometimes = False
+        self.sometimes = ""
         self.has_numbers = False  # as long as there are none, nobody looks for them
         self.conditions: list[tuple[ast.expr, bool]] = []  # the tests of the enclosing ifs, and which arm
 

@@ -344,3 +344,50 @@ def test_half_a_class_may_have_its_way_in_inside_another_class(tmp_path: Path) -
     (tmp_path / "net.py").write_text(dedent(source))
     found = scan(str(tmp_path / "net.py"), cache=False).findings
     assert [(each.severity, each.chain) for each in found] == [("error", ("Builder.Network.forward", "Base.normalise"))]
+
+
+def test_a_sinusoidal_table_may_be_kept_as_a_parameter(tmp_path: Path) -> None:
+    source = """
+        import torch
+        from torch import nn
+
+        class SinusoidalPositions(nn.Module):
+            def __init__(self, table):
+                super().__init__()
+                self.weights = nn.Parameter(table)
+
+            @torch.no_grad()
+            def forward(self, ids):
+                return self.weights.index_select(0, ids)
+        """
+    (tmp_path / "net.py").write_text(dedent(source))
+    assert [each.severity for each in scan(str(tmp_path / "net.py"), cache=False).findings] == ["note"]
+    (tmp_path / "net.py").write_text(dedent(source).replace("Sinusoidal", "Learned"))
+    assert [each.severity for each in scan(str(tmp_path / "net.py"), cache=False).findings] == ["error"]
+
+
+def test_what_is_got_from_indices_is_none_of_them(gravest: Gravest) -> None:
+    body = """
+        def get_codes_from_indices(self, ids):
+            return self.layer(ids)
+
+        def forward(self, ids):
+            with torch.no_grad():
+                found = self.get_codes_from_indices(ids)
+            return found
+        """
+    assert gravest(body) == "error"
+    assert gravest(body.replace("codes_from_indices", "code_indices")) == "note"
+
+
+def test_who_asks_for_codes_takes_no_gradient(gravest: Gravest) -> None:
+    body = """
+        @torch.no_grad()
+        def get_audio_codes(self, x):
+            return self.layers[0](x)
+
+        def forward(self, x):
+            return self.layer(self.get_audio_codes(x))
+        """
+    assert gravest(body) == "warning"
+    assert gravest(body.replace("codes", "states")) == "error"

@@ -58,6 +58,8 @@ def meant_by_class(place: Place, package: Package) -> str:
     if "quant" in place.module.rpartition(".")[2]:
         return "quantisation works with integers and scales"
     for part in owner.split("."):
+        if part.endswith("FeatureExtractor") and package.is_module(Place(place.module, part)):
+            continue  # a network; the others prepare data
         if _CLASSES.search(part) or package.has_base(Place(place.module, part), _OPTIMIZERS):
             return f"{part} is no part of a differentiable forward pass"
     return ""

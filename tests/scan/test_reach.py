@@ -207,6 +207,28 @@ def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str)
     assert [each.severity for each in scan(str(package), cache=False).findings] == ["note"]
 
 
+@pytest.mark.parametrize(("base", "severity"), [("nn.Module", "error"), ("Preparation", "note")])
+def test_a_feature_extractor_that_is_a_module_is_a_network(tmp_path: Path, base: str, severity: str) -> None:
+    source = f"""
+        import torch
+        from torch import nn
+
+        class Preparation:
+            pass
+
+        class FeatureExtractor({base}):
+            def __init__(self, backbone):
+                super().__init__()
+                self.backbone = backbone
+
+            @torch.no_grad()
+            def forward(self, images: torch.Tensor):
+                return self.backbone(images)
+        """
+    package = write(tmp_path, {"__init__": "", "net": source})
+    assert [each.severity for each in scan(str(package), cache=False).findings] == [severity]
+
+
 def test_what_is_offered_instead_exists_and_keeps_the_gradient(tmp_path: Path) -> None:
     """No accessor, no tool, no method that is stopped itself; parts are those kept on self, by what they are."""
     files = {"__init__": "", "net": """

@@ -55,7 +55,7 @@ class Calls(Expressions):
 
     def _note_call(self, target: str, node: ast.Call) -> None:
         sometimes = self.sometimes or ("evaluation" if self.conditions and _INFERS.search(target) else "")
-        is_used = node is not self.discarded and not _gives_indices(target.rpartition(".")[2])  # for a gradient
+        is_used = node is not self.discarded and not _asks_for_indices(target)  # for a gradient
         self.calls.append(Call(target, is_used, sometimes))
 
     def _note_given(self, node: ast.Call, dotted: str) -> None:
@@ -300,6 +300,13 @@ _RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward
 _gives_indices, _unpacks, _runs, _keeps = (
     lru_cache(maxsize=4096)(each.search) for each in (_GIVES_INDICES, _UNPACKS, _RUNS, _KEEPS)
 )
+
+
+@lru_cache(maxsize=4096)
+def _asks_for_indices(target: str) -> bool:
+    return _GIVES_INDICES.search(target.rpartition(".")[2]) is not None
+
+
 _INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
 _ESCAPES = {
     "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",

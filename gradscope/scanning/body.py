@@ -6,6 +6,7 @@ import ast
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from gradscope.scanning.branches import leaves_in_training, may_be_empty, modes
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import APART, DATA, Atoms, Call, Class, Function
 from gradscope.scanning.regions import Regions
@@ -147,7 +148,7 @@ class Body(Regions):
         if isinstance(node, ast.AsyncFor):
             self.suspended(node.iter, "await")
         self.bind_each(node.target, node.iter)
-        before, sites = dict(self.env) if _may_be_empty(node.iter) else {}, len(self.sites)
+        before, sites = dict(self.env) if may_be_empty(node.iter) else {}, len(self.sites)
         self._loop([*node.body, *node.orelse])
         if any(site.how == "block" for site in self.sites[sites:]):
             self.env.update({name: _merged(value, self.env[name]) for name, value in before.items()})
@@ -180,7 +181,7 @@ class Body(Regions):
     def _if(self, node: ast.If) -> None:
         self.value(node.test)
         before, before_sometimes = dict(self.env), self.sometimes
-        in_body, in_else = _modes(node.test)
+        in_body, in_else = modes(node.test)
         self.sometimes = before_sometimes or in_body
         before_body = len(self.calls)
         body_gives_apart = self._arm(node, node.body, is_first=True)
@@ -190,7 +191,7 @@ class Body(Regions):
         else_gives_apart = self._arm(node, node.orelse, is_first=False)
         self._gives_apart = self._gives_apart or (body_gives_apart and else_gives_apart)
         self.sometimes = before_sometimes
-        if _leaves_in_training(node):
+        if leaves_in_training(node):
             self.sometimes = "evaluation"
             self.conditions.append((node.test, False))
         either = {call.target for call in self.calls[before_body:after_calls]}
@@ -374,13 +375,6 @@ def _merged(first: Value, second: Value) -> Value:
     return Value(first.atoms | second.atoms, kind)
 
 
-def _may_be_empty(node: ast.expr) -> bool:
-    """Tell ``range(start, self.frozen)``: layers between two settings, of which there are often none."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "range":
-        return False
-    return len(node.args) == 2 and not any(isinstance(each, ast.Constant) for each in node.args)
-
-
 def _root(target: ast.expr) -> str:
     while isinstance(target, (ast.Attribute, ast.Subscript)):
         target = target.value
@@ -389,24 +383,3 @@ def _root(target: ast.expr) -> str:
 
 def _changes(method: str) -> bool:
     return method.endswith("_") or method in ("append", "extend", "add", "update", "insert", "appendleft", "put", "set")
-
-
-_ARE_TRAINING = frozenset({"training", "is_training", "is_train"})
-
-
-def _modes(test: ast.expr) -> tuple[str, str]:
-    """Return when the arms of an ``if`` are run: in ``training``, in ``evaluation``, in ``either``; empty: always."""
-    if isinstance(test, ast.BoolOp):
-        return ("either", "either") if any(any(_modes(part)) for part in test.values) else ("", "")
-    if isinstance(test, ast.UnaryOp):
-        return _modes(test.operand)[::-1]
-    return ("training", "evaluation") if _is_training(test) else ("", "")
-
-
-def _is_training(test: ast.expr) -> bool:
-    return (getattr(test, "attr", "") or getattr(test, "id", "")) in _ARE_TRAINING
-
-
-def _leaves_in_training(node: ast.If) -> bool:
-    """Tell ``if self.training: return ...``: what comes after it is run in evaluation only."""
-    return not node.orelse and isinstance(node.body[-1], (ast.Return, ast.Raise)) and _is_training(node.test)

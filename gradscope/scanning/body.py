@@ -6,12 +6,14 @@ import ast
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from gradscope.scanning.branches import leaves_in_training, may_be_empty, modes
 from gradscope.scanning.calls import FROZEN
-from gradscope.scanning.facts import APART, Atoms, Call, Class, Function
-from gradscope.scanning.instances import class_made, class_named, itself, of_the_scan
+from gradscope.scanning.facts import APART, DATA, Atoms, Call, Class, Function
+from gradscope.scanning.instances import class_named, of_the_scan
 from gradscope.scanning.regions import Regions
 from gradscope.scanning.signatures import (
     FunctionNode,
+    gives_data,
     gives_integers,
     holds_no_floats,
     positional,
@@ -52,6 +54,8 @@ class Body(Regions):
             self._close(self.regions.pop())
         if self._gives_apart:
             self.returned.add(APART)
+        if gives_data(node):
+            self.returned.add(DATA)
         self.names.aliases = aliases
         decorators = {self.names.dotted(item).rpartition(".")[2] for item in node.decorator_list}
         kind = "async" if isinstance(node, ast.AsyncFunctionDef) else "generator" if self.yields else ""
@@ -89,7 +93,7 @@ class Body(Regions):
                 continue
             self.parameters.add(name)
             if note[:1].isupper() and "Tensor" not in note:
-                self._note_class(name, of_the_scan(class_named(argument.annotation, self.names), self.names))
+                self.note_class(name, of_the_scan(class_named(argument.annotation, self.names), self.names))
             is_tensor = "Tensor" in note or (is_forward and not note)
             kind = "module" if "Module" in note else "tensor" if is_tensor else "unknown"
             self.env[name] = Value(frozenset({f"param:{name}"}), kind)
@@ -132,7 +136,8 @@ class Body(Regions):
     def hand_out(self, parts: Sequence[Value]) -> None:
         """Take note of a part of the result that nothing but stopped values are in, or nothing but one call's."""
         for value in parts:
-            if value.atoms and all("off:" in atom or atom.startswith("in:") for atom in value.atoms):
+            is_stopped = all("off:" in atom or atom.startswith("in:") for atom in value.atoms)
+            if value.atoms and is_stopped and value.kind != "array":
                 self._gives_apart = True
         self._note_results_of_one_call(parts)
 
@@ -149,7 +154,10 @@ class Body(Regions):
         if isinstance(node, ast.AsyncFor):
             self.suspended(node.iter, "await")
         self.bind_each(node.target, node.iter)
+        before, sites = dict(self.env) if may_be_empty(node.iter) else {}, len(self.sites)
         self._loop([*node.body, *node.orelse])
+        if any(site.how == "block" for site in self.sites[sites:]):
+            self.env.update({name: _merged(value, self.env[name]) for name, value in before.items()})
 
     def _while(self, node: ast.While) -> None:
         self.value(node.test)
@@ -179,14 +187,19 @@ class Body(Regions):
     def _if(self, node: ast.If) -> None:
         self.value(node.test)
         before, before_sometimes = dict(self.env), self.sometimes
-        self.sometimes = before_sometimes or _asks_for_training(node.test)
+        in_body, in_else = modes(node.test)
+        self.sometimes = before_sometimes or in_body
         before_body = len(self.calls)
         body_gives_apart = self._arm(node, node.body, is_first=True)
         after_calls = len(self.calls)
         after_body, self.env = self.env, before
+        self.sometimes = before_sometimes or in_else
         else_gives_apart = self._arm(node, node.orelse, is_first=False)
         self._gives_apart = self._gives_apart or (body_gives_apart and else_gives_apart)
         self.sometimes = before_sometimes
+        if leaves_in_training(node):
+            self.sometimes = "evaluation"
+            self.conditions.append((node.test, False))
         either = {call.target for call in self.calls[before_body:after_calls]}
         either &= {call.target for call in self.calls[after_calls:]}
         for number in range(before_body, len(self.calls) if either else 0):
@@ -200,9 +213,10 @@ class Body(Regions):
     def _arm(self, node: ast.If, body: Sequence[ast.stmt], is_first: bool) -> bool:
         """Run one arm of an ``if``; tell whether it gives stopped values apart from others, or gives nothing at all."""
         before, self._gives_apart = self._gives_apart, False
+        depth = len(self.conditions)
         self.conditions.append((node.test, is_first))
         self._run(body)
-        self.conditions.pop()
+        del self.conditions[depth:]
         gives_apart, self._gives_apart = self._gives_apart, before
         return gives_apart or (bool(body) and isinstance(body[-1], ast.Raise))
 
@@ -211,30 +225,21 @@ class Body(Regions):
         if switch is not None:
             self._alias(targets, switch)
             return
+        if not self.names.none_here and (self.renamed or isinstance(node, (ast.Attribute, ast.IfExp))):
+            self._rename_parts(targets, node)
         if isinstance(targets[0], ast.Attribute) and all(getattr(target, "attr", "") == "data" for target in targets):
             self.discarded = node  # weight.data = f(...) gives the graph nothing
         value = self.value(node)
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
-        made = self._class_of(node) if self.made or isinstance(node, ast.Call) else ""
+        made = self.class_of(node) if self.made or isinstance(node, ast.Call) else ""
         for target in targets:
             if isinstance(target, ast.Name) and self.function and not self.regions:  # by far the most
                 self.env[target.id] = value
             else:
                 self._assign_to(target, node, value)
             if isinstance(target, ast.Name) and (made or self.made):
-                self._note_class(target.id, made)
-
-    def _class_of(self, node: ast.expr) -> str:
-        """Return the class of the scan that a value is known to be an instance of."""
-        node = itself(node)
-        return self.made.get(node.id, "") if isinstance(node, ast.Name) else class_made(node, self.names)
-
-    def _note_class(self, name: str, made: str) -> None:
-        if made:
-            self.made[name] = made
-        else:
-            self.made.pop(name, None)
+                self.note_class(target.id, made)
 
     def _assign_to(self, target: ast.expr, node: ast.expr, value: Value) -> None:
         computed = self.as_computed(value)
@@ -261,6 +266,14 @@ class Body(Regions):
             root = _root(target)
             if root == "self" or root in self.parameters:
                 self.returned |= blocks
+
+    def _rename_parts(self, targets: Sequence[ast.expr], node: ast.expr) -> None:
+        """``model = self.model``: what is called by this name is what ``self`` keeps."""
+        given = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
+        parts = tuple(part.attr for part in given if is_own(part))
+        for target in targets:
+            if isinstance(target, ast.Name) and (parts or target.id in self.renamed):
+                self.renamed[target.id] = parts
 
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
         self._binds_names = True
@@ -387,12 +400,3 @@ def _root(target: ast.expr) -> str:
 
 def _changes(method: str) -> bool:
     return method.endswith("_") or method in ("append", "extend", "add", "update", "insert", "appendleft", "put", "set")
-
-
-def _asks_for_training(test: ast.expr) -> bool:
-    """Tell ``self.training``, alone, negated or as one of several conditions."""
-    for part in test.values if isinstance(test, ast.BoolOp) else [test]:
-        asked = part.operand if isinstance(part, ast.UnaryOp) else part
-        if isinstance(asked, ast.Attribute) and asked.attr == "training":
-            return True
-    return False

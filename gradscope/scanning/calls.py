@@ -55,8 +55,9 @@ class Calls(Expressions):
         return Value(self._own_call(node, name, given).atoms, "tensor")
 
     def _note_call(self, target: str, node: ast.Call) -> None:
-        sometimes = self.sometimes or (bool(self.conditions) and _INFERS.search(target) is not None)
-        self.calls.append(Call(target, node is not self.discarded, sometimes))
+        sometimes = self.sometimes or ("evaluation" if self.conditions and _INFERS.search(target) else "")
+        is_used = node is not self.discarded and not _asks_for_indices(target)  # for a gradient
+        self.calls.append(Call(target, is_used, sometimes))
 
     def _note_given(self, node: ast.Call, dotted: str) -> None:
         """``checkpoint(self.run, x)`` calls ``self.run``, and so does ``in_chunks(self.run, x)``."""
@@ -108,10 +109,12 @@ class Calls(Expressions):
             value = given[0]  # the others say which dtype and device
             if _carries(value):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
-            made_of = {f"from:{atom}" for atom in value.atoms if atom.startswith("call:")}
+            results = (atom.removeprefix("off:") for atom in value.atoms)
+            made_of = {f"from:{atom}" for atom in results if atom.startswith("call:")}
             return Value(_cuts_of(value).atoms | made_of, "tensor")
         if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
-            return Value(self.report(node, "GS207", f"{name} without create_graph", value), "tensor")
+            given_out = self.report(node, "GS207", f"{name} without create_graph", value)
+            return Value(given_out - value.atoms, "tensor")  # a constant
         if name == "checkpoint" and _is_reentrant(node):
             self.report(node, "GS604", "reentrant checkpoint", value)
         return Value(value.atoms, "tensor")
@@ -140,10 +143,9 @@ class Calls(Expressions):
                 self.report(node, "GS302", "float()", value)
             return PLAIN
         last = dotted.rpartition(".")[2]
-        if last == "deepcopy":
-            return Value(NOTHING, value.kind)  # a copy is a leaf of its own
-        if last in _INDEX_FUNCTIONS or _gives_indices(last) or _unpacks(last):
-            return INDEX
+        known = self._made_new(dotted, last, value)
+        if known is not None:
+            return known
         if last[:1].isupper():
             self.hand_out(given)
         if last == "Parameter" and _carries(value):
@@ -153,6 +155,16 @@ class Calls(Expressions):
         if not dotted:
             return self._unnamed(node, value)
         return Value(_through(node, dotted, given) | {f"call:{dotted}"}, "unknown")
+
+    def _made_new(self, dotted: str, last: str, value: Value) -> Value | None:
+        """Return the value of a call whose result is no part of the graph of what it is given."""
+        if last == "deepcopy":
+            return Value(NOTHING, value.kind)  # a copy is a leaf of its own
+        if last in _INDEX_FUNCTIONS or _gives_indices(last) or _unpacks(last):
+            return INDEX
+        if dotted.startswith(torch_ops.ARRAY_LIBRARIES) and dotted.partition(".")[0] not in self.env:
+            return _as_array(value)
+        return None
 
     def _kept_called(self, atoms: Atoms, node: ast.Call, method: str = "") -> Atoms:
         """Note the call of what ``self`` keeps, under a local name or in a container; return the atoms of the results.
@@ -171,6 +183,13 @@ class Calls(Expressions):
                 self._note_call(target, node)
                 found.add(f"call:{target}")
         return frozenset(found)
+
+    def _part_called(self, name: str, node: ast.Call) -> Atoms:
+        """Note the call of a part of unknown kind under a local name."""
+        parts = [part for part in self.renamed.get(name, ()) if self.klass and not self.klass.attributes.get(part)]
+        for part in parts:
+            self._note_call(f"self.{part}", node)
+        return frozenset(f"call:self.{part}" for part in parts)
 
     def _unnamed(self, node: ast.Call, value: Value) -> Value:
         """Return the value of calling what has no name: ``Tower()(x)``, ``self.layers[0](x)``, ``getattr(...)(x)``."""
@@ -193,7 +212,8 @@ class Calls(Expressions):
         if name in self.made:
             atoms = self._of_instance(node, f"{self.made[name]}.__call__", callee, given).atoms
         else:
-            atoms = joined(given).atoms | callee.atoms | self._kept_called(callee.atoms, node)
+            kept = self._kept_called(callee.atoms, node) | self._part_called(name, node)
+            atoms = joined(given).atoms | callee.atoms | kept
         if name in self.parameters:
             atoms |= {f"call:{name}"}
         return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
@@ -280,7 +300,8 @@ _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_f
 # What takes a function to be called at another time, for another purpose.
 _KEEPS = re.compile(r"(?:^|[._])(?:register|subscribe|connect|append|add|callback|hook|wraps|Thread|Timer)|hook$")
 _GIVES_INDICES = re.compile(
-    r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
+    r"^(?:get|compute|find|encode|encode_to|to|sample|predict)_(?!(?:\w+_)?from_)(?:\w+_)?(?:ind(?:ex|ices)|idx|ids|tokens)$|"
+    r"^get_(?:\w+_)?codes$|"
     r"^index_quantize$|^tokenize$|^maximum_path$|^viterbi(?:_|$)|^monotonic_align"
 )
 # Called under an if, these are the other way than training: self.moe_infer(x), self.generate_step(x).
@@ -291,6 +312,13 @@ _RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward
 _gives_indices, _unpacks, _runs, _keeps = (
     lru_cache(maxsize=4096)(each.search) for each in (_GIVES_INDICES, _UNPACKS, _RUNS, _KEEPS)
 )
+
+
+@lru_cache(maxsize=4096)
+def _asks_for_indices(target: str) -> bool:
+    return _GIVES_INDICES.search(target.rpartition(".")[2]) is not None
+
+
 _INDEX_FUNCTIONS = frozenset({"linear_sum_assignment", "argsort", "argmax", "argmin"})
 _ESCAPES = {
     "detach": "GS201", "detach_": "GS201", "item": "GS302", "tolist": "GS302", "numpy": "GS301", "sample": "GS205",
@@ -308,6 +336,12 @@ def _carries(value: Value) -> bool:
 def _cuts_of(value: Value) -> Value:
     """Return what is left of a value of which no gradient comes: where it was lost."""
     return Value(frozenset(atom for atom in value.atoms if atom.startswith(("cut:", "from:"))), "plain")
+
+
+def _as_array(value: Value) -> Value:
+    """Return what another library makes of a value: no gradient comes to it, and none is lost in a block around it."""
+    atoms = (atom for atom in value.atoms if not atom.startswith("in:"))
+    return Value(frozenset(atom if atom.startswith(("off:", "cut:")) else f"off:{atom}" for atom in atoms), "array")
 
 
 def _makes_anew(node: ast.Call, name: str) -> bool:

@@ -88,6 +88,46 @@ class Entries:
         )
         return list(dict.fromkeys(target[5:] for target in targets if self._is_clean_component(target, owner)))
 
+    def methods(self, owner: Place) -> list[Place]:
+        """Return the methods of a class and what they call."""
+        own = self._methods_of(owner)
+        called = [target for method in own for _, target in self.package.callees(method, owner)]
+        return [*own, *called]
+
+    def is_known(self, owner: Place) -> bool:
+        """Tell whether every public method of a class and its bases was read: one that was not may be a way in.
+
+        A class without a forward pass that calls ``self.forward``, or that others with one derive from, is half a
+        class: its subclasses have the way in.
+        """
+        if self.package.method(owner, "forward") is None and (
+            self._has_heirs(owner)
+            or any(call.target == "self.forward" for place in self.methods(owner) for call in self._calls(place))
+        ):
+            return False
+        for place in self.package.mro(owner):
+            facts = self.package.files[place.module]
+            klass = facts.classes.get(place.name)
+            if klass is None:
+                continue
+            public = [name for name in klass.methods if not name.startswith("_") or name in FORWARDS]
+            read = {name: facts.functions.get(f"{place.name}.{name}") for name in public}
+            if any(function is None for function in read.values()):
+                return False
+            if any(function and not function.gives_value for name, function in read.items() if name in FORWARDS):
+                return False  # abstract: the way in is a subclass's
+        return True
+
+    def _has_heirs(self, owner: Place) -> bool:
+        """Tell whether a class that derives from this one has a forward pass, or was not read and may have one."""
+        name = owner.name.rpartition(".")[2]
+        heirs = self.package.descendants(name) - {name}
+        return any(
+            place.name not in self.package.files[place.module].classes or self.package.method(place, "forward")
+            for place in self.package.classes_called(heirs)
+            if owner in self.package.mro(place)
+        )
+
     # --- the methods of a class -----------------------------------------------------------------
 
     def _compute_methods(self, owner: Place) -> list[Place]:

@@ -13,6 +13,7 @@ package are joined.
 - ``off:...``: any of these, computed where gradients are switched off
 - ``apart``: a part of the result is computed with gradients off and nothing else
 - ``apart:self.x``: a part of the result is what such a call gives and nothing else
+- ``data``: the result is said to be arrays or text, which no gradient is asked of
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Atoms: TypeAlias = frozenset[str]
 
 NOTHING: Atoms = frozenset()
 APART = "apart"
+DATA = "data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,13 @@ class Call(NamedTuple):
     """A call as written, of what may be in the scan: its dotted target (``self.encode``, ``super().forward``).
 
     ``used`` says whether its value goes anywhere (a call as a statement of its own has an effect at most),
-    ``sometimes`` that ``self.training`` decides whether it is made, or an ``if`` whether inference is run.
+    ``sometimes`` in which mode alone it is made: ``training``, ``evaluation`` (also where an ``if`` decides whether
+    inference is run), or ``either``, as a setting beside ``self.training`` says.
     """
 
     target: str
     used: bool = True
-    sometimes: bool = False
+    sometimes: str = ""
 
 
 @dataclass(slots=True)

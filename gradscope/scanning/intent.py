@@ -32,15 +32,16 @@ _HANDLING = re.compile(
     r"named_.*|clone.*|copy.*|prepare_.*|compile.*|setup.*|collect_.*)$"
 )
 _CLASSES = re.compile(
-    r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
+    r"(?:Optimizer|Optim|Scheduler|Metrics?|Matcher|Miner|Assigner|ImageProcessor\w*|Processor|FeatureExtractor|Tokenizer|EMA|"
     r"Quantizer|Observer|Tester|Testing|Test|Tests|TestCase|Validator|Callback|Benchmark|Profiler|Exporter|Trainer|"
-    r"Attack(?:er)?|Explainer|Post[Pp]rocess\w*|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augmentation\w*)$"
+    r"Attack(?:er)?|Explainer|Post[Pp]rocess\w*|SinkhornKnopp|Calculator|Calibrator|TemperatureSetter|Searcher|BeamSearch\w*|Quant\w*|Evaluator|Evaluation|DataLoader|DataGenerator|Dataset|Sampler|Logger|Converter|Ops|Conversion\w*|Augment(?:ation\w*|er)?|SpecAugment\w*|Cutout|CutOut)$"
 )
 _FILES = re.compile(
     r"(?:^|/)(?:tests?|testing|test_utils|examples?|scripts?|benchmarks?|tools|conversion|convert\w*|quantizers?|"
     r"optim(?:izers?)?|metrics?|commands|cli|data|datasets|evaluation|export\w*)(?:/|$)|(?:^|/)(?:test_|convert_|conftest|"
     r"benchmark)[^/]*$|_test\.py$|(?:^|/)(?:train|validate|benchmark|metrics?|trainer\w*|val|export\w*)\.py$"
 )
+_WITH_HOOK = frozenset({"LightningModule"})
 _OPTIMIZERS = frozenset({"Optimizer", "Metric", "TrainerCallback", "LRScheduler", "_LRScheduler", "Quantizer"})
 
 
@@ -49,11 +50,16 @@ def meant_by_class(place: Place, package: Package) -> str:
     owner = place.name.rpartition(".")[0]
     facts = package.files.get(place.module)
     klass = facts.classes.get(owner) if facts else None
-    if klass and any(name.startswith("backward") for name in klass.methods):
+    if (
+        klass and any(name.startswith("backward") for name in klass.methods)
+        and not package.has_base(Place(place.module, owner), _WITH_HOOK)  # called with a loss, to go backward from it
+    ):  # fmt: skip
         return f"{owner} has a hand-written backward"
     if "quant" in place.module.rpartition(".")[2]:
         return "quantisation works with integers and scales"
     for part in owner.split("."):
+        if part.endswith("FeatureExtractor") and package.is_module(Place(place.module, part)):
+            continue  # a network; the others prepare data
         if _CLASSES.search(part) or package.has_base(Place(place.module, part), _OPTIMIZERS):
             return f"{part} is no part of a differentiable forward pass"
     return ""
@@ -61,11 +67,12 @@ def meant_by_class(place: Place, package: Package) -> str:
 
 _NOT_TRAINED = re.compile(
     r"label|target|teacher|(?:^|_)gt(?:_|$)|mask|ind(?:ex|ices)|(?:^|_)idx|(?:^|_)ids?$|reference|(?:^|_)ref_|matched|assign|"
-    r"(?:^|_)(?:row|col|column|batch)_(?:offsets?|ptr)$"
+    r"(?:^|_)(?:row|col|column|batch)_(?:offsets?|ptr)$|(?:^|_)(?:rois?|proposals?)(?:_|$)"
 )
+_DECODED = re.compile(r"(?:^|_)(?:predicted_(?:words|tokens)|transcripts?|transcriptions?|hyps|hypotheses)$")
 _TEACHERS = re.compile(
     r"(?:^|_)teacher(?:_|$)|(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
-    r"policy)|_(?:ema|target)$|_(?:encoder|decoder|proj|model|net|head)_m$"
+    r"policy)|_(?:ema|mmt|target)$|_(?:encoder|decoder|proj|model|net|head)_m$"
 )
 _KEPT_TEACHERS = re.compile(r"^ema$|(?:^|_)teacher(?:_model)?$")  # called by a method of theirs
 _TABLES = re.compile(r"Rotary|Rope|RoPE|Sinusoid|Position\w*(?:Embedding|Encoding)|RandomFourier")
@@ -76,6 +83,11 @@ def meant_by_result(names: tuple[str, ...]) -> str:
     if names and all(_NOT_TRAINED.search(name) for name in names):
         return f"it computes {', '.join(names)}, which nothing is trained through"
     return ""
+
+
+def are_decoded(names: tuple[str, ...]) -> bool:
+    """Tell whether a block's results are the words or tokens that a model was made to say, judged by their names."""
+    return bool(names) and all(_DECODED.search(name) for name in names)
 
 
 def meant_by_module(called: Iterable[str], read: Iterable[str] = ()) -> str:

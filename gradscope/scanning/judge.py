@@ -8,13 +8,21 @@ a note, with the reason why it is none of the two.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
 from gradscope.scanning.entries import ClassReport, Entries
-from gradscope.scanning.facts import Atoms, Call, FileFacts, Site
-from gradscope.scanning.intent import is_table, meant_by_class, meant_by_module, meant_by_name, meant_by_result
+from gradscope.scanning.facts import Atoms, FileFacts, Site
+from gradscope.scanning.intent import (
+    are_decoded,
+    is_table,
+    meant_by_class,
+    meant_by_module,
+    meant_by_name,
+    meant_by_result,
+)
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
 from gradscope.scanning.training import Loss, Training, Way
@@ -26,6 +34,7 @@ FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
 
 _LOSS_CLASS = re.compile(r"Loss|Criterion")
 _LOSS_FUNCTION = re.compile(r"(?:^|_)loss(?:es)?(?:_|$)")
+_IS_MODEL = re.compile(r"param:(?:\w+_)?(?:model|net|network|unet|vae)$")
 GENERATES = re.compile(r"(?:generate(?:_.*)?|sample|(?:offline_)?inference|(?:validation|test|predict)_step)$")
 
 
@@ -118,17 +127,6 @@ class Judge:
                     reports.append(ClassReport(owner, is_module, entries, self.entries.clean_components(owner)))
         return reports
 
-    def _methods(self, owner: Place) -> list[Place]:
-        """Return the methods of a class and what they call."""
-        facts = self.package.files[owner.module]
-        own = [Place(owner.module, f"{owner.name}.{name}") for name in facts.classes[owner.name].methods]
-        called = [target for method in own for _, target in self.package.callees(method, owner)]
-        return [*own, *called]
-
-    def _calls(self, place: Place) -> tuple[Call, ...]:
-        function = self.package.function(place)
-        return function.calls if function else ()
-
     def _only_ways(self) -> dict[tuple[Place, Site], Chain]:
         """Return the sites of module classes in which every public compute method is stopped."""
         found: dict[tuple[Place, Site], Chain] = {}
@@ -136,58 +134,30 @@ class Judge:
             closed = report.is_module and all(
                 entry.status == "blocked" and entry.chain and not entry.chain.partly for entry in report.entries
             )
-            if closed and self._is_known(report.place) and not self._only_generates(report):
-                for chain in (entry.chain for entry in report.entries if entry.chain):
-                    for place, site in chain.sites:
-                        if not _in_mixin(place) or chain.steps[0].name.endswith(FORWARDS):
-                            found.setdefault((place, site), chain)
-                for place in self._methods(report.place):
-                    if self.entries.is_a_step(place.name.rpartition(".")[2], report.place):
-                        continue
-                    for site in self.reach.blockers(place):
-                        if self.reach.owner(place) == report.place:
-                            found.setdefault((place, site), Chain([place], [(place, site)]))
+            if closed and self.entries.is_known(report.place) and not self._only_generates(report):
+                for key, chain in self._sites_inside(report):
+                    found.setdefault(key, chain)
         return found
+
+    def _sites_inside(self, report: ClassReport) -> Iterator[tuple[tuple[Place, Site], Chain]]:
+        """Yield the sites that a class comes to, each with the way there; who gives arrays or text trains nothing."""
+        for chain in (entry.chain for entry in report.entries if entry.chain):
+            for place, site in chain.sites if not self.reach.gives_data(chain.steps[0]) else ():
+                if not self.reach.gives_data(place) and (
+                    not _in_mixin(place) or chain.steps[0].name.endswith(FORWARDS)
+                ):
+                    yield (place, site), chain
+        for place in self.entries.methods(report.place):
+            is_step = self.entries.is_a_step(place.name.rpartition(".")[2], report.place)
+            for site in self.reach.blockers(place) if not (is_step or self.reach.gives_data(place)) else ():
+                if self.reach.owner(place) == report.place:
+                    yield (place, site), Chain([place], [(place, site)])
 
     def _only_generates(self, report: ClassReport) -> bool:
         """Tell whether a class has no forward pass to train with, only ways to generate: its parts are trained."""
-        return all(GENERATES.match(entry.place.name.rpartition(".")[2]) for entry in report.entries)
-
-    def _is_known(self, owner: Place) -> bool:
-        """Tell whether every public method of a class and its bases was read: one that was not may be a way in.
-
-        A class without a forward pass that calls ``self.forward``, or that others with one derive from, is half a
-        class: its subclasses have the way in.
-        """
-        if self.package.method(owner, "forward") is None and (
-            self._has_heirs(owner)
-            or any(call.target == "self.forward" for place in self._methods(owner) for call in self._calls(place))
-        ):
-            return False
-        for place in self.package.mro(owner):
-            facts = self.package.files[place.module]
-            klass = facts.classes.get(place.name)
-            if klass is None:
-                continue
-            public = [name for name in klass.methods if not name.startswith("_") or name in FORWARDS]
-            read = {name: facts.functions.get(f"{place.name}.{name}") for name in public}
-            if any(function is None for function in read.values()):
-                return False
-            if any(function and not function.gives_value for name, function in read.items() if name in FORWARDS):
-                return False  # abstract: the way in is a subclass's
-        return True
-
-    def _has_heirs(self, owner: Place) -> bool:
-        """Tell whether a class that derives from this one has a forward pass, or was not read and may have one."""
-        name = owner.name.rpartition(".")[2]
-        heirs = self.package.descendants(name) - {name}
-        places = [
-            Place(facts.module, heir) for facts in self.package.files.values() for heir in heirs & facts.headers.keys()
-        ]
-        return any(
-            place.name not in self.package.files[place.module].classes or self.package.method(place, "forward")
-            for place in places
-            if owner in self.package.mro(place)
+        return all(
+            GENERATES.match(entry.place.name.rpartition(".")[2]) or self.reach.gives_data(entry.place)
+            for entry in report.entries
         )
 
     # --- one site -----------------------------------------------------------------------------------
@@ -219,8 +189,10 @@ class Judge:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {NOTHING_LIVE}.")
         way = self.training.reached.get(place)
         only = self._only_way.get((place, site))
-        frozen = site.how == "block" and self.training.runs_what_is_frozen(_outside_atoms(live), place)
-        if only is not None and not site.conditional and not frozen:
+        is_dropped = site.how == "block" and not self.reach.is_given_back(site, place)
+        # No gradient would get further without the switch; or none but one to an input is lost.
+        ends_here = is_dropped or are_decoded(site.gives) or self._is_frozen(site, place, live)
+        if only is not None and not (site.conditional or ends_here):
             through = only.steps[0].name.rpartition(".")[0]
             message = f"{where(site)}, and every public way through {through} leads here."
             return Judgement(facts, site, "error", "certain", message, only.steps)
@@ -257,6 +229,8 @@ class Judge:
         if owner is None or not atom.startswith(("attr:", "call:self.")):
             return False
         name = atom.rpartition(":")[2].removeprefix("self.")
+        if "Sinusoid" in owner.name and self.package.attribute(owner, name) == "parameter":
+            return False  # computed, and kept as a parameter for its device and dtype
         return self.package.method(owner, name) is None
 
     def _at_import(self, facts: FileFacts, site: Site) -> Judgement:
@@ -269,10 +243,13 @@ class Judge:
 
     def in_forward(self, facts: FileFacts, site: Site, place: Place, way: Way, only: Use | None = None) -> Judgement:
         """Return a region that a forward pass comes to, judged by what that loses in it; ``only``: this one."""
-        entry = self._entry_name(way[0], place)
         if site.conditional or place not in self.training.always_reached:
+            entry = self._entry_name(way[0], place)
             message = f"{where(site)} when a condition known only at run time says so; {entry} computes with it."
             return Judgement(facts, site, "warning", "possible", message, way)
+        if self.reach.gives_data(place) or are_decoded(site.gives):
+            message = f"{where(site)} and gives arrays or text, into which no gradient gets anyway."
+            return Judgement(facts, site, "warning", "likely", message, way)
         if not site.depends:
             message = f"{where(site)} and keeps what it computes on self."
             return Judgement(facts, site, "warning", "possible", message, way)
@@ -280,8 +257,7 @@ class Judge:
         if len(way) > 1 and not outside and meant_by_name(place):
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
         if site.how == "block" and not self.reach.is_given_back(site, place):
-            why = f"nothing that {place.name} gives back is made of it"
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+            return self._not_given_back(facts, site, place)
         if site.how == "block" and self.reach.gets_past(site.depends, place):
             return self._in_part(facts, site, way)
         if len(way) > 1:
@@ -291,11 +267,21 @@ class Judge:
                 return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
             if loss is Loss.PART:
                 return self._in_part(facts, site, way)
-            entry = self._entry_name(way[0], place)
-        message = f"{where(site)}: training through {entry} loses the gradient here."
-        if site.how == "block" and self.training.runs_what_is_frozen(outside, place):
+        return self._lost(facts, site, place, way, outside)
+
+    def _lost(self, facts: FileFacts, site: Site, place: Place, way: Way, live: Atoms) -> Judgement:
+        message = f"{where(site)}: training through {self._entry_name(way[0], place)} loses the gradient here."
+        if self._is_frozen(site, place, live):
             return Judgement(facts, site, "warning", "likely", f"{message} {FROZEN}", way)
         return Judgement(facts, site, "error", "likely", message, way)
+
+    def _is_frozen(self, site: Site, place: Place, live: Atoms) -> bool:
+        """Tell whether a block runs only modules that their class freezes."""
+        return site.how == "block" and self.training.runs_what_is_frozen(_outside_atoms(live), place)
+
+    def _not_given_back(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
+        why = f"nothing that {place.name} gives back carries a gradient from it"
+        return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
 
     def _in_part(self, facts: FileFacts, site: Site, way: Way) -> Judgement:
         message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
@@ -313,6 +299,7 @@ class Judge:
         name = place.name.rpartition(".")[2]
         owner = self.reach.owner(place)
         kinds = {source_of(atom).partition(":")[0] for atom in live}
+        kinds |= {"call" for atom in live if _IS_MODEL.match(source_of(atom))}  # given to somebody who runs it
         runs_model = not kinds.isdisjoint(("call", "attr")) and not self._works_on_itself(place, owner, kinds)
         is_inner = place.name.rpartition(".")[0] in facts.functions
         report = self.report_of.get(owner) if owner else None
@@ -330,7 +317,10 @@ class Judge:
             advice = f"Call the modules inside it: {', '.join(report.clean[:6])}."
         if not (entry or runs_model):
             return Judgement(facts, site, "note", "possible", f"{where(site)}; no model is run in it.")
-        is_part = name in FORWARDS or (site.how == "block" and self.reach.flows(place, owner))
+        flows_beside = site.how == "block" and self.reach.flows(place, owner)
+        if flows_beside and not self.reach.is_given_back(site, place):
+            return self._not_given_back(facts, site, place)
+        is_part = name in FORWARDS or flows_beside
         what = "what comes out of it carries no gradient" if is_part else "it is for inference only"
         return Judgement(facts, site, "warning", "likely", f"{where(site)}: {what}.", advice=advice)
 

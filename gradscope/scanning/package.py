@@ -48,6 +48,9 @@ class Package:
             for name in facts.headers:
                 self._homes.setdefault(name, []).append(module)
         classes = [klass for facts in self.files.values() for klass in facts.classes.values()]
+        self._inner_classes = [
+            Place(facts.module, name) for facts in self.files.values() for name in facts.classes if "." in name
+        ]
         # What no class has need not be looked for in all bases of one: three of four names that are asked for.
         self._method_names = {name for klass in classes for name in (*klass.methods, *klass.aliases)}
         self._attribute_names = {name for klass in classes for name in klass.attributes}
@@ -157,6 +160,9 @@ class Package:
                 for child, bases in facts.headers.items():
                     for base in bases:
                         self._children.setdefault(base.rpartition(".")[2], []).append(child)
+            for place in self._inner_classes:
+                for base in self._bases(place):
+                    self._children.setdefault(base.rpartition(".")[2], []).append(place.name)
         found = {name}
         pending = [name]
         while pending:
@@ -165,6 +171,11 @@ class Package:
                     found.add(child)
                     pending.append(child)
         return found
+
+    def classes_called(self, names: set[str]) -> list[Place]:
+        """Return the classes by these names, as ``descendants`` gives them: also those inside of others."""
+        found = [Place(facts.module, name) for facts in self.files.values() for name in names & facts.headers.keys()]
+        return found + [place for place in self._inner_classes if place.name in names]
 
     def _mro(self, place: Place) -> tuple[Place, ...]:
         order: list[Place] = []

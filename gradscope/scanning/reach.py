@@ -10,7 +10,8 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
-from gradscope.scanning.facts import APART, Atoms, Site
+from gradscope.scanning.facts import APART, DATA, Atoms, Function, Site
+from gradscope.scanning.intent import is_tool
 from gradscope.scanning.package import Package, Place
 
 FORWARDS = ("forward", "__call__")
@@ -23,6 +24,9 @@ NOT_COMPUTE = ("__init__", "__repr__", "__len__", "__getattr__", "__setattr__", 
 _PREPARES = re.compile(
     r"^_?(?:pre_?proc|transform|tokeni[sz]|processor|get_)|(?:fn|func|function|config|init|processor|tokenizer)$"
 )
+_GIVES_TEXT = re.compile(r"^(?:.*\.)?_?transcribe(?:_\w+)?$")
+# A module that counts what it is given (reinforcement learning's observations and returns): buffers, no parameter.
+_COUNTS = re.compile(r"(?:^|_)(?:running|mean)_(?:mean_)?(?:std|var)$|^(?:obs|value|reward|return)_rms$")
 # A class of another package that is a module, as far as its name says.
 _MODEL_NAME = re.compile(r"(?:Model|Module|Network|Net|Encoder|Decoder|Transformer|Backbone|LM|Generation|VAE)$")
 # nn.Module's own methods: they compute nothing of the forward pass.
@@ -93,10 +97,17 @@ class Reach:
             return self._is_passed_on(name, place, owner)
         if kind == "attr":
             return owner is not None and self._holds_weights(owner, name)
-        if kind != "call":
-            return False
+        return kind == "call" and self._gives_live(name, place, owner)
+
+    def _gives_live(self, name: str, place: Place, owner: Place | None) -> bool:
+        """Tell whether what a call gives can carry a gradient whatever it is given: it runs a module."""
         if name.startswith("self."):
             return owner is not None and self.computes(owner, name[5:])
+        if name.startswith("super()."):
+            found = self.package.target(name, place, owner)
+            if found is not None:
+                return self.touches(found, self.owner_for(found, owner))
+            return name[8:] in FORWARDS and owner is not None and self.package.is_module(owner)
         function = self.package.function(place)
         return function is not None and name in function.parameters
 
@@ -107,7 +118,9 @@ class Reach:
     def _flows_in(self, use: Use) -> bool | list[Use]:
         place, owner = use
         function = self.package.function(place)
-        ways = [self._way_out(atom, place, owner) for atom in function.returns] if function else [True]
+        if function is None or is_left_open(function):
+            return True
+        ways = [self._way_out(atom, place, owner) for atom in function.returns]
         return True in ways or [way for way in ways if not isinstance(way, bool)]
 
     def _flows_out(self, atom: str, place: Place, owner: Place | None) -> bool:
@@ -123,6 +136,11 @@ class Reach:
         if target is None or self.package.function(target) is None:
             return True
         return target, self.owner_for(target, owner)
+
+    def gives_data(self, place: Place) -> bool:
+        """Tell whether a function is said to give arrays or text: it may be a way to use a model, and none to train."""
+        function = self.package.function(place)
+        return function is not None and (DATA in function.returns or bool(_GIVES_TEXT.match(function.name)))
 
     def is_given_back(self, site: Site, place: Place) -> bool:
         """Tell whether what a block computes is part of what its function gives back or keeps."""
@@ -151,7 +169,7 @@ class Reach:
         target, position, atom = way.split(":", 2)
         found = self.package.target(target, place, owner)
         function = self.package.function(found) if found else None
-        if function is not None and position != "*":
+        if function is not None and not is_left_open(function) and position != "*":
             names = function.signature
             name = position
             if position.isdigit():
@@ -180,9 +198,12 @@ class Reach:
         """Tell whether ``self.name(...)`` runs a module: a method that does, or a callable kept on ``self``."""
         method = self.package.method(owner, name)
         if method is not None:
-            return self.touches(method, owner)
+            function = self.package.function(method)
+            return self.touches(method, owner) or (
+                function is not None and is_left_open(function) and not is_tool(name) and self.package.is_module(owner)
+            )
         kind = self.package.attribute(owner, name)
-        if name in MODULE_API:
+        if name in MODULE_API or _COUNTS.search(name):
             return False
         if kind in ("", "module") or (kind.startswith("?") and not self.package.classes_of(owner, name)):
             return not _PREPARES.search(name)
@@ -305,7 +326,7 @@ class Reach:
         while queue:
             here, current_owner = queue.popleft()
             for call, target in self.package.callees(here, current_owner):
-                is_taken = call.used and not (always and call.sometimes)
+                is_taken = call.used and not (always and call.sometimes not in ("", "training"))
                 if is_taken and target not in found and target.name.rpartition(".")[2] not in NOT_COMPUTE:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))
@@ -326,6 +347,11 @@ class Reach:
                 if self.package.attribute(home, name) != "module" and self.computes(home, name):
                     found[call.target] = None
         return list(found)
+
+
+def is_left_open(function: Function) -> bool:
+    """Tell a method that gives nothing itself: where its value is used, a subclass has one in its place."""
+    return not function.gives_value and function.kind not in ("generator", "property") and not function.calls
 
 
 def _somewhere(start: Use, known: dict[Use, bool], look: Callable[[Use], bool | list[Use]]) -> bool:

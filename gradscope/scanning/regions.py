@@ -93,8 +93,8 @@ class Regions(Calls):
         if not open_regions:
             return value
         atoms = {atom if atom.startswith(("off:", "in:")) else f"off:{atom}" for atom in value.atoms}
-        if atoms:
-            atoms |= {f"in:{region.line}" for region in open_regions if region.how == "block"}
+        if atoms and value.kind != "array":
+            atoms |= {f"in:{region.line}" for region in open_regions if region.how != "decorator"}
         return Value(frozenset(atoms), value.kind)
 
     def _note_cached(self, target: ast.expr, atoms: Atoms, regions: list[Region]) -> None:

@@ -201,7 +201,7 @@ def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
         owner, _, name = place.name.rpartition(".")
         is_method = owner in package.files[place.module].classes
         if is_method:
-            owners = package.descendants(owner.rpartition(".")[2])
+            owners = {each.rpartition(".")[2] for each in package.descendants(owner.rpartition(".")[2])}
             if name in FORWARDS:
                 for each in owners:  # also as an annotation: def __init__(self, tower: Tower)
                     calls[each] = set()

@@ -14,6 +14,11 @@ _INTEGER_NAME = re.compile(INTEGER_NAMES)
 _INTEGER_ANNOTATION = re.compile(INTEGER_ANNOTATIONS)
 _INTEGER_OF_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor|\b(?:Int\d*|UInt\d*|Integer|Bool)\b")
 _INTEGER_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor")
+_DATA = frozenset({"str", "bytes", "ndarray", "NDArray", "DataFrame"})
+_NUMBERS = frozenset({"int", "float", "bool"})
+# What holds what stands in its brackets, or behind the first comma.
+_HOLDERS = {"list": "list", "List": "list", "Sequence": "list", "tuple": "each", "Tuple": "each", "Optional": "each",
+            "Union": "each", "dict": "values", "Dict": "values", "Mapping": "values"}  # fmt: skip
 _FLOAT_TENSOR = re.compile(r"(?<!Long)(?<!Int)(?<!Bool)(?<!Byte)Tensor")
 
 
@@ -47,6 +52,46 @@ def gives_integers(node: FunctionNode) -> bool:
     """Tell whether a function is said to give tensors of integers and no others."""
     note = words(node.returns)
     return bool(_INTEGER_TENSOR.search(note)) and not _FLOAT_TENSOR.search(note)
+
+
+def gives_data(node: FunctionNode) -> bool:
+    """Tell whether a function is said to give arrays, text or lists of numbers, and no tensor."""
+    return node.returns is not None and _held(node.returns) == "data"
+
+
+def _held(note: ast.expr) -> str:
+    """Return what an annotation says is held: ``data``, a ``number``, a ``tensor`` (perhaps), or nothing.
+
+    A number alone is what many a loss is said to give which gives a tensor, and so is a dictionary of them.
+    """
+    if isinstance(note, ast.BinOp):  # ndarray | None
+        return _either([note.left, note.right])
+    if isinstance(note, ast.Subscript):
+        return _held_in(note)
+    if isinstance(note, ast.Constant) and note.value is None:
+        return ""
+    name = _last_name(note)
+    if name == "Image" and isinstance(note, ast.Attribute) and _last_name(note.value) == "Image":  # PIL's
+        return "data"
+    return "data" if name in _DATA else "number" if name in _NUMBERS else "tensor"
+
+
+def _held_in(note: ast.Subscript) -> str:
+    name = _last_name(note.value)
+    if name not in _HOLDERS:  # NDArray[np.float32]
+        return "data" if name in _DATA else "tensor"
+    parts = note.slice.elts if isinstance(note.slice, ast.Tuple) else [note.slice]
+    held = _either(parts[1:] if _HOLDERS[name] == "values" else parts)
+    return "data" if held == "number" and _HOLDERS[name] == "list" else held
+
+
+def _last_name(node: ast.expr) -> str:
+    return str(getattr(node, "attr", "") or getattr(node, "id", ""))
+
+
+def _either(notes: list[ast.expr]) -> str:
+    held = {_held(note) for note in notes}
+    return next((kind for kind in ("tensor", "data", "number") if kind in held), "")
 
 
 def words(annotation: ast.expr | None) -> str:

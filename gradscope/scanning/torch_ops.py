@@ -33,6 +33,8 @@ DERIVATIVES = frozenset(
         *(f"torch.autograd.functional.{name}" for name in "jacobian hessian vjp jvp vhp hvp".split()),
     ]
 )
+# What these make of a tensor is an array: they take none that requires a gradient.
+ARRAY_LIBRARIES = ("numpy.", "cv2.", "scipy.")
 # Methods and attributes that answer with plain Python.
 PLAIN_METHODS = frozenset(
     "size dim numel stride ndimension element_size nelement is_contiguous is_floating_point is_complex data_ptr "

@@ -82,7 +82,7 @@ class Training:
         own = [Place(owner.module, f"{owner.name}.{name}") for name in FORWARDS]
         if owner in self._with_regions:
             own += [each for name in FORWARDS if (each := self.package.method(owner, name)) and each not in own]
-        known = [each for each in own if self.package.function(each) is not None]
+        known = [each for each in own if self.package.function(each) is not None and not self.reach.gives_data(each)]
         return known if known and self.package.is_module(owner) else []
 
     @cached_property
@@ -197,7 +197,7 @@ class Training:
         if not any(each.target in targets for each in given) and not any(
             atom.rpartition("call:")[2] in targets for atom in returns
         ):
-            return None
+            return None if returns else NOTHING  # nothing carries a gradient in all that the caller gives back
         lost: set[str] = set()
         for source in sources:
             kind, _, name = source.partition(":")

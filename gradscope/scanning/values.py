@@ -12,12 +12,14 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 from gradscope.scanning import torch_ops
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
+from gradscope.scanning.instances import class_made, itself
 from gradscope.scanning.switches import Names
 
 
 class Value(NamedTuple):
     """Atoms and kind: ``tensor``, ``index`` (integers or truth values), ``module``, ``plain`` or ``unknown``.
 
+    An ``array`` is what another library makes of tensors: it depends on them, and no gradient gets into it.
     A ``number`` is what ``.item()`` makes of a tensor: it depends on it, and no gradient gets into what is made of it.
     """
 
@@ -57,8 +59,9 @@ class Expressions:
         self.reads: set[str] = set()
         self.sites: list[Site] = []
         self.parameters: set[str] = set()
+        self.renamed: dict[str, tuple[str, ...]] = {}  # local names, and what of ``self`` they stand for
         self.discarded: ast.expr | None = None
-        self.sometimes = False
+        self.sometimes = ""
         self.has_numbers = False  # as long as there are none, nobody looks for them
         self.conditions: list[tuple[ast.expr, bool]] = []  # the tests of the enclosing ifs, and which arm
 
@@ -99,6 +102,18 @@ class Expressions:
                 self.bind(element, self.as_computed(self.value(part)))
         else:
             self.bind(target, self.as_computed(self.value(node)))
+
+    def class_of(self, node: ast.expr) -> str:
+        """Return the class of the scan that a value is known to be an instance of."""
+        node = itself(node)
+        return self.made.get(node.id, "") if isinstance(node, ast.Name) else class_made(node, self.names)
+
+    def note_class(self, name: str, made: str) -> None:
+        """Let a local name stand for an instance of a class, or of none that is known."""
+        if made:
+            self.made[name] = made
+        else:
+            self.made.pop(name, None)
 
     def report(
         self, node: ast.expr, rule: str, mechanism: str, value: Value = UNKNOWN, harmless: str = "", at: int = 0

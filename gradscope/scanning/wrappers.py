@@ -69,7 +69,7 @@ def _disabling(node: ast.expr, names: Names) -> str:
 
 
 def _around_yield(node: FunctionNode, names: Names) -> str:
-    """``with torch.no_grad(): yield``, or ``set_grad_enabled(False)`` and a yield after it."""
+    """``with torch.no_grad(): yield``, or a yield after ``set_grad_enabled(False)`` or an exit stack entered it."""
     called = ""
     for part in ast.walk(node):
         if isinstance(part, ast.With):
@@ -83,6 +83,8 @@ def _around_yield(node: FunctionNode, names: Names) -> str:
         switch = names.switch(value) if isinstance(value, ast.Call) else None
         if switch is not None and switch.mechanism == "set_grad_enabled":
             called = switch.mechanism if switch.disables else ""
+        elif switch is None and isinstance(value, ast.Call) and getattr(value.func, "attr", "") == "enter_context":
+            called = called or (_disabling(value.args[0], names) if value.args else "")
     return ""
 
 

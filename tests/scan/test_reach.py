@@ -146,6 +146,9 @@ NOTES = {
     "rows and columns": "def forward(self, x):\n    with torch.no_grad():\n        row_offsets, column_indices = locate(self.layer(x))\n    return self.layer(x, row_offsets, column_indices)",
     "a teacher": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.target_encoder(x)\n    return self.layer(x) - goal",
     "a momentum encoder": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.text_encoder_m(x)\n    return self.layer(x) - goal",
+    "another momentum encoder": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.backbone_mmt(x)\n    return self.layer(x) - goal",
+    "a step along a derivative": "def forward(self, x):\n    step = torch.autograd.grad(self.layer(x).sum(), x)[0]\n    with torch.no_grad():\n        x.add_(step)\n    return self.layer(x)",
+    "only outside training": "def forward(self, x):\n    y = self.layer(x)\n    if self.training:\n        return y\n    with torch.no_grad():\n        return self.layer(y)",
     "a teacher in a method of its own": "@torch.no_grad()\ndef encode(self, x):\n    return self.clip_teacher(x)\ndef forward(self, x):\n    return self.layer(x) - self.encode(x)",
     "an average that is kept": "def forward(self, x):\n    with torch.no_grad():\n        goal = self.ema.model.extract(x)\n    return self.layer(x) - goal",
     "the truth": "def forward(self, x, gt_boxes):\n    with torch.no_grad():\n        boxes = gt_boxes.float()\n    return self.layer(x) - boxes",
@@ -172,7 +175,19 @@ def test_what_is_meant_to_be_without_gradients_is_a_note(tmp_path: Path, case: s
 
 
 @pytest.mark.parametrize(
-    "name", ["PostProcess", "PostProcessMasks", "BeamSearcher", "RandomAttack", "MaskExplainer", "DurationCalculator"]
+    "name",
+    [
+        "PostProcess",
+        "PostProcessMasks",
+        "BeamSearcher",
+        "RandomAttack",
+        "MaskExplainer",
+        "DurationCalculator",
+        "SpecAugment",
+        "ChannelAugment",
+        "SpecCutout",
+        "PairMiner",
+    ],
 )
 def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str) -> None:
     source = f"""
@@ -190,6 +205,28 @@ def test_what_is_applied_to_a_trained_model_is_a_note(tmp_path: Path, name: str)
         """
     package = write(tmp_path, {"__init__": "", "net": source})
     assert [each.severity for each in scan(str(package), cache=False).findings] == ["note"]
+
+
+@pytest.mark.parametrize(("base", "severity"), [("nn.Module", "error"), ("Preparation", "note")])
+def test_a_feature_extractor_that_is_a_module_is_a_network(tmp_path: Path, base: str, severity: str) -> None:
+    source = f"""
+        import torch
+        from torch import nn
+
+        class Preparation:
+            pass
+
+        class FeatureExtractor({base}):
+            def __init__(self, backbone):
+                super().__init__()
+                self.backbone = backbone
+
+            @torch.no_grad()
+            def forward(self, images: torch.Tensor):
+                return self.backbone(images)
+        """
+    package = write(tmp_path, {"__init__": "", "net": source})
+    assert [each.severity for each in scan(str(package), cache=False).findings] == [severity]
 
 
 def test_what_is_offered_instead_exists_and_keeps_the_gradient(tmp_path: Path) -> None:
@@ -602,6 +639,8 @@ CALLED = """
             {}
     """
 LOST_IN_PART = {
+    "in evaluation": "if self.training:\n    return self.layer(x)\nreturn self.handed_on(x)",
+    "in evaluation, or where a setting says so": "if x is not None and (not self.training or self.more):\n    return self.handed_on(x)\nreturn self.layer(x)",
     "a scale": "return self.layer(x) / self.scale(x)",
     "a call further": "return self.layer(x) / self.handed_on(x)",
     "a function": "y = self.layer(x)\nreturn y - best(y)",
@@ -612,12 +651,14 @@ LOST_IN_PART = {
     "all that is gathered": "return torch.cat(more) - best(*more)",
 }
 LOST_WHOLE = {
+    "in both modes": "if self.training:\n    return self.handed_on(x)\nreturn self.scale(x)",
+    "one way or the other": "if len(x) > 1:\n    return self.layer(x)\nreturn self.handed_on(x)",
+    "in training": "if not self.training:\n    return self.layer(x)\nreturn self.handed_on(x)",
     "a layer of its own": "return self.layer(x) + self.embed(x)",
     "a layer of another object": "return self.layer(x) + self.part.measure(x)",
     "nothing else": "return self.layer(self.scale(x))",
     "a result of its own": "return self.layer(x), self.scale(x)",
     "an item of its own": "out = {'y': self.layer(x)}\nout['scale'] = self.scale(x)\nreturn out",
-    "one way or the other": "if self.training:\n    return self.layer(x)\nreturn self.handed_on(x)",
     "one of its inputs": "return self.layer(x) - best(self.layer(x), z)",
     "on one of two ways": "return self.shifted(x), best(self.layer(x))",
     "handed over in a list": "return self.layer(x) + best(*[self.other(x)])",
@@ -675,6 +716,9 @@ def test_a_part_that_calls_itself_loses_what_its_callers_lose(tmp_path: Path) ->
 
 BESIDE = {
     "a sampler": ("@torch.no_grad()\ndef draw(model, x):\n    return step(model(x), x)\n\ndef step(a, b):\n    return a - b", "warning"),
+    "a model that is handed on": ("@torch.no_grad()\ndef decode(model, x):\n    return Task(model).run(x)", "warning"),
+    "a part of a model": ("@torch.no_grad()\ndef detect(model, x):\n    return model.head(x)", "warning"),
+    "something else that is handed on": ("@torch.no_grad()\ndef decode(audio, x):\n    return Task(audio).run(x)", "note"),
     "a step of its own": ("@torch.no_grad()\ndef draw(a, b):\n    return step(a, b)\n\ndef step(a, b):\n    return a - b", "note"),
     "a density": ("class Posterior:\n    def __init__(self, net):\n        self.net = net\n    @torch.no_grad()\n    def log_prob(self, x):\n        return self.net(x)", "warning"),
     "a log": ("class Posterior:\n    def __init__(self, net):\n        self.net = net\n    @torch.no_grad()\n    def log_images(self, x):\n        return self.net(x)", "note"),

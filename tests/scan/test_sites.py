@@ -235,11 +235,15 @@ def test_a_manager_that_enters_a_switch_by_hand(findings: Callable[[str], list[F
     assert [(each.rule, each.severity) for each in found] == [("GS106", "error")]
 
 
-def test_a_context_manager_of_the_package(findings: Callable[[str], list[Finding]]) -> None:
-    head = (
-        HEAD
-        + "from contextlib import contextmanager\n\n@contextmanager\ndef quiet():\n    with torch.no_grad():\n        yield\n"
-    )
+@pytest.mark.parametrize(
+    "body",
+    [
+        "with torch.no_grad():\n        yield",
+        "with ExitStack() as stack:\n        stack.enter_context(mode())\n        stack.enter_context(torch.no_grad())\n        yield",
+    ],
+)
+def test_a_context_manager_of_the_package(findings: Callable[[str], list[Finding]], body: str) -> None:
+    head = HEAD + f"from contextlib import ExitStack, contextmanager\n\n@contextmanager\ndef quiet():\n    {body}\n"
     found = findings(method(UNDER.format("quiet()"), head=head))
     assert [(each.rule, each.severity) for each in found] == [("GS106", "error")]
 

@@ -7,7 +7,8 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from contextlib import contextmanager
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -16,13 +17,16 @@ from gradscope.errors import UsageError
 
 # A pipeline holds its networks itself, a function may hold the predictor that holds the model.
 DEEPEST = 3
+# What a run may add to: a list of losses, a dict of activations.
+CHANGING = (list, dict, set, deque)
 
 
 class Holder(nn.Module):
     """Stands for something that calls modules without being one.
 
     Its children are the modules found there, under the names they have there. ``objects`` are the plain
-    objects on the way: what a run leaves in them is put back.
+    objects on the way, ``containers`` the lists, dicts and sets, ``functions`` those whose variables were looked into:
+    what a run leaves in them is put back.
     """
 
     def __init__(self, call: Callable[..., Any], name: str, entry: str) -> None:
@@ -31,6 +35,8 @@ class Holder(nn.Module):
         self.entry = entry
         self.call = call
         self.objects: list[Any] = []
+        self.containers: list[Any] = []
+        self.functions: list[FunctionType] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call that the holder stands for."""
@@ -92,6 +98,10 @@ def _fill(holder: Holder, target: Any) -> None:
         elif len(path) <= DEEPEST:
             if hasattr(value, "__dict__") and not callable(getattr(value, "__get__", None)):
                 holder.objects.append(value)
+            elif isinstance(value, FunctionType):
+                holder.functions.append(value)
+            elif isinstance(value, CHANGING):
+                holder.containers.append(value)
             pending.extend(((*path, name), item) for name, item in _inside(value))
 
 
@@ -144,6 +154,36 @@ def _variables(function: FunctionType) -> dict[str, Any]:
     known = function.__globals__
     names = dict.fromkeys(name for code in _codes(function) for name in code.co_names if name in known)
     return {**{name: known[name] for name in names}, **inspect.getclosurevars(function).nonlocals}
+
+
+@contextmanager
+def variables_kept(functions: list[FunctionType]) -> Iterator[None]:
+    """Give the variables from outside that these functions assign (a counter, an average) their values back."""
+    cells = list({id(cell): cell for each in functions for cell in each.__closure__ or ()}.values())
+    before = [(cell, cell.cell_contents) for cell in cells if _is_set(cell)]
+    names = [(each.__globals__, name) for each in functions for name in _assigned(each) if name in each.__globals__]
+    globally = [(known, name, known[name]) for known, name in names]
+    try:
+        yield
+    finally:
+        for cell, value in before:
+            cell.cell_contents = value
+        for known, name, value in globally:
+            known[name] = value
+
+
+def _is_set(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # a variable that is assigned later
+        return False
+    return True
+
+
+def _assigned(function: FunctionType) -> set[str]:
+    """Return the global variables that a function, or one inside it, assigns."""
+    steps = (each for code in _codes(function) for each in dis.get_instructions(code))
+    return {str(each.argval) for each in steps if each.opname == "STORE_GLOBAL"}
 
 
 def _codes(function: FunctionType) -> list[CodeType]:

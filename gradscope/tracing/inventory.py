@@ -47,7 +47,21 @@ class Inventory:
     @property
     def objects(self) -> list[Any]:
         """The plain objects for which a module of the model stands."""
-        return [each for module in self.modules if isinstance(module, Holder) for each in module.objects]
+        return [each for holder in self._holders for each in holder.objects]
+
+    @property
+    def containers(self) -> list[Any]:
+        """The lists, dicts and sets on the way to the modules that are none of a module's or an object's own."""
+        return [each for holder in self._holders for each in holder.containers if type(each) in CONTAINERS]
+
+    @property
+    def functions(self) -> list[FunctionType]:
+        """The functions in whose variables modules were looked for."""
+        return [each for holder in self._holders for each in holder.functions]
+
+    @property
+    def _holders(self) -> Iterator[Holder]:
+        return (module for module in self.modules if isinstance(module, Holder))
 
     @functools.cached_property
     def parts(self) -> list[tuple[str, Any]]:

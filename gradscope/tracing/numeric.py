@@ -23,9 +23,10 @@ from gradscope.errors import GradscopeError
 from gradscope.stages import tell
 from gradscope.tracing.contents import results_in
 from gradscope.tracing.frames import source_site, user_place
-from gradscope.tracing.holding import holder_of_loss
+from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.inventory import Inventory
+from gradscope.tracing.recorder import nothing_written
 from gradscope.tracing.recording import Region, Site
 from gradscope.tracing.restoring import kept, untouched_state
 from gradscope.tracing.subject import Subject
@@ -90,11 +91,11 @@ def check(
         stack.enter_context(_default_dtype(torch.float64))
         if torch.get_default_device() != device:
             stack.enter_context(device)
-        if subject.borrowed:  # a copy may share parameters with the caller's model, where a registry holds them (Pyro)
-            stack.enter_context(kept(Inventory(subject.prepare(workshop))))
+        model = _own_model(subject, workshop, stack)
         if loss is not None:
-            stack.enter_context(workshop.lent(Inventory(loss)))
-        function = _Function(subject, device, seed, loss)
+            held = Inventory(loss)
+            _cast_loose(held, stack.enter_context(workshop.lent(held)))
+        function = _Function(subject, model, device, seed, loss)
         gradients = function.gradients(requiring)
         answers: dict[str, Answer] = {}
         for group in groups:
@@ -103,6 +104,34 @@ def check(
                 _check_group(function, gradients, names, answers)
         derivatives = function.derivatives() if "differs" in answers.values() else ()
     return Checked(answers, function.evaluations, derivatives)
+
+
+def _own_model(subject: Subject, workshop: RealWorkshop, stack: ExitStack) -> torch.nn.Module:
+    """Return a model in float64 that may be changed: a copy, or the caller's own with other tensors in it."""
+    try:
+        model = subject.prepare(RealWorkshop(str(workshop.device), torch.float64))
+        if isinstance(model, Holder):  # a function cannot be copied: its closure leads to the caller's own modules
+            held = Inventory(model)
+            before_write = stack.enter_context(workshop.lent(held))
+            for parameter in model.parameters():  # one that is in float64 already still has the caller's memory
+                before_write(parameter)
+        else:
+            # A copy may share parameters with the caller's model, where a registry holds them (Pyro).
+            before_write = stack.enter_context(kept(Inventory(model))) if subject.borrowed else nothing_written
+            model = copy.deepcopy(model).to(device=workshop.device, dtype=torch.float64)
+            held = Inventory(model)
+        _cast_loose(held, before_write)
+        return model
+    except Exception as error:
+        raise CannotCheck(f"The model cannot be copied: {type(error).__name__}: {error}") from error
+
+
+def _cast_loose(held: Inventory, before_write: Callable[[torch.Tensor], None]) -> None:
+    """Bring what lies beside parameters and buffers to float64: a table, the labels in a function's closure."""
+    for tensor in held.loose_tensors():
+        if tensor.is_floating_point() and tensor.is_leaf and not tensor.is_inference():
+            before_write(tensor)
+            tensor.data = tensor.data.to(torch.float64)
 
 
 @contextmanager
@@ -154,19 +183,16 @@ class _Function:
     ``loss`` holds what the loss uses, which every evaluation finds as it was.
     """
 
-    def __init__(self, subject: Subject, device: torch.device, seed: int, loss: torch.nn.Module | None) -> None:
+    def __init__(
+        self, subject: Subject, model: torch.nn.Module, device: torch.device, seed: int, loss: torch.nn.Module | None
+    ) -> None:
         self.seed = seed
         self._device = device
         self.evaluations = 0
         self.noise = 0.0
         self._subject = subject
         self._loss = loss
-        workshop = RealWorkshop(str(device), torch.float64)
-        try:
-            origin = copy.deepcopy(subject.prepare(workshop)).to(device=device, dtype=torch.float64)
-            self._built = subject.build(workshop, origin)
-        except Exception as error:
-            raise CannotCheck(f"The model cannot be copied: {type(error).__name__}: {error}") from error
+        self._built = subject.build(RealWorkshop(str(device), torch.float64), model)
         for name, tensor in self._built.inputs.items():
             tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
             tensor.requires_grad_(False)

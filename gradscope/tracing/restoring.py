@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.contents import tensors_in
+from gradscope.tracing.holding import variables_kept
 from gradscope.tracing.inventory import CONTAINERS, IMMUTABLE, OWN_TABLES, Inventory
 
 TABLES = ("_parameters", "_buffers", "_modules")
@@ -109,7 +110,8 @@ def kept(model: Inventory, given: tuple[Any, ...] = ()) -> Iterator[Callable[[to
                 before_write(buffer)
     try:
         with (_with_contents(own), _with_contents(_own_tables(own)), put_back(parts, deepest=2),
-              put_back(model.objects), _without_gradients(parameters)):  # fmt: skip
+              put_back(model.objects), _with_contents(model.containers), variables_kept(model.functions),
+              _without_gradients(parameters)):  # fmt: skip
             _wait_for_no_rank(model.modules)
             yield before_write
     finally:

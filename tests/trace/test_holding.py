@@ -132,3 +132,25 @@ def test_a_cache_of_the_model_and_an_argument_that_is_an_object_stay_as_they_wer
     assert (model.cache, model.seen) == ({}, {"all": []})
     gradscope.trace(Streaming(), X, session=session)
     assert session.frames == {0: {}}
+
+
+COUNT = 0
+
+
+def test_what_a_function_leaves_in_its_variables_is_taken_out_again() -> None:
+    model, losses, last = nn.Linear(4, 4), [torch.ones(())], {"loss": torch.ones(())}
+    average, steps = torch.zeros(()), 0
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        global COUNT
+        nonlocal average, steps
+        loss = model(x).square().mean()
+        COUNT, steps, average = COUNT + 1, steps + 1, 0.9 * average + loss
+        losses.append(loss)
+        last["loss"] = loss
+        return loss
+
+    before = [*losses, *last.values(), average]
+    assert gradscope.trace(step, X, numeric=True).verdict == "flows"
+    after = [*losses, *last.values(), average]
+    assert list(map(id, after)) == list(map(id, before)) and (steps, COUNT) == (0, 0)

@@ -307,3 +307,27 @@ def hard_sample(x: torch.Tensor) -> torch.Tensor:
 def test_torchs_own_straight_through_estimator_is_not_called_wrong() -> None:
     session = traced(hard_sample, "auto", numeric=True)
     assert session.verdict == "flows" and named(session, hard_sample) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_function_is_asked_with_the_modules_and_tensors_of_its_closure_in_float64(dtype: torch.dtype) -> None:
+    """pytorch-metric-learning and piq, called as losses: a function is not copied, and its modules were float32."""
+    torch.manual_seed(0)
+    net, masks = nn.Linear(4, 4).to(dtype), {"last": torch.rand(4).to(dtype)}
+    kept = [(each, each.dtype, each.detach().clone()) for each in (*net.parameters(), *masks.values())]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        shifted = net(x).exp()
+        return torch.dot(masks["last"], (shifted / shifted.sum(-1, keepdim=True).detach()).mean(0))
+
+    session = gradscope.trace(loss, torch.rand(3, 4, dtype=dtype), numeric=True)
+    assert session.sources["net.weight"].status == "partial"
+    assert any(words.startswith("Finite differences in float64: 2 sources") for words in session.remarks)
+    assert all(each.dtype is before and torch.equal(each, value) for each, before, value in kept)
+
+
+def test_the_tensors_of_a_losss_closure_are_in_float64_too() -> None:
+    net, target = nn.Linear(4, 4), torch.rand(4)
+    session = gradscope.trace(net, torch.rand(4), loss=lambda y: torch.dot(y, target), numeric=True)
+    assert any(words.startswith("Finite differences in float64") for words in session.remarks)
+    assert target.dtype is torch.float32

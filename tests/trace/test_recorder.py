@@ -52,7 +52,12 @@ def test_a_mode_of_the_targets_own_is_asked_before_the_recorder() -> None:
 
     x = torch.ones(2, requires_grad=True)
     results: list[torch.Tensor] = []
-    session = gradscope.trace(Target(), x, loss=lambda y: results.append(y) or y.sum(), mode="real", verify=False)
+
+    def loss(y: torch.Tensor, results: list[torch.Tensor] = results) -> torch.Tensor:  # what closes over it is put back
+        results.append(y)
+        return y.sum()
+
+    session = gradscope.trace(Target(), x, loss=loss, mode="real", verify=False)
     assert (session.verdict, inner.seen) == ("flows", ["relu"])
     assert results[0].tolist() == [2, 2]
     assert session.stats["operations"] == 5  # detach and to of the input; relu, mul, sum

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
 
 from gradscope.findings import listed
 from gradscope.tracing.cuts import Cut, cut_at
+from gradscope.tracing.derivatives import CPU
 from gradscope.tracing.frames import code_name, source_site
-from gradscope.tracing.numeric import CPU, CannotCheck, Checked, check
+from gradscope.tracing.numeric import Checked, check
+from gradscope.tracing.own_passes import CannotCheck
 from gradscope.tracing.propagation import Walks, union
 from gradscope.tracing.recording import Operation, Recording, Site
 from gradscope.tracing.subject import Subject
@@ -17,6 +20,8 @@ from gradscope.tracing.verify import Proof
 
 # What a blocked, unused or nondifferentiable source turns out to be.
 STATUS_OF = {"lost": "blocked", "differs": "blocked", "flat": "nondifferentiable", "none": "unused"}
+# A source of such a status is wrong where finite differences disagree.
+SAID_WHOLE = ("flows", "zero")
 WRONG_BACKWARD = "its backward is not the derivative of its forward, as finite differences at its own operands show."
 CAUSE_UNKNOWN = (
     "finite differences disagree with the gradient of what goes in here; where on its way it goes wrong was not found."
@@ -24,6 +29,10 @@ CAUSE_UNKNOWN = (
 LAST_SEEN = (
     "the last that torch sees of these numbers. Finite differences show that the result depends on them: what takes "
     "them from here (a kernel, another library) gives no gradient back."
+)
+LEFT_TORCH = (
+    "finite differences show that a part of the gradient is missing, and the numbers leave torch here: what Python "
+    "makes of them (the size of a step, a bound) has no gradient."
 )
 SHARED_MEMORY = (
     "what is computed of the array has no gradient; or something is written into it, whose memory is the tensor's, and "
@@ -41,14 +50,20 @@ def confirm(subject: Subject, proof: Proof, home: torch.device) -> list[str]:
     diagnosis = proof.diagnosis
     if proof.first.recording.error is not None:
         return ["Finite differences were not taken: the forward pass ends with an exception."]
-    groups, requiring = _groups(proof), frozenset(proof.first.recording.leaves)
+    if proof.first.recording.left:
+        return ["Finite differences were not taken: what the call gives out has left torch."]
+    asking = functools.partial(
+        check, subject, _groups(proof), requiring=frozenset(proof.first.recording.leaves),
+        doubted=frozenset(name for name, status in diagnosis.statuses.items() if status in SAID_WHOLE),
+        goes_back=proof.first.recording.went_back,
+    )  # fmt: skip
     try:
         try:
-            checked = check(subject, groups, requiring=requiring)
+            checked = asking()
         except CannotCheck:
             if home == CPU:
                 raise
-            checked = check(subject, groups, requiring=requiring, device=home)
+            checked = asking(device=home)
     except CannotCheck as error:
         return [f"Finite differences could not be taken. {error.message}"]
     remarks = [f"Finite differences in float64: {len(checked.answers)} sources, {checked.evaluations} forward passes."]
@@ -61,13 +76,23 @@ def confirm(subject: Subject, proof: Proof, home: torch.device) -> list[str]:
     spoiled = {name for cut in proof.cuts.values() for name in cut.wrong}
     # What a hook computes the numeric check does not ask for.
     wrong = {name for name, answer in checked.answers.items() if answer == "differs"
-             and (diagnosis.statuses[name] in ("flows", "zero") or name in spoiled)}  # fmt: skip
+             and (diagnosis.statuses[name] in SAID_WHOLE or name in spoiled)}  # fmt: skip
     wrong -= proof.first.recording.by_hook
     remarks += _blame_wrong(proof, wrong, checked) if wrong else []
-    unclear = sorted(name for name, answer in checked.answers.items() if answer == "unclear")
-    if unclear:
-        remarks.append(f"Finite differences do not converge for {listed(unclear)}: a kink, or lower precision inside.")
-    return remarks
+    return remarks + _unanswered(checked)
+
+
+def _unanswered(checked: Checked) -> list[str]:
+    """Say for which sources finite differences tell nothing, and why."""
+    named: dict[str, list[str]] = {}
+    for name, answer in sorted(checked.answers.items()):
+        named.setdefault(answer, []).append(name)
+    why = {
+        "unclear": "Finite differences do not converge for {}: a kink, or lower precision inside.",
+        "refused": "Finite differences could not be taken for {}. Where that is moved: " + checked.refusal,
+        "rewritten": "Finite differences were not taken for {}: the call itself gives other values there before use.",
+    }
+    return [words.replace("{}", listed(named[answer]), 1) for answer, words in why.items() if answer in named]
 
 
 def _groups(proof: Proof) -> list[frozenset[str]]:
@@ -138,16 +163,23 @@ def _blame_wrong(proof: Proof, wrong: set[str], checked: Checked) -> list[str]:
         found = [site for site in sites if site in culprits]
         if not found and (name in diagnosis.surrogates or surrogates.intersection(sites)):
             continue
+        suspects = _suspects(proof, recording, name, passing[name], found)
+        if not suspects and _blame_escapes(proof, name, passing[name]):
+            continue
         diagnosis.statuses[name] = "wrong"
-        for cut in _suspects(proof, recording, name, passing[name], found):
+        for cut in suspects:
             if cut.site in culprits:
                 cut.rule, cut.words = "GS501", WRONG_BACKWARD
             cut.zero.discard(name)
             cut.wrong.add(name)
             cut.certain = True
-        if not any(name in cut.wrong for cut in proof.cuts.values()):
-            _blame_entrance(proof, name, passing[name])
-    kept = wrong - {name for name, status in diagnosis.statuses.items() if status == "wrong"}
+        if not suspects:
+            _blame_entrance(proof, recording, name, passing[name])
+    off = [abs(checked.off[name]) for name in wrong if diagnosis.statuses[name] == "wrong" and name in checked.off]
+    if off:
+        least, most = (f"{100 * each:.2g} %" for each in (min(off), max(off)))
+        remarks.append(f"A wrong gradient is off by {least if least == most else f'{least} to {most}'}.")
+    kept = wrong - {name for name, status in diagnosis.statuses.items() if status in ("wrong", "partial")}
     if kept:
         where = sorted({f"{site.path}:{site.line}" for site in surrogates})
         remarks.append(
@@ -157,12 +189,28 @@ def _blame_wrong(proof: Proof, wrong: set[str], checked: Checked) -> list[str]:
     return remarks
 
 
-def _blame_entrance(proof: Proof, name: str, passing: list[Operation]) -> None:
+def _blame_escapes(proof: Proof, name: str, passing: list[Operation]) -> bool:
+    """Name the calls that took numbers of a source out of torch, where it goes on: what Python makes of them counts."""
+    recording = proof.first.recording
+    values = {value for operation in passing for value in operation.outputs} | {recording.leaves[name]}
+    live = proof.diagnosis.live
+    last = max((operation.index for operation in passing if live.intersection(operation.outputs)), default=0)
+    left = [each for each in recording.escapes
+            if each.place is not None and each.index < last and values.intersection(each.inputs)]  # fmt: skip
+    for operation in left:
+        cut = cut_at(proof.cuts, recording, operation)
+        cut.words, cut.certain = cut.words or LEFT_TORCH, True
+        cut.partial.add(name)
+    if left:
+        proof.diagnosis.statuses[name] = "partial"
+    return bool(left)
+
+
+def _blame_entrance(proof: Proof, recording: Recording, name: str, passing: list[Operation]) -> None:
     """Name the call that takes a source in, where nothing on its way is known to err."""
     first = next((operation for operation in passing if operation.place is not None), None)
     if first is not None and first.place is not None:
-        site = source_site(first.place, first.name)
-        cut = proof.cuts.setdefault(site, Cut(site, "GS503", chain=(code_name(first.place.code),)))
+        cut = cut_at(proof.cuts, recording, first)
         cut.words, cut.certain = CAUSE_UNKNOWN, True
         cut.wrong.add(name)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradscope.errors import UsageError
@@ -24,9 +25,9 @@ CHANGING = (list, dict, set, deque)
 class Holder(nn.Module):
     """Stands for something that calls modules without being one.
 
-    Its children are the modules found there, under the names they have there. ``objects`` are the plain
-    objects on the way, ``containers`` the lists, dicts and sets, ``functions`` those whose variables were looked into:
-    what a run leaves in them is put back.
+    Its children are the modules found there, under the names they have there. ``tensors`` are those found beside them,
+    by name, ``objects`` the plain objects on the way, ``containers`` the lists, dicts and sets, ``functions`` those
+    whose variables were looked into: what a run leaves in them is put back.
     """
 
     def __init__(self, call: Callable[..., Any], name: str, entry: str) -> None:
@@ -34,6 +35,7 @@ class Holder(nn.Module):
         self.name = name
         self.entry = entry
         self.call = call
+        self.tensors: dict[str, torch.Tensor] = {}
         self.objects: list[Any] = []
         self.containers: list[Any] = []
         self.functions: list[FunctionType] = []
@@ -95,6 +97,8 @@ def _fill(holder: Holder, target: Any) -> None:
         seen.add(id(value))
         if isinstance(value, nn.Module):
             _place(holder, path, value)
+        elif isinstance(value, torch.Tensor):
+            holder.tensors[".".join(path).lstrip("_")] = value  # what is private of a module has no name
         elif len(path) <= DEEPEST:
             if hasattr(value, "__dict__") and not callable(getattr(value, "__get__", None)):
                 holder.objects.append(value)

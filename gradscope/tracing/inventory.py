@@ -75,9 +75,11 @@ class Inventory:
 
     def _attributes(self) -> Iterator[dict[str, Any]]:
         for module in self.modules:
-            yield module.__dict__
             if isinstance(module, Holder):
+                yield module.tensors
                 yield from map(vars, module.objects)
+            else:
+                yield module.__dict__
 
     def tensors(self, kinds: tuple[str, ...] = ("_parameters", "_buffers")) -> list[torch.Tensor]:
         """Return the parameters as they are now, then the buffers; one that is shared more than once."""
@@ -94,7 +96,10 @@ class Inventory:
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what ``model.named_parameters(remove_duplicate=False)`` yields, in less than half the time."""
     if type(model).named_parameters is not nn.Module.named_parameters:
-        return dict(model.named_parameters(remove_duplicate=False))
+        try:
+            return dict(model.named_parameters(remove_duplicate=False))
+        except TypeError:  # its own may take other arguments
+            return dict(model.named_parameters())
     found: dict[str, nn.Parameter] = {}
     _gather_parameters(model, "", found)
     return found

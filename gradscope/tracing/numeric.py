@@ -9,63 +9,54 @@ buffers (batch norm starts from the same statistics).
 from __future__ import annotations
 
 import copy
+import math
 import random
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from gradscope.errors import GradscopeError
+from gradscope.errors import first_line
 from gradscope.stages import tell
 from gradscope.tracing.contents import results_in
-from gradscope.tracing.frames import source_site, user_place
+from gradscope.tracing.derivatives import CPU, STEP, TOLERANCE, Derivative, FunctionChecker, drawn
 from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
 from gradscope.tracing.inventory import Inventory
+from gradscope.tracing.own_passes import CannotCheck, OwnPasses
 from gradscope.tracing.recorder import nothing_written
-from gradscope.tracing.recording import Region, Site
-from gradscope.tracing.restoring import kept, untouched_state
+from gradscope.tracing.restoring import kept, untouched_state, with_attributes_of
 from gradscope.tracing.subject import Subject
 from gradscope.tracing.workshops import RealWorkshop
 
 # A group whose members all differ is halved only while this many forward passes are left.
 MOST_EVALUATIONS = 400
-# Central differences: the error is of the order STEP**2 and 1e-16 / STEP, relative to the size of the tensor.
-STEP = 1e-6
-CPU = torch.device("cpu")
-# Where nothing moves at STEP: a function in steps moves when its arguments change by as much as they are.
-LEAP = 0.5
-TOLERANCE = 1e-3
+# Where nothing moves at STEP: a function in steps moves when its arguments change by as much as they are, or by more.
+LEAPS = (0.5, 4.0, 32.0)
 UNSTEADY = 0.05
 
 # agrees / differs: with autograd; lost: it depends smoothly and autograd says nothing; flat: in steps only;
-# none: not at all; unclear: the differences do not converge (a kink, noise, an argument of lower precision).
-Answer: TypeAlias = Literal["agrees", "differs", "lost", "flat", "none", "unclear"]
-
-
-class CannotCheck(GradscopeError):
-    """The model does not run in float64 where it was tried, or cannot be copied."""
+# none: not at all; unclear: the differences do not converge (a kink, noise, an argument of lower precision);
+# refused: with the source moved it does not run; rewritten: each call gives the source another value before it is used.
+Answer: TypeAlias = Literal["agrees", "differs", "lost", "flat", "none", "unclear", "refused", "rewritten"]
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What finite differences say of each source, and how many forward passes that took."""
+    """What finite differences say of each source, and how many forward passes that took.
+
+    ``refusal`` is why it did not run with a source moved, ``off`` by how much of the derivative a gradient differs.
+    """
 
     answers: dict[str, Answer]
     evaluations: int
     derivatives: tuple[Derivative, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Derivative:
-    """A custom function whose own backward is not the derivative of its forward; ``surrogate``: that one is zero."""
-
-    site: Site
-    surrogate: bool
+    refusal: str = ""
+    off: dict[str, float] = field(default_factory=dict)
 
 
 def check(
@@ -73,13 +64,16 @@ def check(
     groups: Iterable[frozenset[str]],
     *,
     requiring: frozenset[str],
+    doubted: frozenset[str] = frozenset(),
+    goes_back: bool = False,
     device: torch.device = CPU,
     seed: int = 0,
 ) -> Checked:
     """Compare autograd with finite differences for groups of sources; a group that differs is halved to its members.
 
-    ``requiring`` are the sources that require a gradient in the pass that autograd is asked in; ``device`` is where the
-    copy of the model runs.
+    ``requiring`` are the sources that require a gradient in the pass that autograd is asked in, ``doubted`` those whose
+    gradient is wrong if it differs; ``goes_back`` says that the target is judged by what it goes backward from itself;
+    ``device`` is where the copy of the model runs.
 
     Raises:
         CannotCheck: the model does not run in float64 there.
@@ -95,35 +89,45 @@ def check(
         if loss is not None:
             held = Inventory(loss)
             _cast_loose(held, stack.enter_context(workshop.lent(held)))
-        function = _Function(subject, model, device, seed, loss)
+        function = _Function(subject, model, device, seed, loss, goes_back=goes_back)
         gradients = function.gradients(requiring)
-        answers: dict[str, Answer] = {}
+        answers: dict[str, Answer] = dict.fromkeys(function.rewritten, "rewritten")
         for group in groups:
-            names = sorted(name for name in group if name in function.sources)
+            names = sorted(name for name in group if name in function.sources.keys() - function.rewritten)
             if names:
-                _check_group(function, gradients, names, answers)
+                _check_group(function, gradients, names, answers, doubted)
         derivatives = function.derivatives() if "differs" in answers.values() else ()
-    return Checked(answers, function.evaluations, derivatives)
+    return Checked(answers, function.evaluations, derivatives, function.refusal, function.off)
 
 
 def _own_model(subject: Subject, workshop: RealWorkshop, stack: ExitStack) -> torch.nn.Module:
     """Return a model in float64 that may be changed: a copy, or the caller's own with other tensors in it."""
+    model = subject.prepare(RealWorkshop(str(workshop.device), torch.float64))
+    held = Inventory(model)
+    copied = None
+    if not isinstance(model, Holder):  # a function cannot be copied: its closure leads to the caller's own modules
+        # A copy may share parameters with the caller's model, where a registry holds them (Pyro).
+        before_write = stack.enter_context(kept(held)) if subject.borrowed else nothing_written
+        copied = _copied(model, workshop.device)
+    if copied is not None:
+        model, held = copied, Inventory(copied)
+    else:
+        before_write = stack.enter_context(workshop.lent(held))
+        for tensor in (*model.parameters(), *model.buffers()):  # in float64 already it still has the caller's memory
+            before_write(tensor)
+    _cast_loose(held, before_write)
+    return model
+
+
+def _copied(model: torch.nn.Module, device: torch.device) -> torch.nn.Module | None:
+    """Return a copy in float64; None where it cannot be copied: a lock in it, a weight that is computed beforehand."""
     try:
-        model = subject.prepare(RealWorkshop(str(workshop.device), torch.float64))
-        if isinstance(model, Holder):  # a function cannot be copied: its closure leads to the caller's own modules
-            held = Inventory(model)
-            before_write = stack.enter_context(workshop.lent(held))
-            for parameter in model.parameters():  # one that is in float64 already still has the caller's memory
-                before_write(parameter)
-        else:
-            # A copy may share parameters with the caller's model, where a registry holds them (Pyro).
-            before_write = stack.enter_context(kept(Inventory(model))) if subject.borrowed else nothing_written
-            model = copy.deepcopy(model).to(device=workshop.device, dtype=torch.float64)
-            held = Inventory(model)
-        _cast_loose(held, before_write)
-        return model
-    except Exception as error:
-        raise CannotCheck(f"The model cannot be copied: {type(error).__name__}: {error}") from error
+        copied = copy.deepcopy(model)
+        for original, other in zip(model.parameters(), copied.parameters(), strict=True):
+            with_attributes_of(original, other)
+        return copied.to(device=device, dtype=torch.float64)
+    except Exception:
+        return None
 
 
 def _cast_loose(held: Inventory, before_write: Callable[[torch.Tensor], None]) -> None:
@@ -146,18 +150,27 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _check_group(
-    function: _Function, gradients: Mapping[str, torch.Tensor], names: list[str], answers: dict[str, Answer]
+    function: _Function,
+    gradients: Mapping[str, torch.Tensor],
+    names: list[str],
+    answers: dict[str, Answer],
+    doubted: frozenset[str],
 ) -> None:
     """Give a group one answer where it agrees or nothing of it matters; else ask its halves."""
     tell(f"finite differences, {function.evaluations} forward passes so far")
-    answer = _compare(function, gradients, names)
-    exhausted = function.evaluations > MOST_EVALUATIONS and answer in ("lost", "flat")
+    try:
+        answer = _compare(function, gradients, names)
+    except CannotCheck as error:
+        function.refusal, answer = error.message, "refused"
+    exhausted = function.evaluations > MOST_EVALUATIONS and not (answer == "differs" and doubted.issuperset(names))
+    if answer == "differs" and len(names) == 1 and doubted.issuperset(names):
+        answer = _settled(function, gradients, names[0])
     if len(names) == 1 or answer in ("agrees", "none") or exhausted:
         answers.update(dict.fromkeys(names, answer))
         return
     middle = len(names) // 2
     for half in (names[:middle], names[middle:]):
-        _check_group(function, gradients, half, answers)
+        _check_group(function, gradients, half, answers, doubted)
 
 
 def _compare(function: _Function, gradients: Mapping[str, torch.Tensor], names: list[str]) -> Answer:
@@ -166,8 +179,10 @@ def _compare(function: _Function, gradients: Mapping[str, torch.Tensor], names: 
     has_gradient = any(name in gradients for name in names)
     small, smaller = function.slope(directions, STEP), function.slope(directions, STEP / 4)
     noise = function.noise / STEP
+    if not math.isfinite(small + smaller + told):
+        return "unclear"
     if abs(small) <= noise and abs(told) <= noise:
-        return "flat" if abs(function.slope(directions, LEAP)) * LEAP > function.noise else "none"
+        return "flat" if function.is_moved_by(directions) else "none"
     size = max(abs(smaller), abs(told))
     spread = abs(small - smaller)  # how far the differences are from having converged: kinks on the way move them
     if spread > UNSTEADY * size + 8 * noise:
@@ -177,29 +192,56 @@ def _compare(function: _Function, gradients: Mapping[str, torch.Tensor], names: 
     return "differs" if has_gradient else "lost"
 
 
+def _settled(function: _Function, gradients: Mapping[str, torch.Tensor], name: str) -> Answer:
+    """Ask with steps of very different size before a gradient is called wrong: near a kink two may agree by chance."""
+    directions = {name: function.direction(name)}
+    slopes = [function.slope(directions, step) for step in (16 * STEP, STEP, STEP / 16)]
+    spread, size = max(slopes) - min(slopes), max(map(abs, slopes))
+    if spread > UNSTEADY * size + 8 * function.noise / (STEP / 16):
+        return "unclear"
+    told = float((gradients[name] * directions[name]).sum())
+    function.off[name] = abs(slopes[1] - told) / (size or 1.0)
+    return "differs"
+
+
 class _Function:
     """A subject as a number that depends on its sources: every output weighed with fixed random numbers, summed.
 
-    ``loss`` holds what the loss uses, which every evaluation finds as it was.
+    ``loss`` holds what the loss uses, which every evaluation finds as it was. ``rewritten`` are the sources that each
+    call writes before it uses them.
     """
 
     def __init__(
-        self, subject: Subject, model: torch.nn.Module, device: torch.device, seed: int, loss: torch.nn.Module | None
+        self,
+        subject: Subject,
+        model: torch.nn.Module,
+        device: torch.device,
+        seed: int,
+        loss: torch.nn.Module | None,
+        *,
+        goes_back: bool,
     ) -> None:
         self.seed = seed
         self._device = device
         self.evaluations = 0
-        self.noise = 0.0
+        self.noise = self._base = 0.0
+        self.refusal = ""
+        self.off: dict[str, float] = {}
+        self.rewritten: frozenset[str] = frozenset()
         self._subject = subject
         self._loss = loss
+        self._goes_back = goes_back
         self._built = subject.build(RealWorkshop(str(device), torch.float64), model)
         for name, tensor in self._built.inputs.items():
             tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
             tensor.requires_grad_(False)
             assert name not in dict(self._built.model.named_parameters())
         self.sources = {**dict(self._built.model.named_parameters()), **self._built.inputs}
-        self._values = {name: tensor.detach().clone() for name, tensor in self.sources.items()}
+        self._values = self._values_now()
         self._weights: list[torch.Tensor] = []
+
+    def _values_now(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.sources.items()}
 
     # --- what autograd says -----------------------------------------------------------------
 
@@ -207,23 +249,63 @@ class _Function:
         """Return the gradient of the number with respect to every source that autograd gives one."""
         for name, tensor in self.sources.items():
             tensor.requires_grad_(name in requiring)
-        with torch.enable_grad(), self._restored():
-            outputs = self._outputs()
-            generator = torch.Generator().manual_seed(self.seed + 1)
-            self._weights = [_drawn(output, generator) for output in outputs]
-            value = self._number(outputs)
-            self._forget_gradients()  # the forward pass may go backward itself
-            try:
-                if value.requires_grad:
-                    value.backward()
-            except Exception as error:
-                raise CannotCheck(f"Backward raises: {type(error).__name__}: {error}") from error
-            found = {name: tensor.grad for name, tensor in self.sources.items() if tensor.grad is not None}
-        self._forget_gradients()
-        self.noise = 1e-14 * sum(
-            float((weight * output.detach()).abs().sum()) for weight, output in zip(self._weights, outputs, strict=True)
-        )
+        found = self._derived()
+        written = self.rewritten
+        if written:  # a first call may give parameters their values: what is asked about is the next one
+            with torch.enable_grad():
+                self._outputs()
+            self._values = self._values_now()
+            found = self._derived()
+            self.rewritten |= self._not_left_where_moved(written)
         return {name: grad.to_dense() if grad.is_sparse else grad for name, grad in found.items()}
+
+    def _derived(self) -> dict[str, torch.Tensor]:
+        with torch.enable_grad(), self._restored():
+            self._forget_gradients()  # the forward pass may go backward itself
+            if self._goes_back:
+                own = OwnPasses(self.sources, derives=True)
+                outputs = self._outputs(own)
+                self._weights, found = own.weights, own.gradients
+            else:
+                outputs = self._outputs()
+                self.rewritten = self._unlike(self._values)
+                found = self._gone_back(outputs)
+        self._forget_gradients()
+        self._base = float(self._number(outputs))
+        self.noise = 1e-14 * sum(
+            float((weight * output.detach()).abs().nan_to_num(0, 0, 0).sum())
+            for weight, output in zip(self._weights, outputs, strict=True)
+        )
+        return found
+
+    def _gone_back(self, outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        self._weights = [drawn(output, generator) for output in outputs]
+        value = self._number(outputs)
+        self._forget_gradients()
+        try:
+            if value.requires_grad:
+                value.backward()
+        except Exception as error:
+            raise CannotCheck(f"Backward raises: {type(error).__name__}: {first_line(error)}") from error
+        return {name: tensor.grad for name, tensor in self.sources.items() if tensor.grad is not None}
+
+    def _unlike(self, values: Mapping[str, torch.Tensor]) -> frozenset[str]:
+        """Return the sources that have other values than these."""
+        with torch.no_grad():
+            return frozenset(
+                name for name, value in values.items()
+                if not torch.allclose(self.sources[name].detach(), value, rtol=0, atol=0, equal_nan=True)
+            )  # fmt: skip
+
+    def _not_left_where_moved(self, names: frozenset[str]) -> frozenset[str]:
+        """Return the sources that a call moves back: a weight that is normalised in place, again and again."""
+        moved = {name: self._values[name] + LEAPS[0] * self.direction(name) for name in names}
+        with torch.enable_grad(), self._restored():
+            for name, value in moved.items():
+                self.sources[name].data.copy_(value)
+            self._outputs()
+            return self._unlike(moved)
 
     def _forget_gradients(self) -> None:
         for tensor in self.sources.values():
@@ -231,7 +313,7 @@ class _Function:
 
     def derivatives(self) -> tuple[Derivative, ...]:
         """Return the custom functions of the model whose backward is not their derivative, each checked alone."""
-        checker = _FunctionChecker()
+        checker = FunctionChecker()
         with torch.enable_grad(), self._restored(), observe(checker, frozenset()):
             self._outputs()
         return tuple(dict.fromkeys(checker.found))
@@ -242,7 +324,7 @@ class _Function:
         """Return a random direction of a source, as long as the source itself is large."""
         value = self._values[name]
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-        noise = _drawn(value, generator)
+        noise = drawn(value, generator)
         size = float(value.abs().square().mean().sqrt()) if value.numel() else 0.0
         return noise * (size or 1.0)
 
@@ -250,12 +332,18 @@ class _Function:
         """Return the central difference along the directions."""
         return (self._moved(directions, step) - self._moved(directions, -step)) / (2 * step)
 
+    def is_moved_by(self, directions: Mapping[str, torch.Tensor]) -> bool:
+        """Tell whether the number changes where the sources make a leap, this way or that."""
+        steps = (sign * leap for leap in LEAPS for sign in (1, -1))
+        return any(not abs(self._moved(directions, step) - self._base) <= self.noise for step in steps)
+
     def _moved(self, directions: Mapping[str, torch.Tensor], step: float) -> float:
         with torch.no_grad():
             for name, direction in directions.items():
                 self.sources[name].data.add_(direction, alpha=step)
+        own = OwnPasses(self.sources, derives=False) if self._goes_back else None
         with torch.enable_grad(), self._restored():
-            return float(self._number(self._outputs()))
+            return float(self._number(self._outputs(own)))
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -274,7 +362,7 @@ class _Function:
             for name, tensor in self.sources.items():
                 tensor.data.copy_(self._values[name])
 
-    def _outputs(self) -> list[torch.Tensor]:
+    def _outputs(self, own: OwnPasses | None = None) -> list[torch.Tensor]:
         self.evaluations += 1
         # torch.manual_seed would seed every GPU as well, also where none is used.
         (torch.default_generator.manual_seed if self._device == CPU else torch.manual_seed)(self.seed)
@@ -282,103 +370,26 @@ class _Function:
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(self.seed)
         try:
-            result = self._built.call()
+            with own if own is not None else nullcontext():
+                result = self._built.call()
             if self._subject.loss is not None:
                 result = self._subject.loss(result)
+        except CannotCheck:
+            raise
         except Exception as error:
             raise CannotCheck(
-                f"It does not run in float64 on {self._device}: {type(error).__name__}: {error}"
+                f"It does not run in float64 on {self._device}: {type(error).__name__}: {first_line(error)}"
             ) from error
+        if own is not None:
+            return own.outputs
         return [each for each in results_in(result) if each.is_floating_point() or each.is_complex()]
 
     def _number(self, outputs: list[torch.Tensor]) -> Any:
-        weighed = [(weight * output).sum().real for weight, output in zip(self._weights, outputs, strict=True)]
+        if len(outputs) != len(self._weights):
+            raise CannotCheck(f"It gives {len(outputs)} results where it gave {len(self._weights)}.")
+        # A masked logit of minus infinity says nothing, and would make all the rest of the number nothing.
+        weighed = [
+            (weight * output.masked_fill(~output.isfinite(), 0)).sum().real
+            for weight, output in zip(self._weights, outputs, strict=True)
+        ]
         return torch.stack([each.double().to(self._device) for each in weighed]).sum() if weighed else torch.zeros(())
-
-
-class _FunctionChecker:
-    """Observes ``autograd.Function.apply`` and compares each one's backward with its forward, at its own operands."""
-
-    is_here = True
-
-    def __init__(self) -> None:
-        self.found: list[Derivative] = []
-        self.is_watching = True
-        self.is_in_function = False
-
-    def custom_function(
-        self, name: str, args: tuple[Any, ...], call: Callable[..., Any], apply: Callable[..., Any]
-    ) -> Any:
-        """Check one function, then run it."""
-        place = user_place(sys._getframe(2))
-        self.is_watching = False
-        try:
-            if place is not None:
-                with torch.enable_grad():
-                    self._check(source_site(place, name), args, apply)
-            return call(*args)
-        finally:
-            self.is_watching = True
-
-    def _check(self, site: Site, args: tuple[Any, ...], call: Callable[..., Any]) -> None:
-        given = [each.detach().clone().requires_grad_() if _is_real(each) else each for each in args]
-        tensors = [each for each in given if _is_real(each)]
-        outputs = [each for each in results_in(call(*given)) if each.requires_grad]
-        if not tensors or not outputs:
-            return
-        generator = torch.Generator().manual_seed(0)
-        weights = [_drawn(each, generator) for each in outputs]
-        directions = [_drawn(each, generator) for each in tensors]
-        grads = torch.autograd.grad(outputs, tensors, weights, allow_unused=True)
-
-        def value(step: float, only: int | None = None) -> float:
-            steps = [step if only in (None, index) else 0.0 for index in range(len(tensors))]
-            with torch.no_grad():
-                moved = iter([each + way * far for each, way, far in zip(tensors, directions, steps, strict=True)])
-                result = call(*[next(moved) if _is_real(each) else each for each in given])
-                pairs = zip(weights, results_in(result), strict=False)
-                return float(sum((weight * output).sum() for weight, output in pairs))
-
-        told = [float((grad * way).sum()) if grad is not None else 0.0
-                for grad, way in zip(grads, directions, strict=True)]  # fmt: skip
-        if not _differ((value(STEP) - value(-STEP)) / (2 * STEP), sum(told)):
-            return
-        for index, grad in enumerate(grads):  # one may be rounded, and another one given no gradient
-            slope = (value(STEP, index) - value(-STEP, index)) / (2 * STEP)
-            if grad is not None and _differ(slope, told[index]):
-                self.found.append(Derivative(site, surrogate=abs(slope) < 1e-8))
-
-    # What else there is to observe does not matter here.
-    def enter_region(self, key: object, region: Region) -> None: ...
-    def leave_region(self, key: object) -> None: ...
-    def enter_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> bool:
-        return False
-
-    def leave_module(self, module: torch.nn.Module, output: Any) -> None: ...
-    def replayed(self, graph: Any, place: Any, replay: Callable[[], None]) -> None:
-        """Replay the graph."""
-        replay()
-
-    def pickled(self, tensor: torch.Tensor, place: Any) -> None: ...
-    def unpickled(self, tensor: torch.Tensor) -> None: ...
-    def step(self, optimizer: Any, place: Any, *, begins: bool) -> None: ...
-    def in_thread(self) -> AbstractContextManager[None]:
-        """Watch nothing more in another thread."""
-        return nullcontext()
-
-    def parameter(self, data: Any, place: Any, make: Callable[[], torch.nn.Parameter]) -> torch.nn.Parameter:
-        """Make the parameter."""
-        return make()
-
-
-def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return random numbers for a tensor, the same on every device."""
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=CPU).to(like)
-
-
-def _differ(slope: float, told: float) -> bool:
-    return abs(slope - told) > TOLERANCE * max(abs(slope), abs(told)) + 1e-8
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()

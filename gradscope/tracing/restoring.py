@@ -109,7 +109,8 @@ def kept(model: Inventory, given: tuple[Any, ...] = ()) -> Iterator[Callable[[to
             for buffer in module.buffers():
                 before_write(buffer)
     try:
-        with (_with_contents(own), _with_contents(_own_tables(own)), put_back(parts, deepest=2),
+        with (_with_contents(own), _with_contents(map(vars, parameters)), _with_contents(_own_tables(own)),
+              put_back(parts, deepest=2),
               put_back(model.objects), _with_contents(model.containers), variables_kept(model.functions),
               _without_gradients(parameters)):  # fmt: skip
             _wait_for_no_rank(model.modules)
@@ -209,9 +210,16 @@ def swapped(
                 for name, tensor in table.items():
                     if tensor is not None:
                         if id(tensor) not in made:
-                            made[id(tensor)] = replace(tensor)
+                            made[id(tensor)] = with_attributes_of(tensor, replace(tensor))
                         table[name] = made[id(tensor)]
         yield before_write
+
+
+def with_attributes_of(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Give another tensor what somebody has set on this one: a counter, how an optimizer is to treat it."""
+    own = vars(other)
+    own.update({name: value for name, value in vars(tensor).items() if name not in own})
+    return other
 
 
 def _tables(module: nn.Module) -> list[dict[str, Any]]:

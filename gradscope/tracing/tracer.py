@@ -57,6 +57,7 @@ def _traced(subject: Subject, workshop: Workshop, *, verify: bool, numeric: bool
     findings += outside_findings(proof, len(findings))
     findings += optimizer_findings(recording, len(findings))
     sources = _sources(proof, ids, subject)
+    fix_set = [ids[site] for site in proof.fix if site in ids]  # finite differences may show that a cut costs nothing
     session = Session(
         kind="trace",
         verdict=_verdict(proof, findings),
@@ -69,8 +70,8 @@ def _traced(subject: Subject, workshop: Workshop, *, verify: bool, numeric: bool
         target=_target(subject, workshop, recording),
         sources=sources,
         findings=findings,
-        fix_set=[ids[site] for site in proof.fix],
-        fix_verified=proof.verified and not recording.left,
+        fix_set=fix_set,
+        fix_verified=proof.verified and bool(fix_set) and not recording.left,
         graph=draw(recording, proof.diagnosis, ids, proof.first.frozen, subject.inputs),
         healed=_healed(proof, subject),
         crash=_crash(proof),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradscope.tracing.autograd import reached_leaves
+from gradscope.tracing.holding import Holder
 from gradscope.tracing.inventory import OWN
 
 # A dict of lists of layers.
@@ -22,7 +23,7 @@ def unregistered(model: nn.Module) -> dict[int, tuple[str, torch.Tensor]]:
     """
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for prefix, module in model.named_modules():
-        for name, value in vars(module).items():
+        for name, value in (module.tensors if isinstance(module, Holder) else vars(module)).items():
             if name not in OWN:
                 for path, tensor in _trainable(value, f"{prefix}.{name}".lstrip("."), 0):
                     for leaf in reached_leaves([tensor]):

@@ -154,3 +154,46 @@ def test_what_a_function_leaves_in_its_variables_is_taken_out_again() -> None:
     assert gradscope.trace(step, X, numeric=True).verdict == "flows"
     after = [*losses, *last.values(), average]
     assert list(map(id, after)) == list(map(id, before)) and (steps, COUNT) == (0, 0)
+
+
+def test_tensors_beside_the_modules_have_the_names_of_their_variables() -> None:
+    """monai's DiceMetric over a closure: the labels were said to be "objects", an attribute of gradscope's own."""
+    net, unused = nn.Linear(4, 4), nn.Linear(4, 4)
+    scale, settings, _shift = torch.ones(4, requires_grad=True), {"bias": torch.ones(4, requires_grad=True)}, X
+    merged = (2 * unused.weight).detach()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return (net(x) * scale + settings["bias"]) @ merged + unused.bias + _shift
+
+    session = gradscope.trace(forward, X)
+    assert session.findings[0].message.startswith("scale, settings.bias: used here, and no parameter of the model")
+    assert session.unseen == [
+        "The result uses merged, which was computed before the run and kept: whether unused.weight is in it is not "
+        "known."
+    ]
+
+
+class Counted(nn.Module):
+    """Keeps a count on its parameters, as opacus and megatron do, and names them by a method of its own (torchrl)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.layer.weight.uses = 0  # type: ignore[assignment]
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Any:
+        return super().named_parameters(prefix, recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layer.weight.uses += 1  # type: ignore[operator]
+        self.layer.bias.seen = True  # type: ignore[assignment]
+        out: torch.Tensor = self.layer(x)
+        return out
+
+
+@pytest.mark.parametrize("asked", [{"mode": "structural"}, {"mode": "real"}, {"numeric": True}])
+def test_attributes_of_parameters_are_there_in_the_run_and_as_before_after_it(asked: Any) -> None:
+    model = Counted()
+    session = gradscope.trace(model, X, **asked)
+    assert session.verdict == "flows" and not any("could not be taken" in words for words in session.remarks)
+    assert model.layer.weight.uses == 0 and not hasattr(model.layer.bias, "seen")

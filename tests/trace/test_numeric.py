@@ -331,3 +331,216 @@ def test_the_tensors_of_a_losss_closure_are_in_float64_too() -> None:
     session = gradscope.trace(net, torch.rand(4), loss=lambda y: torch.dot(y, target), numeric=True)
     assert any(words.startswith("Finite differences in float64") for words in session.remarks)
     assert target.dtype is torch.float32
+
+
+# --- what real libraries showed ------------------------------------------------------------------------------
+
+
+class Initialising(nn.Module):
+    """Gives its parameters their values in the first call, as an ActNorm does (normflows) and a variational posterior
+    (gpytorch)."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.is_done, self.always = False, always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x)
+        if self.always or not self.is_done:
+            self.is_done = True
+            self.scale.data.copy_(self.scale.data / self.scale.data.norm() if self.always else 1 / x.std(0).detach())
+        return x * self.scale
+
+
+def test_a_parameter_that_the_first_call_gives_its_value_is_judged_by_the_next_one() -> None:
+    model = Initialising()
+    session = gradscope.trace(model, torch.rand(3, 4), wrt="*", numeric=True)
+    assert {source.status for source in session.sources.values()} == {"flows"} and session.verdict == "flows"
+    assert not model.is_done and model.scale.tolist() == [1] * 4
+
+
+def test_of_a_parameter_that_every_call_writes_anew_nothing_is_claimed() -> None:
+    session = gradscope.trace(Initialising(always=True), torch.rand(3, 4), numeric=True)
+    assert session.sources["scale"].status == "flows"
+    assert any(words.startswith("Finite differences were not taken for scale") for words in session.remarks)
+
+
+@pytest.mark.parametrize("gives", [True, False])
+def test_a_step_is_judged_by_what_it_goes_backward_from(gives: bool) -> None:
+    net = nn.Linear(4, 4)
+    x, optimizer = torch.rand(3, 4), torch.optim.Adam(net.parameters())
+
+    def step(weigh: Any) -> Any:
+        optimizer.zero_grad()
+        out = net(x)
+        loss = (out.square() * weigh(out)).mean()
+        loss.backward()
+        optimizer.step()
+        return loss if gives else None
+
+    for weigh, status in ((torch.Tensor.detach, "partial"), (torch.sigmoid, "flows")):
+        session = gradscope.trace(step, weigh, numeric=True)
+        assert session.sources["net.weight"].status == status and session.verdict == status
+        assert any(words.startswith("Finite differences in float64: 2 sources") for words in session.remarks)
+    assert not optimizer.state
+
+
+def test_of_steps_between_backward_passes_nothing_is_claimed() -> None:
+    net, x = nn.Linear(4, 4), torch.rand(3, 4)
+
+    def steps() -> None:
+        for _ in range(2):
+            net(x).square().mean().backward()
+            with torch.no_grad():
+                net.weight -= 0.1 * net.weight.grad  # type: ignore[operator]
+
+    session = gradscope.trace(steps, numeric=True)
+    assert session.verdict == "flows"
+    assert any("It makes a step between its backward passes" in words for words in session.remarks)
+
+
+def test_a_source_that_may_not_be_moved_leaves_the_others_their_answers() -> None:
+    """An exact Gaussian process of gpytorch refuses all inputs but those that it was given."""
+    x, layer = torch.rand(3, 4), nn.Linear(4, 4)
+
+    def forward(given: torch.Tensor) -> torch.Tensor:
+        if not torch.equal(given, x):
+            raise RuntimeError("not {what} it was trained on")
+        return layer(given).exp() / layer(given).exp().sum().detach()
+
+    session = gradscope.trace(forward, x.clone(), wrt="*", numeric=True)
+    assert session.sources["layer.weight"].status == "partial"
+    assert any("for input.0. Where that is moved: It does not run" in words for words in session.remarks)
+
+
+class Unbreakable(nn.Module):
+    """Cannot be copied: encodec and others keep a weight that was computed beforehand (weight_norm of old)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.utils.weight_norm(nn.Linear(4, 4))
+        self.layer(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x).exp()
+        return x / x.sum(-1, keepdim=True).detach()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_copied_is_lent_other_tensors() -> None:
+    model = Unbreakable()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    session = gradscope.trace(model, torch.rand(3, 4), numeric=True)
+    assert session.sources["layer.weight_v"].status == "partial"
+    assert any(words.startswith("Finite differences in float64") for words in session.remarks)
+    assert all(torch.equal(before[name], each) for name, each in model.named_parameters())
+    assert model.layer.weight.dtype is torch.float32 and model.layer.weight.grad_fn is not None
+
+
+def test_a_cut_that_turns_out_to_cost_nothing_is_no_part_of_a_fix() -> None:
+    def unheeded(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x.exp()
+        return 0 * y
+
+    session = traced(unheeded, "auto", numeric=True)
+    assert session.sources["first.weight"].status == "unused"
+    assert session.fix_set == [] and not session.fix_verified
+
+
+def test_a_result_outside_torch_is_not_taken_for_one_that_depends_on_nothing() -> None:
+    """skorch's predict_proba: every source was unused, and the session was not finished."""
+    net = nn.Linear(4, 4)
+    session = gradscope.trace(lambda x: net(x).detach().numpy(), torch.rand(3, 4), numeric=True)
+    assert session.sources["net.weight"].status == "blocked"
+    assert any("has left torch" in words for words in session.remarks)
+
+
+class TakesAnOuterDerivative(torch.autograd.Function):
+    """Needs the graph of what it is given: zuko's adjoint and the log-determinants of normflows do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        with torch.enable_grad():
+            out = layer(x).exp()
+            torch.autograd.grad(out.sum(), weight)
+        ctx.save_for_backward(out.detach())
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad * ctx.saved_tensors[0], None, None
+
+
+def test_a_custom_function_that_cannot_be_asked_alone_does_not_end_the_check() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return TakesAnOuterDerivative.apply(self.first(x), self.layer.weight, self.layer)
+
+    session = gradscope.trace(Model(), torch.rand(3, 4), numeric=True)
+    assert session.sources["first.weight"].status == "wrong"
+    finding = next(each for each in session.findings if "first.weight" in each.cuts)
+    assert any(words.startswith("A wrong gradient is off by") for words in session.remarks)
+    assert finding.severity == "error"
+
+
+class Adaptive(nn.Module):
+    """Chooses the size of its steps by numbers that it takes out of torch, as torchsde does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = 1 / (1 + self.rate(x).norm().item())
+        out = x + step * self.rate(x).tanh()
+        self.logged = out.norm().item()
+        return out
+
+
+def test_a_part_that_went_through_pythons_numbers_is_blamed_on_the_call_that_took_them_out() -> None:
+    session = gradscope.trace(Adaptive(), torch.rand(3, 4), numeric=True)
+    assert session.sources["rate.weight"].status == "partial" and session.verdict == "partial"
+    found = [(each.rule, each.mechanism, each.severity) for each in session.findings]
+    assert found == [("GS302", "item", "warning")]
+    assert not any("surrogate" in words for words in session.remarks)
+
+
+def test_differences_that_agree_by_chance_make_no_gradient_wrong() -> None:
+    """A batch norm over two numbers is nearly a sign (segmentation_models_pytorch on small images)."""
+    layer = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(layer.weight)
+
+    def nearly_a_step(x: torch.Tensor) -> torch.Tensor:
+        return x + 1e-8 * (x / 1e-8).tanh()
+
+    session = gradscope.trace(lambda x: nearly_a_step(layer(x)), torch.ones(1, 4), numeric=True)
+    assert session.sources["layer.weight"].status == "flows"
+    assert any(words.startswith("Finite differences do not converge") for words in session.remarks)
+
+
+def test_what_moves_in_one_direction_or_by_a_large_leap_only_is_in_steps_and_not_unused() -> None:
+    """kornia's canny and monai's DiceMetric: a leap of half a weight's size changed nothing, and "flows" was said."""
+    layer = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(0.25)
+    for threshold in (-8.0, 8.0):
+        session = gradscope.trace(lambda x, at=threshold: (layer(x) > at).double(), torch.ones(1, 4), numeric=True)
+        assert session.sources["layer.weight"].status == "nondifferentiable" and session.verdict == "blocked"
+
+
+def test_results_of_minus_infinity_do_not_hide_the_others() -> None:
+    def masked(x: torch.Tensor) -> torch.Tensor:
+        out = x * x.detach()
+        return out.masked_fill(torch.eye(4).bool(), -math.inf)
+
+    layer = nn.Linear(4, 4)
+    for call, status in ((masked, "partial"), (lambda x: masked(x) * 0 + x, "flows")):
+        session = gradscope.trace(lambda x, call=call: call(layer(x)), torch.rand(4, 4), numeric=True)
+        assert session.sources["layer.weight"].status == status

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode, handle_torch_function
 
@@ -48,6 +49,7 @@ def observe(observer: Observer, neutralised: frozenset[Site]) -> Iterator[None]:
         _patch_copying(patches, observer)
         _patch_pickling(patches, observer)
         _patch_dlpack(patches)
+        _patch_moves(patches)
         for name in unseen_collectives():
             patches.replace(torch.distributed, name, shown(getattr(torch.distributed, name)))
         _patch_replays(patches, observer)
@@ -202,6 +204,24 @@ def _patch_dlpack(patches: Patches) -> None:
     for home in (torch._C, torch.utils.dlpack):
         if hasattr(home, "_from_dlpack"):
             patches.replace(home, "_from_dlpack", _from_dlpack)
+
+
+def _patch_moves(patches: Patches) -> None:
+    """Patch how the weights of a module are moved (``module.to`` in a forward pass) where they are fake.
+
+    Torch swaps them with others, and refuses that where anything refers to them weakly, as a recorder does.
+    """
+    original: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
+
+    def swap_tensors(t1: torch.Tensor, t2: torch.Tensor) -> None:
+        if not (isinstance(t1, FakeTensor) and isinstance(t2, FakeTensor)):
+            return original(t1, t2)
+        with torch._C.DisableTorchFunction():  # it stays the leaf that it is
+            t1.data = t2
+            t1.fake_device = t2.fake_device
+        return None
+
+    patches.replace(torch.utils, "swap_tensors", swap_tensors)
 
 
 def _patch_replays(patches: Patches, observer: Observer) -> None:

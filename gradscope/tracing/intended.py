@@ -43,6 +43,7 @@ class Intentions:
 
     def __init__(self, recording: Recording, walks: Walks) -> None:
         self._recording, self._walks = recording, walks
+        self._cancelled: set[tuple[int, int]] = set()  # a value, and the sum in which it stands against itself cut off
 
     @functools.cached_property
     def _consumers(self) -> dict[int, list[Operation]]:
@@ -66,18 +67,20 @@ class Intentions:
         taken = cut.inputs[0]
         # Under no_grad it is the sum itself of which nothing is recorded.
         own = self._terms_of(cut) if one_name(cut.name) in ADDITIONS else [(1, taken), *self._terms(taken)]
-        return any((-sign * own_sign, term) in total for sign, total in self._sums_with(cut.outputs)
-                   for own_sign, term in own)  # fmt: skip
+        found = {(term, user.index) for user, sign, total in self._sums_with(cut.outputs)
+                 for own_sign, term in own if (-sign * own_sign, term) in total}  # fmt: skip
+        self._cancelled |= found
+        return bool(found)
 
-    def _sums_with(self, values: Iterable[int]) -> Iterator[tuple[int, set[tuple[int, int]]]]:
-        """Yield the sums that a value is a term of: its sign there, and all terms with theirs."""
+    def _sums_with(self, values: Iterable[int]) -> Iterator[tuple[Operation, int, set[tuple[int, int]]]]:
+        """Yield the sums that a value is a term of, its sign there, and all terms with theirs."""
         pending = [(value, 1, 0) for value in values]
         while pending:
             value, sign, depth = pending.pop()
             for user in self._consumers.get(value, ()) if depth < _DEEPEST else ():
                 if one_name(user.name) in ADDITIONS:
                     own = sign * next(sign for sign, term in _signed(user) if term == value)
-                    yield own, set(self._terms_of(user))
+                    yield user, own, set(self._terms_of(user))
                     pending += [(output, own, depth + 1) for output in user.outputs]
 
     def _terms(self, value: int, sign: int = 1, depth: int = 0) -> list[tuple[int, int]]:
@@ -95,16 +98,18 @@ class Intentions:
     def lead_on(self, cut: Operation, intended: set[int]) -> bool:
         """Tell whether what is cut off goes on to other cuts only, that are meant (by index).
 
-        ``scale = x.abs().mean().detach()`` of ``x + (scale * x.sign() - x).detach()``: nothing more is missed there.
+        ``scale = x.abs().mean().detach()`` of ``x + (scale * x.sign() - x).detach()``: nothing is missed there. Nor
+        is it where a value stands against itself: ``reward.detach() * score``, added and taken off for its gradient.
         """
-        counts = self._walks.counts
+        counts, sinks = self._walks.counts, self._recording.sinks
         pending, seen = [value for value in cut.outputs if counts[value]], set(cut.outputs)
         while pending:
-            users = self._consumers.get(pending.pop())
-            if users is None:  # the result
+            value = pending.pop()
+            users = self._consumers.get(value)
+            if users is None or value in sinks:  # the result
                 return False
             for user in users:
-                if user.index not in intended and not is_flat(user):
+                if user.index not in intended and not is_flat(user) and (value, user.index) not in self._cancelled:
                     pending += [value for value in user.outputs if counts[value] and value not in seen]
                     seen.update(user.outputs)
         return True

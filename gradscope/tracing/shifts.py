@@ -128,13 +128,13 @@ class Shifts:
         if value in self._known:
             return self._known[value]
         maker = self._makers.get(value)
-        name = one_name(maker.name) if maker is not None else ""
+        name = _name_of(maker) if maker is not None else ""
         if maker is None or not maker.inputs or depth > _DEEPEST:
             return self._number(value)
         size, sizes = self._size(value), [self._size(each) for each in maker.inputs]
         if name in _RESHAPES and (size == sizes[0] or name.startswith("expand")):
             return self._shift_of(maker.inputs[0], depth + 1)
-        is_reduction = name in _REDUCTIONS and (len(maker.inputs) == 1 or name not in ("max", "min"))
+        is_reduction = name in _REDUCTIONS
         if not (is_reduction or name in _CARRIES or name in _ELEMENTWISE):
             return self._number(value)
         inputs = [self._shift_of(each, depth + 1) for each in maker.inputs]
@@ -198,7 +198,7 @@ class Shifts:
 
     def _outcome(self, operation: Operation, given: _Given, *, is_apart: bool) -> _Outcome:
         """Return the form of what an operation gives out."""
-        name = one_name(operation.name)
+        name = _name_of(operation)
         if name not in _ELEMENTWISE:
             is_wide = any(each not in self._narrow for form in given if form for each in form.shift)
             if is_wide or (is_apart and name not in _CARRIES):  # of what is added up here each has another shift
@@ -224,7 +224,7 @@ class Shifts:
 
     def _spread(self, operation: Operation, value: int, *, is_apart: bool) -> frozenset[int] | None:
         """Return the dimensions along which the shift in a result differs; None where that is not known."""
-        name, first = one_name(operation.name), next(each for each in operation.inputs if each in self._forms)
+        name, first = _name_of(operation), next(each for each in operation.inputs if each in self._forms)
         if name in _ELEMENTWISE:
             scales = name in _TIMES and not self._forms[first].exponential
             own = [self._along.get(each) if each in self._forms else self._extent(each) if scales else frozenset()
@@ -348,6 +348,12 @@ _RULES: dict[str, Callable[[_Given], _Outcome]] = {
     "neg": _negated,
     "square": _squared,
 }
+
+
+def _name_of(operation: Operation) -> str:
+    """Return the one name of a call; ``max`` of two tensors takes each number by itself."""
+    name = one_name(operation.name)
+    return f"{name}imum" if name in ("max", "min") and len(operation.inputs) > 1 else name
 
 
 @functools.lru_cache(maxsize=4096)

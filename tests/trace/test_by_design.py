@@ -158,6 +158,53 @@ def test_what_is_only_added_stays_a_cut(between: Between, line: int) -> None:
     assert session.sources["first.weight"].status == "partial"
 
 
+def scored(x: torch.Tensor) -> torch.Tensor:
+    """Pyro's Trace_ELBO: the score function's surrogate has a gradient and, taken off again, no value."""
+    reward, score = x.square(), x.log_softmax(-1)
+    surrogate = score * reward.detach()
+    return reward + (surrogate - surrogate.detach())
+
+
+def scored_by_a_factor(x: torch.Tensor) -> torch.Tensor:
+    score = x.log_softmax(-1) * x.sigmoid().detach()
+    return (score - score.detach()).exp() * x.square()
+
+
+@pytest.mark.parametrize("mode", ["real", "auto"])
+@pytest.mark.parametrize("between", [scored, scored_by_a_factor])
+def test_what_a_surrogate_for_a_sample_is_made_of_is_not_missed(between: Between, mode: str) -> None:
+    session = traced(between, mode)
+    assert (session.verdict, session.findings) == ("flows", [])
+    numeric = traced(between, mode, numeric=True)
+    assert numeric.verdict == "flows" and any("surrogate" in words for words in numeric.remarks)
+
+
+def reward_used_elsewhere(x: torch.Tensor) -> torch.Tensor:
+    reward = x.square().detach()
+    surrogate = x.log_softmax(-1) * reward
+    return reward + (surrogate - surrogate.detach())
+
+
+def test_a_reward_that_counts_by_itself_stays_a_cut() -> None:
+    session = traced(reward_used_elsewhere)
+    assert named(session, reward_used_elsewhere) == [("warning", "GS201", 1)]
+
+
+def test_what_is_given_out_beside_a_straight_through_estimator_stays_a_cut() -> None:
+    class Quantising(nn.Module):
+        def __init__(self, gives_scale: bool) -> None:
+            super().__init__()
+            self.layer, self.gives_scale = nn.Linear(4, 4), gives_scale
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x = self.layer(x)
+            scale = x.abs().mean().detach()
+            out = x + (scale * x.sign() - x).detach()
+            return (out, scale) if self.gives_scale else (out,)
+
+    assert [gradscope.trace(Quantising(gives), given()).verdict for gives in (False, True)] == ["flows", "partial"]
+
+
 # --- softmax: what is shifted by its largest value ------------------------------------------------------------
 
 

@@ -121,6 +121,14 @@ def cooled_by_row(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     return (weights @ torch.eye(4)) / total(weights)
 
 
+def by_the_larger_of_two(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """As the NT-Xent loss of pytorch-metric-learning does: the positive pair against the largest negative one."""
+    positive = x[:, :1]
+    m = cut(torch.max(positive, torch.max(x[:, 1:], dim=1, keepdim=True)[0]))
+    numerator = (positive - m).exp().squeeze(1)
+    return (numerator / ((x[:, 1:] - m).exp().sum(dim=1) + numerator))[:, None] * x.new_ones(4)
+
+
 # --- and not ---------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +208,11 @@ def multiplied_the_other_way(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     return weights / (weights @ torch.ones(4, 1))
 
 
+def by_the_larger_of_two_each(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    weights = (x - cut(torch.max(3 * x, x.flip(-1)))).exp()
+    return weights / total(weights)
+
+
 def cooled_by_column(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     weights = ((x - cut(largest(x))) * torch.tensor([0.5, 1.0, 1.5, 2.0])).exp()
     return weights / total(weights)
@@ -209,12 +222,13 @@ WHOLE = (
     off_by_one, off_by_one_each_by_itself, off_by_one_from_zero_on, with_a_sink, detached_twice, computed_twice,
     put_back_from_anew, shifted_on_both_sides, multiplied_by_the_reciprocal, cooled, cooled_twice, by_the_mean,
     in_two_blocks, two_of_the_same_size, kept_from_zero, by_column, all_at_once, cooled_by_row,
+    by_the_larger_of_two,
 )  # fmt: skip
 MISSING = (
     off_by_a_shifted_one, off_by_a_shifted_one_of_torch, logarithm_of_one_more, by_different_shifts, cut_on_one_side,
     squared, weighted_once_more, added_to_the_weights, cooled_on_one_side, by_itself, chosen_by_a_mask,
     as_a_target, largest_as_a_target, by_the_largest_of_each_column, added_up_the_other_way, multiplied_the_other_way,
-    cooled_by_column,
+    cooled_by_column, by_the_larger_of_two_each,
 )  # fmt: skip
 
 

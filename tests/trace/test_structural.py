@@ -196,3 +196,25 @@ def test_a_model_on_the_meta_device_is_traced_and_an_input_follows_it(given: tor
     assert gradscope.trace(model, given).verdict == "flows"
     with pytest.raises(UsageError, match="keeps no numbers"):
         gradscope.trace(model, given, mode="real")
+
+
+class Moving(nn.Module):
+    """Brings its layer to where the input is, as demucs and soft-moe-pytorch do in each call."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = nn.Linear(4, 4), dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layer.to(x.device).to(self.dtype)
+        out: torch.Tensor = self.layer(x.to(self.dtype))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_forward_pass_may_move_a_module_that_has_no_memory(dtype: torch.dtype) -> None:
+    model = Moving(dtype)
+    weight = model.layer.weight
+    session = gradscope.trace(model, torch.ones(2, 4), mode="structural")
+    assert session.verdict == "flows" and {source.status for source in session.sources.values()} == {"flows"}
+    assert model.layer.weight is weight and weight.dtype is torch.float32

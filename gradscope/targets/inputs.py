@@ -56,7 +56,7 @@ def make_input(spec: InputSpec, *, seed: int = 0) -> torch.Tensor | Image.Image:
     """Return the tensor or image of a specification; the global random state is left as it was.
 
     Raises:
-        UsageError: the file is no image, no tensor, or holds NaN.
+        UsageError: the file is no image, no tensor, or holds NaN; or there is no room for the shape.
     """
     if spec.path is not None:
         is_tensor = spec.path.suffix.lower() in TENSOR_SUFFIXES
@@ -65,9 +65,15 @@ def make_input(spec: InputSpec, *, seed: int = 0) -> torch.Tensor | Image.Image:
 
     dtype: torch.dtype = getattr(torch, spec.dtype)
     generator = torch.Generator().manual_seed(seed)
-    if dtype.is_floating_point:
-        return torch.randn(spec.shape, generator=generator).to(dtype)
-    return torch.randint(0, 2, spec.shape, generator=generator).to(dtype)
+    try:
+        if dtype.is_floating_point:
+            return torch.randn(spec.shape, generator=generator).to(dtype)
+        return torch.randint(0, 2, spec.shape, generator=generator).to(dtype)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # the allocator's
+        raise UsageError(
+            f"--input {'x'.join(map(str, spec.shape))} does not fit into this machine's memory.",
+            hint="Give a smaller one: gradients flow the same way.",
+        ) from error
 
 
 def describe(value: Any) -> str:

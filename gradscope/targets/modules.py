@@ -137,7 +137,12 @@ def _import_file(path: Path) -> Any:
     try:
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except SystemExit as error:
+        raise NotAnalysedError(
+            f"{path} ends the program when it is imported: {_told(error)}.",
+            hint='Put what it does as a script (its arguments, its training) behind if __name__ == "__main__":',
+        ) from error
+    except Exception as error:
         raise NotAnalysedError(f"{path} cannot be imported: {_told(error)}.", hint=f"See: python {path}") from error
     finally:
         sys.path.pop(0)

@@ -16,13 +16,16 @@ PRESET_GROUP = "gradscope.presets"
 
 Preset: TypeAlias = "Callable[[Request], Subject]"
 
-LIBRARIES = ("timm", "torchvision", "hf")
+EXAMPLES = {"timm": "timm:resnet50", "torchvision": "torchvision:vit_b_16", "hf": "hf:FOLDER or hf:ID"}
+LIBRARIES = tuple(EXAMPLES)
 
 
 def load_target(target: str, request: Request) -> Subject:
     """Return the subject of a TARGET: ``timm:NAME``, ``torchvision:NAME``, ``hf:ID``, or what can be imported."""
     library, _, name = target.partition(":")
     if library in LIBRARIES:
+        if not name:
+            raise UsageError(f"{library}: names no model.", hint=f"Write {EXAMPLES[library]}.")
         from gradscope.targets.libraries import library_subject
 
         return library_subject(library, name, request)

@@ -237,7 +237,8 @@ class Recording:
     ``walked`` says that ``reached`` was read off autograd's own graph; ``went_back`` that the target goes backward
     itself and is judged by what it goes backward from. ``gave`` describes a result in which nothing is floating.
     ``flags`` notes where ``requires_grad`` of a leaf was set: its first value, how many operations came before, and to
-    what. ``froze`` are the sources that the call froze for its own use.
+    what. ``froze`` are the sources that the call froze for its own use. ``loss_takes`` describes what the loss takes,
+    once the call is over.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -264,6 +265,7 @@ class Recording:
     walked: bool = False
     went_back: bool = False
     error: BaseException | None = None
+    loss_takes: str = ""
     pending: Operation | None = None
     unseen: list[str] = field(default_factory=list)
     flags: list[tuple[int, int, bool]] = field(default_factory=list)

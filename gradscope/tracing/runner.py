@@ -15,7 +15,7 @@ from gradscope.errors import UsageError
 from gradscope.stages import tell
 from gradscope.tracing.autograd import AutogradGraph
 from gradscope.tracing.constants import constants_of, constants_of_loss
-from gradscope.tracing.contents import DIFFERENTIABLE
+from gradscope.tracing.contents import DIFFERENTIABLE, describe, results_in
 from gradscope.tracing.dispatched import DispatchedCalls
 from gradscope.tracing.holding import Holder, holder_of_loss
 from gradscope.tracing.instrument import observe
@@ -234,6 +234,7 @@ class Runner:
             result = built.call()
             recording.left_open = recorder.open_regions
             if self.subject.loss is not None:
+                recording.loss_takes = ", ".join(map(describe, results_in(result))) or type(result).__name__
                 result = self.subject.loss(result)
         except CannotTell:
             raise

@@ -58,7 +58,7 @@ def refuse_unanalysed(subject: Subject, recording: Recording) -> None:
     """Raise where a run failed for a reason that is not autograd's, or gave nothing to ask a gradient of."""
     error = recording.error
     if error is not None and not is_autograds(error):
-        raise _refusal(subject, error) from error
+        raise _refusal(subject, error, recording.loss_takes) from error
     if error is None and not recording.sinks:
         what = f"The loss of {subject.name}" if subject.loss is not None else f"{subject.name}.{subject.entry}"
         instead = f", but {', '.join(recording.gave[:MOST_NAMED])}" if recording.gave else ""
@@ -82,7 +82,7 @@ def refuse_too_big(subject: Subject, why: str) -> None:
         )
 
 
-def _refusal(subject: Subject, error: BaseException) -> NotAnalysedError:
+def _refusal(subject: Subject, error: BaseException, loss_takes: str) -> NotAnalysedError:
     place = raised_at(error)
     where = f" at {short_path(place[0])}:{place[1]}" if place else ""
     mixed = TWO_DEVICES.search(str(error))
@@ -99,6 +99,11 @@ def _refusal(subject: Subject, error: BaseException) -> NotAnalysedError:
         )
     if place is not None and "NoneType" in str(error) and ".grad" in source_line(*place):
         return NotAnalysedError(f"{subject.name} uses a gradient that is None: {in_words(error)}{where}.", hint=NO_GRAD)
+    if loss_takes:
+        return NotAnalysedError(
+            f"The loss of {subject.name} could not be computed of {loss_takes}: {in_words(error)}{where}.",
+            hint="A loss is called with what the model gives out, alone, and returns what is trained on.",
+        )
     fed = f" with {', '.join(subject.inputs)}" if subject.inputs else ""
     return NotAnalysedError(
         f"{subject.name} could not be run{fed}: {in_words(error)}{where}.",

@@ -122,6 +122,9 @@ MODELS = """
     def bad_loss(out):
         return out["logits"]
 
+    def loss_of_two(out, labels):
+        return (out - labels).square().mean()
+
     def text_loss(out):
         return "lost"
 """
@@ -155,7 +158,8 @@ BAD = [
     ("models.py:nothing", 2, "gives no nn.Module, but NoneType", ""),
     ("models.py:number", 2, "gives no nn.Module, but int", ""),
     ("models.py:absent", 2, "It has: Net, Mixed", ""),
-    ("exits.py:f", 3, "exits.py cannot be imported: SystemExit", ""),
+    ("exits.py:f", 3, "exits.py ends the program when it is imported: SystemExit", ""),
+    ("exits.py:f", 3, 'behind if __name__ == "__main__"', ""),
     ("models.py:Net --input 2x5", 3, "with 2x5 float32: RuntimeError: mat1 and mat2 shapes", ""),
     ("models.py:Net --input 2x5", 3, "at models.py:LINE", "return self.second(self.first(x))"),
     ("models.py:Net --input 2x5", 3, "first linear layer takes [..., 4]", ""),
@@ -169,12 +173,17 @@ BAD = [
     ("models.py:Net --input 2x4 --trainable encoder", 2, "No source matches trainable 'encoder'", ""),
     ("models.py:Net --input 2x4 --loss models.py:number", 2, "is no function", ""),
     ("models.py:Net --input 2x4 --loss models.py:bad_loss", 3, "at models.py:LINE", 'out["logits"]'),
+    ("models.py:Net --input 2x4 --loss models.py:bad_loss", 3, "could not be computed of 2x2 float32: IndexErr", ""),
+    ("models.py:Net --input 2x4 --loss models.py:loss_of_two", 3, "A loss is called with what the model gives out", ""),
     ("models.py:Net --input 2x4 --loss models.py:text_loss", 3, "The loss of models.py:Net returned no floating", ""),
+    ("models.py:Net --input 99999999x99999999x4", 2, "does not fit into this machine's memory", ""),
     ("models.py:Exits --input 2x4", 3, "SystemExit: 5", ""),
     ("models.py:Asserts --input 2x4", 3, "AssertionError at models.py:LINE", "== 77"),
     ("models.py:Branching --input 2x4 --mode structural", 3, "needs computed numbers at models.py:LINE", "h.sum() > 0"),
     ("models.py:Mixed --input 2x4 --device cuda", 3, "mixes devices at models.py:LINE", "# on the CPU"),
     ("torchvision:resnet18 --entry absent", 2, "It has: forward.", ""),
+    ("hf:", 2, "Write hf:FOLDER or hf:ID", ""),
+    ("torchvision:", 2, "torchvision: names no model", ""),
     ("hf:./absent", 2, "no config.json", ""),
     ("torchvision:resnet19", 2, "Near it: resnet18", ""),
     ("torchvision:nothing-like-it", 2, "list_models() lists what there is", ""),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gradscope.errors import first_line
 from gradscope.stages import tell
@@ -232,11 +233,12 @@ class _Function:
         self._loss = loss
         self._goes_back = goes_back
         self._built = subject.build(RealWorkshop(str(device), torch.float64), model)
-        for name, tensor in self._built.inputs.items():
+        for tensor in self._built.inputs.values():
             tensor.data = tensor.data.to(torch.complex128 if tensor.is_complex() else torch.float64)
             tensor.requires_grad_(False)
-            assert name not in dict(self._built.model.named_parameters())
-        self.sources = {**dict(self._built.model.named_parameters()), **self._built.inputs}
+        given = (*self._built.model.named_parameters(), *self._built.inputs.items())
+        # A quantised weight, of whatever parts, cannot be moved.
+        self.sources = {name: each for name, each in given if not is_traceable_wrapper_subclass(each)}
         self._values = self._values_now()
         self._weights: list[torch.Tensor] = []
 

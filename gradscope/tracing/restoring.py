@@ -217,8 +217,9 @@ def swapped(
 
 def with_attributes_of(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Give another tensor what somebody has set on this one: a counter, how an optimizer is to treat it."""
-    own = vars(other)
-    own.update({name: value for name, value in vars(tensor).items() if name not in own})
+    if vars(tensor):
+        own = vars(other)
+        own.update({name: value for name, value in vars(tensor).items() if name not in own})
     return other
 
 

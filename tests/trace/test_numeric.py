@@ -544,3 +544,42 @@ def test_results_of_minus_infinity_do_not_hide_the_others() -> None:
     for call, status in ((masked, "partial"), (lambda x: masked(x) * 0 + x, "flows")):
         session = gradscope.trace(lambda x, call=call: call(layer(x)), torch.rand(4, 4), numeric=True)
         assert session.sources["layer.weight"].status == status
+
+
+def test_a_weight_that_is_a_tensor_of_several_is_left_out() -> None:
+    """A weight quantised by torchao knows only the calls that a layer makes."""
+
+    aten = torch.ops.aten
+
+    class Pair(torch.Tensor):
+        @staticmethod
+        def __new__(cls, left: torch.Tensor) -> Pair:
+            return torch.Tensor._make_wrapper_subclass(cls, left.shape, dtype=left.dtype)  # type: ignore[attr-defined, no-any-return]
+
+        def __init__(self, left: torch.Tensor) -> None:
+            self.left = left
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["left"], None
+
+        @staticmethod
+        def __tensor_unflatten__(inner: dict[str, torch.Tensor], meta: Any, size: Any, stride: Any) -> Pair:
+            return Pair(inner["left"])
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (aten.detach.default, aten.clone.default, aten._to_copy.default):
+                return cls(func(args[0].left, **(kwargs or {})))
+            raise NotImplementedError(func)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.pair = nn.Parameter(Pair(torch.ones(4)), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * self.pair.left.sum()
+
+    session = gradscope.trace(Model(), torch.rand(3, 4), wrt="layer.*", mode="real", numeric=True)
+    assert session.sources["layer.weight"].status == "flows"

@@ -77,8 +77,8 @@ def _verdict(session: Session) -> str:
     name = ".".join(str(target[key]) for key in ("name", "entry") if target.get(key))
     how = ", ".join(str(target[key]) for key in ("mode", "device", "dtype") if target.get(key))
     if session.kind == "scan":
-        outside = f" and {session.stats['outside']} of what is called" if session.stats.get("outside") else ""
-        how = f"{counted(session.stats.get('files', 0), 'file')}{outside} read, nothing imported or run"
+        outside = f"{session.stats['outside']} followed, " if session.stats.get("outside") else ""
+        how = f"{counted(session.stats.get('files', 0), 'file')} read, {outside}nothing imported or run"
     words = _words(session)
     facts = "; ".join(filter(None, [how, _counted(session)]))
     said = [line for line in (facts, *map(text, standing(session))) if line]

@@ -75,7 +75,7 @@ class _ScanPage(Page):
         entry = f", entry {session.target['entry']}" if session.target.get("entry") else ""
         files = counted(stats.get("files", 0), "file")
         if stats.get("outside"):
-            files += f" and {stats['outside']} of what is called"
+            files += f", {stats['outside']} followed,"
         self.print(f"  {name}{entry}: {files} in {stats.get('seconds', 0)} s, nothing imported or run")
         self.standing()
 

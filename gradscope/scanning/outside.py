@@ -187,7 +187,8 @@ class _Search:
 def _import_folder(file: SourceFile) -> str:
     """Return the folder that a file's own top-level module lies in, where its neighbours are imported from."""
     above = file.module.count(".") + (1 if file.is_package else 0)
-    return str(Path(file.path).absolute().parents[above])
+    folders = Path(file.path).absolute().parents
+    return str(folders[min(above, len(folders) - 1)])
 
 
 def _source(file: SourceFile) -> Source:

@@ -81,7 +81,7 @@ class _Search:
         self._module_at = lru_cache(maxsize=None)(self._find_module)
         self._spec = lru_cache(maxsize=None)(self._find_spec)
         self._own = own
-        self._own_paths = {source.file.shown for source in own}
+        self._own_paths = {os.path.abspath(source.file.shown) for source in own}
         self._own_modules = {source.file.module for source in own}
         self._folders = tuple(dict.fromkeys(_import_folder(source.file) for source in own if not source.file.archive))
         self._seen: set[tuple[str, str]] = set()
@@ -92,7 +92,7 @@ class _Search:
         pending: deque[tuple[str, int]] = deque()
         for source in self._own:
             here = {local: meant for local, meant in source.imports.items() if self._is_outside(meant)}
-            gone = {local: meant for local, meant in here.items() if self._root(meant) is None}
+            gone = {local: meant for local, meant in here.items() if self._spec(meant.partition(".")[0]) is None}
             self.outside.missing += [meant.partition(".")[0] for local, meant in gone.items()
                                      if _makes(source.text, local)]  # fmt: skip
             found = {local: meant for local, meant in here.items() if local not in gone}
@@ -108,8 +108,13 @@ class _Search:
         heads = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
         return parts[0] not in KNOWN and not any(head in self._own_modules for head in heads)
 
-    def _root(self, dotted: str) -> SourceFile | None:
-        return self._module_at(dotted.partition(".")[0])
+    def _is_near(self, dotted: str, source: Source) -> bool:
+        """Tell whether a name is of the package that a file is in, or of a module beside the code scanned."""
+        root = dotted.partition(".")[0]
+        if root == source.file.module.partition(".")[0]:
+            return True
+        found = self._module_at(root) if self._is_outside(root) else None
+        return found is not None and _import_folder(found) in self._folders
 
     def _definitions(self, dotted: str, exports: int = 0) -> Iterator[tuple[Source, str]]:
         """Yield the file that defines what a dotted name means, through re-exports, once each."""
@@ -140,11 +145,10 @@ class _Search:
             self._room -= len(source.text)
 
     def _uses(self, source: Source, name: str, *, whole: bool) -> Iterator[str]:
-        """Yield what a definition uses of its package's other files, itself or through others of its own file.
+        """Yield what a definition uses of other files near it, itself or through others of its own file.
 
         Where not ``whole``, only what it derives from.
         """
-        package = source.file.module.partition(".")[0]
         pending, seen = [name], {name}
         while pending:
             block = source.blocks[pending.pop()]
@@ -154,7 +158,7 @@ class _Search:
             here = {word.partition(".")[0] for word in _WORD.findall(block)} & source.blocks.keys()
             pending += here - seen
             seen |= here
-            yield from (each for each in _used(block, source.imports) if each.partition(".")[0] == package)
+            yield from (each for each in _used(block, source.imports) if self._is_near(each, source))
 
     def _find_module(self, dotted: str) -> SourceFile | None:
         """Return the file that holds the source of a module; None where there is none."""

@@ -293,6 +293,10 @@ def test_a_module_beside_the_script_is_followed(vendor: Path, tmp_path: Path) ->
     (folder / "train.py").write_text(module("from towers import Base", "Base()", "self.tower.encode(x)"))
     (finding,) = calls(scan("project/train.py", cache=False))
     assert "project/towers.py:10" in finding.message
+    (folder / "parts.py").write_text("import train\nfrom towers import Base\n\n\nclass Part(Base):\n    pass\n")
+    (folder / "train.py").write_text(module("from parts import Part", "Part()", "self.tower.encode(x)"))
+    (finding,) = calls(scan("project/train.py", cache=False))
+    assert "project/towers.py:10" in finding.message
     assert len(calls(scan("project", cache=False))) > 1  # both files are the project's own now
 
 

@@ -44,9 +44,12 @@ def borrowed(judge: Judge, asked: Iterable[Use], text_of: Callable[[str], str]) 
     its path.
     """
     by_call: dict[tuple[Place, str], list[Borrowed]] = {}
+    asked = list(asked)
     for each in _Borrowing(judge).found(asked):
         by_call.setdefault((each.caller, each.call.target), []).append(each)
-    return [_at_the_call(judge, sorted(group, key=lambda each: len(each.way)), text_of) for group in by_call.values()]
+    groups = (sorted(group, key=lambda each: len(each.way)) for group in by_call.values())
+    inherited = (each for use in asked for each in _inherited(judge, *use))
+    return [*(_at_the_call(judge, group, text_of) for group in groups), *inherited]
 
 
 class _Borrowing:
@@ -55,19 +58,18 @@ class _Borrowing:
         self.reach = judge.reach
         self.package = judge.package
 
-    def found(self, asked: Iterable[Use]) -> Iterator[Borrowed]:
+    def found(self, asked: list[Use]) -> Iterator[Borrowed]:
         """Yield every switch outside that an entry comes to."""
         for owner, entry in self.judge.training.trained:
             for facts, site, place, way in self._reached((entry, owner)):
                 judgement = self.judge.in_forward(facts, site, place, way, (entry, owner))
                 if judgement.severity != "note":
                     yield from self._leaving(judgement.chain, owner, judgement)
-        asked = list(asked)
         for use in dict.fromkeys([*self._steps(), *asked]):
             for facts, site, _, way in self._reached(use):
                 message = f"{where(site)}: no gradient gets back through this call of {_called(use[0])}."
                 severity: Severity = "error" if use in asked and not site.conditional else "warning"
-                if self._is_part(use, way[1]):
+                if len(way) > 1 and self._is_part(use, way[1]):
                     yield from self._leaving(way, use[1], Judgement(facts, site, severity, "likely", message, way))
 
     def _reached(self, use: Use) -> Iterator[tuple[FileFacts, Site, Place, Way]]:
@@ -105,6 +107,20 @@ class _Borrowing:
             if target == way[at] and (_is_given_out(function, call) or nothing_else):
                 yield Borrowed(caller, call, way, judgement)
                 return
+
+
+def _inherited(judge: Judge, place: Place, owner: Place | None) -> Iterator[Judgement]:
+    """Yield a judgement, at the class, of each switch in a method that it has from a class outside."""
+    outside = judge.package.outside
+    if place.module not in outside or owner is None or owner.module in outside:
+        return
+    facts, name = judge.package.files[owner.module], f"{owner.name}.{place.name.rpartition('.')[2]}"
+    line = facts.classes[owner.name].line
+    for site in judge.reach.blockers(place):
+        there = Judgement(judge.package.files[place.module], site, "error", "likely", "", [place])
+        message = f"{where(site)} ({_spot(there)}): {name} is inherited, and no gradient gets back through it."
+        here = replace(site, line=line, column=1, end_line=line, function=name, how="call")
+        yield Judgement(facts, here, "error", "likely", message, [place], _advice(judge, there), (site,))
 
 
 def _called(place: Place) -> str:

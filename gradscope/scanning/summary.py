@@ -40,7 +40,7 @@ def session_of(
         steps = {step for _, _, entry in asked if entry.chain for step in entry.chain.steps}
         judgements = [
             each for each in judgements if on_the_way.intersection(map(id, _sites(each)))
-            and Place(each.facts.module, each.site.function) in steps
+            and (each.chain[0] if each.stands_for else Place(each.facts.module, each.site.function)) in steps
         ]  # fmt: skip
         _weigh_asked(judgements, [entry for report, _, entry in asked if _is_named(report, entry, wanted)])
         judgements.sort(key=_order)

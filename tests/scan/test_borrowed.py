@@ -216,6 +216,17 @@ def test_a_step_of_training_is_asked_about_too(vendor: Path, note: str, made: st
         assert [each.severity for each in calls(scanned(counted))] == ["warning"]
 
 
+def test_a_method_that_is_inherited_is_told_at_the_class(vendor: Path) -> None:
+    source = f"{HEAD}from vendor import Tower\n\n\nclass Mine(Tower):\n    size = 4\n\n\nnet = Mine()\n"
+    assert not gradient_arrives(source + "tower = net\nrun = net.encode\n")
+    session = scanned(source, entry=("Mine.encode",))
+    (finding,) = calls(session)
+    assert (finding.severity, finding.source) == ("error", "class Mine(Tower):")
+    assert "Mine.encode is inherited" in finding.message
+    assert [entry["status"] for entry in session.entries] == ["blocked"]
+    assert calls(scanned(source, entry=("Mine.forward",))) == []
+
+
 def test_what_a_step_does_not_go_backward_from_is_left_out(vendor: Path) -> None:
     step = "def step(tower: Tower, net, x):\n    net(x).sum().backward()\n    print(tower.encode(x))\n"
     source = f"{HEAD}from vendor import Tower\n\n\n{step}"

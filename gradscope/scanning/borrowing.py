@@ -43,6 +43,8 @@ def borrowed(judge: Judge, asked: Iterable[Use], text_of: Callable[[str], str]) 
     Asked about are forward passes, steps of training and the entries ``asked``. ``text_of`` gives a file's source by
     its path.
     """
+    if not judge.package.outside:  # a large package: what its entries reach is not looked up another time
+        return []
     by_call: dict[tuple[Place, str], list[Borrowed]] = {}
     asked = list(asked)
     for each in _Borrowing(judge).found(asked):
@@ -102,8 +104,8 @@ class _Borrowing:
             return
         if not self.reach.live(called.returns, way[at]):
             return  # it gives nothing, or integers: save(), generate()
+        nothing_else = not self.reach.live(function.returns, caller)
         for call, target in self.package.callees(caller, self.reach.owner_for(caller, owner)):
-            nothing_else = not self.reach.live(function.returns, caller)
             if target == way[at] and (_is_given_out(function, call) or nothing_else):
                 yield Borrowed(caller, call, way, judgement)
                 return

@@ -226,7 +226,7 @@ class Body(Regions):
             self._alias(targets, switch)
             return
         if not self.names.none_here and (self.renamed or isinstance(node, (ast.Attribute, ast.IfExp))):
-            self._rename_parts(targets, node)
+            self.rename_parts(targets, node)
         if isinstance(targets[0], ast.Attribute) and all(getattr(target, "attr", "") == "data" for target in targets):
             self.discarded = node  # weight.data = f(...) gives the graph nothing
         value = self.value(node)
@@ -266,14 +266,6 @@ class Body(Regions):
             root = _root(target)
             if root == "self" or root in self.parameters:
                 self.returned |= blocks
-
-    def _rename_parts(self, targets: Sequence[ast.expr], node: ast.expr) -> None:
-        """``model = self.model``: what is called by this name is what ``self`` keeps."""
-        given = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
-        parts = tuple(part.attr for part in given if is_own(part))
-        for target in targets:
-            if isinstance(target, ast.Name) and (parts or target.id in self.renamed):
-                self.renamed[target.id] = parts
 
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
         self._binds_names = True

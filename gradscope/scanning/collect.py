@@ -40,10 +40,11 @@ class Settings:
     names: tuple[str, ...] = ()
     wrappers: tuple[tuple[str, str], ...] = ()
 
-    def needles(self, *, is_outside: bool = False) -> Needles:
-        """Return what is looked for in a file, one of the targets or one outside of them."""
+    def needles(self) -> tuple[Needles, Needles]:
+        """Return what is looked for in a file of the targets, and in one outside of them."""
         own = {name.rpartition(".")[2] for name, _ in self.wrappers}
-        return Needles((*GRAD_MODE, *sorted({*own, *self.names})), operations=not is_outside)
+        names = (*GRAD_MODE, *sorted({*own, *self.names}))
+        return Needles(names), Needles(names, operations=False)
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ class Collector:
             self._make(texts, settings, look_first=wanted is None)
             return
         if wanted is None:
-            needles = [settings.needles(is_outside=outside) for outside in (False, True)]
+            needles = settings.needles()
             texts = [text for text in texts if is_worth_reading(text.data, needles[text.file.is_outside])]
         keys = {key_of(repr((settings, text.file.is_outside)), text.file.module, text.data): text for text in texts}
         known = self.cache.get(keys)
@@ -208,7 +209,7 @@ def read_chunk(files: Part, settings: Settings, look_first: bool) -> list[FileFa
 
     With ``look_first`` there are none (None) of a file that holds nothing to look into.
     """
-    needles, wrappers = [settings.needles(is_outside=outside) for outside in (False, True)], dict(settings.wrappers)
+    needles, wrappers = settings.needles(), dict(settings.wrappers)
     return [
         _read_one(file, data, settings.roots, wrappers, needles[file.is_outside], look_first) for file, data in files
     ]

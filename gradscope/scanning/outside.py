@@ -64,9 +64,9 @@ class Source:
     imports: dict[str, str]
 
 
-def follow(files: Iterable[SourceFile]) -> Outside:
+def follow(files: Iterable[tuple[SourceFile, bytes]]) -> Outside:
     """Return the files outside of these that define what they use, and what that is made of."""
-    search = _Search([_source(file) for file in files])
+    search = _Search([_source(file, data) for file, data in files])
     search.run()
     return search.outside
 
@@ -195,9 +195,9 @@ def _import_folder(file: SourceFile) -> str:
     return str(folders[min(above, len(folders) - 1)])
 
 
-def _source(file: SourceFile) -> Source:
+def _source(file: SourceFile, data: bytes | None = None) -> Source:
     try:
-        text = f"\n{decode(file.read()).source}"
+        text = f"\n{decode(file.read() if data is None else data).source}"
     except OSError:
         text = ""
     starts = list(_DEFINITION.finditer(text))

@@ -79,7 +79,7 @@ def _scan(targets: tuple[str, ...], entry: tuple[str, ...], collector: Collector
     store = collector.cache
     try:
         collector.open(resolved.files.values())
-        missing = _follow(collector, resolved) if follow else []
+        missing = _follow(collector) if follow else []
         if not store.is_open:
             return _scanned(collector, resolved, targets, wanted, missing)
         key = _result_key(collector.collected, wanted, resolved, missing)
@@ -96,14 +96,15 @@ def _scan(targets: tuple[str, ...], entry: tuple[str, ...], collector: Collector
     return session
 
 
-def _follow(collector: Collector, resolved: Resolved) -> list[str]:
+def _follow(collector: Collector) -> list[str]:
     """Open the files of other packages that the targets use; return the packages that are not to be found here.
 
     A package so large is no script that puts others together.
     """
-    if sum(len(text.data) for text in collector.collected.texts.values()) > LARGE:
+    texts = collector.collected.texts.values()
+    if sum(len(text.data) for text in texts) > LARGE:
         return []
-    outside = used_outside(resolved.files.values())
+    outside = used_outside((text.file, text.data) for text in texts)
     collector.open(outside.files)
     for file, imports in outside.files.items():  # what it hands on counts, whether or not more of it is read
         collector.collected.texts[file.shown].facts.imports = imports

@@ -115,6 +115,14 @@ class Expressions:
         else:
             self.made.pop(name, None)
 
+    def rename_parts(self, targets: Sequence[ast.expr], node: ast.expr) -> None:
+        """``model = self.model``: what is called by this name is what ``self`` keeps."""
+        given = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
+        parts = tuple(part.attr for part in given if is_own(part))
+        for target in targets:
+            if isinstance(target, ast.Name) and (parts or target.id in self.renamed):
+                self.renamed[target.id] = parts
+
     def report(
         self, node: ast.expr, rule: str, mechanism: str, value: Value = UNKNOWN, harmless: str = "", at: int = 0
     ) -> Atoms:

@@ -146,7 +146,7 @@ class Calls(Expressions):
         known = self._made_new(dotted, last, value)
         if known is not None:
             return known
-        if last[:1].isupper():
+        if last[:1].isupper() or dotted == "dict":
             self.hand_out(given)
         if last == "Parameter" and _carries(value):
             self.report(node, "GS203", "nn.Parameter", value)
@@ -274,6 +274,8 @@ class Calls(Expressions):
     def _forward_of(self, func: ast.Attribute) -> list[Value]:
         """``self.part.forward(x)``, ``self.part.decode(x)`` run a module, like ``self.part(x)``."""
         part = self.names.dotted(func.value) if _runs(func.attr) else ""
+        if part in self.parameters:
+            self.runs.add(f"call:{part}")
         return [Value(frozenset({f"call:self.{part.split('.')[1]}"}), "tensor")] if part.startswith("self.") else []
 
     def _escape(self, node: ast.Call, name: str, base: Value) -> Value:
@@ -282,7 +284,8 @@ class Calls(Expressions):
         if name in ("detach", "detach_"):
             if node.args or base.kind not in ("tensor", "unknown"):
                 return base
-            return Value(self.report(node, rule, f".{name}()", base), "tensor")
+            derivatives = {f"cut:{site.line}" for site in self.sites if site.rule == "GS207"} if self.sites else ()
+            return Value(self.report(node, rule, f".{name}()", base).difference(derivatives), "tensor")
         kind = {"sample": "tensor", "numpy": "unknown"}.get(name, "number")
         self.has_numbers = self.has_numbers or kind == "number"
         if not sure:

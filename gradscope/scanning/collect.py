@@ -298,12 +298,24 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
             name, line, end, tuple(parameters), tuple(signature), tuple(Call(*call) for call in calls),
             frozenset(reads), frozenset(returns), *rest,
         )  # fmt: skip
-    for rule, line, column, end, function, mechanism, how, depends, effects, gives, conditional, harmless in data[
-        "sites"
-    ]:
+    for (
+        rule,
+        line,
+        column,
+        end,
+        function,
+        mechanism,
+        how,
+        depends,
+        effects,
+        gives,
+        is_conditional,
+        harmless,
+        runs,
+    ) in data["sites"]:
         facts.sites.append(
             Site(rule, line, column, end, function, mechanism, how, frozenset(depends), frozenset(effects),
-                 tuple(gives), conditional, harmless)
+                 tuple(gives), is_conditional, harmless, frozenset(runs))
         )  # fmt: skip
     facts.headers = {name: tuple(bases) for name, bases in data["headers"].items()}
     facts.ignores = [Ignore(line, first, last, tuple(codes)) for line, first, last, codes in data["ignores"]]

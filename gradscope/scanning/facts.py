@@ -14,6 +14,7 @@ package are joined.
 - ``apart``: a part of the result is computed with gradients off and nothing else
 - ``apart:self.x``: a part of the result is what such a call gives and nothing else
 - ``data``: the result is said to be arrays or text, which no gradient is asked of
+- ``loss``: a part of the result goes by the name of a loss
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Atoms: TypeAlias = frozenset[str]
 NOTHING: Atoms = frozenset()
 APART = "apart"
 DATA = "data"
+LOSS = "loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Site:
 
     ``depends`` are the atoms of what comes out of it, ``effects`` those of what it stores on ``self``,
     ``gives`` the local names that are used after it; ``conditional`` says that a value known only at run
-    time decides, ``harmless`` why it is no break.
+    time decides, ``harmless`` why it is no break. ``runs`` is what a block itself calls and reads of ``self``:
+    what else it computes with was computed before.
     """
 
     rule: str
@@ -50,6 +53,7 @@ class Site:
     gives: tuple[str, ...] = ()
     conditional: bool = False
     harmless: str = ""
+    runs: Atoms = NOTHING
 
 
 class Call(NamedTuple):

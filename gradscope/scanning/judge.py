@@ -14,7 +14,7 @@ from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
 from gradscope.scanning.entries import ClassReport, Entries
-from gradscope.scanning.facts import Atoms, FileFacts, Site
+from gradscope.scanning.facts import LOSS, NOTHING, Atoms, FileFacts, Site
 from gradscope.scanning.intent import (
     are_decoded,
     is_table,
@@ -23,6 +23,7 @@ from gradscope.scanning.intent import (
     meant_by_name,
     meant_by_result,
 )
+from gradscope.scanning.outputs import are_copies, are_figures
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
 from gradscope.scanning.training import Loss, Training, Way
@@ -258,15 +259,15 @@ class Judge:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
         if site.how == "block" and not self.reach.is_given_back(site, place):
             return self._not_given_back(facts, site, place)
-        if site.how == "block" and self.reach.gets_past(site.depends, place):
-            return self._in_part(facts, site, way)
+        if site.how == "block" and self.reach.gets_past(site, place):
+            return self._in_part(facts, site, place, way)
         if len(way) > 1:
             loss, way = self.training.loss(site.depends, place, only)
             if loss is Loss.NONE:
                 why = f"no forward pass hands {place.name} anything that wants a gradient"
                 return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
             if loss is Loss.PART:
-                return self._in_part(facts, site, way)
+                return self._in_part(facts, site, place, way)
         return self._lost(facts, site, place, way, outside)
 
     def _lost(self, facts: FileFacts, site: Site, place: Place, way: Way, live: Atoms) -> Judgement:
@@ -283,7 +284,10 @@ class Judge:
         why = f"nothing that {place.name} gives back carries a gradient from it"
         return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
 
-    def _in_part(self, facts: FileFacts, site: Site, way: Way) -> Judgement:
+    def _in_part(self, facts: FileFacts, site: Site, place: Place, way: Way) -> Judgement:
+        if site.gives and are_figures(site.gives) and self.reach.is_beside_loss(site, place):
+            why = f"it computes {', '.join(site.gives)}, figures beside a loss"
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
         message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
         return Judgement(facts, site, "warning", "possible", message, way)
 
@@ -347,10 +351,13 @@ class Judge:
             return self._cached(facts, site, place)
         function = self.package.function(place)
         way = self.training.reached.get(place)
-        flows_out = function is not None and f"cut:{site.line}" in function.returns
+        given = function.returns if function is not None else NOTHING
+        if LOSS in given and are_copies(site.gives):
+            why = "a copy beside the loss, which keeps its gradient"
+            return Judgement(facts, site, "note", "likely", f"{site.mechanism} in {site.function}: {why}.")
         if (
-            site.rule in FLOWING and way is not None and flows_out and self.reach.live(site.depends, place)
-            and not meant_by_name(place)
+            site.rule in FLOWING and way is not None and f"cut:{site.line}" in given
+            and self.reach.live(site.depends, place) and not meant_by_name(place)
         ):  # fmt: skip
             message = f"{site.mechanism} in {site.function}: its result is part of what {way[0].name} gives back."
             return Judgement(facts, site, "warning", "possible", message, way)

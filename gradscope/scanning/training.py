@@ -7,7 +7,7 @@ from enum import IntEnum
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
 
-from gradscope.scanning.facts import APART, NOTHING, Atoms
+from gradscope.scanning.facts import APART, LOSS, NOTHING, Atoms
 from gradscope.scanning.intent import meant_by_class
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, NOT_COMPUTE, Reach, Use, source_of
@@ -161,7 +161,7 @@ class Training:
                 return Loss.WHOLE, [*self.reached[caller[0]], *way]
             if not lost:
                 continue
-            if self._gets_past(caller, targets, lost):
+            if self._gets_past(caller, use, targets, lost):
                 found = Loss.PART, [*self.reached[caller[0]], *way]
             else:
                 found = self._loss_at(caller, lost, entry, callers, [*passed, use])
@@ -176,10 +176,16 @@ class Training:
         is_unknown = kind == "attr" and owner is not None and not self.package.attribute(owner, name)
         return is_unknown or self.reach.is_live(atom, place, owner)
 
-    def _gets_past(self, caller: Use, targets: set[str], sources: Sources) -> bool:
-        """Tell whether a gradient for all of these also reaches the caller's result beside the calls of a function."""
+    def _gets_past(self, caller: Use, use: Use, targets: set[str], sources: Sources) -> bool:
+        """Tell whether a gradient for all of these also reaches the caller's result beside the calls of a function.
+
+        What such a call alone gives is lost, but for a figure beside a loss (see :meth:`Reach.gets_past`).
+        """
         function = self.package.function(caller[0])
-        if function is None or any(f"{APART}:{target}" in function.returns for target in targets):
+        if function is None:
+            return False
+        is_apart = any(f"{APART}:{target}" in function.returns for target in targets)
+        if is_apart and (LOSS not in function.returns or self.reach.touches(*use)):
             return False
         results = {f"call:{target}" for target in targets}
         beside = frozenset(

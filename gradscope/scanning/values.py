@@ -57,6 +57,7 @@ class Expressions:
         self.made: dict[str, str] = {}  # local names that are known to be instances of a class of the scan
         self.calls: list[Call] = []
         self.reads: set[str] = set()
+        self.runs: set[str] = set()  # what calls and reads do not show: methods of a parameter that run a model
         self.sites: list[Site] = []
         self.parameters: set[str] = set()
         self.renamed: dict[str, tuple[str, ...]] = {}  # local names, and what of ``self`` they stand for

@@ -88,7 +88,7 @@ class Calls(Expressions):
         atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
         # What is called on self and is no method of the class is a module, as far as the class shows.
         is_told = known and not known.startswith(("|", "?"))
-        is_module = known == "module" or (not is_told and self.klass is not None and name not in self.klass.methods)
+        is_module = known in ("module", "weightless") or (not is_told and self.klass is not None and name not in self.klass.methods)
         return Value(atoms, "tensor" if is_module else "unknown")
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:

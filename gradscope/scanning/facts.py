@@ -96,8 +96,8 @@ class Function:
 class Class:
     """A class: its bases as written, and what its attributes are.
 
-    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``plain`` or the dotted name of the class
-    it was made from. ``|A|B`` is a module that holds, or may be, any of these classes (a container, one of two
+    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``weightless`` (a module without parameters),
+    ``plain`` or the dotted name of the class it was made from. ``|A|B`` is a module that holds, or may be, any of these classes (a container, one of two
     ways), ``?build`` what a function of the scan makes. ``aliases`` maps names to the functions they stand for, of
     which a list may have several (``Net.run|Net.stop``).
     """
@@ -111,7 +111,7 @@ class Class:
 
 
 # What an attribute is that is of no class that is told.
-NO_CLASS = frozenset({"", "plain", "parameter", "buffer", "module"})
+NO_CLASS = frozenset({"", "plain", "parameter", "buffer", "module", "weightless"})
 
 
 def classes_in(kind: str) -> list[str]:

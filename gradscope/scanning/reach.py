@@ -205,7 +205,7 @@ class Reach:
         kind = self.package.attribute(owner, name)
         if kind in ("parameter", "module"):
             return True
-        if kind in ("", "buffer", "plain"):
+        if kind in ("", "buffer", "plain", "weightless"):
             return False
         classes = self.package.classes_of(owner, name)
         if classes:

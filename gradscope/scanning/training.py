@@ -96,8 +96,17 @@ class Training:
 
     def runs_what_is_frozen(self, atoms: Atoms, place: Place) -> bool:
         """Tell whether all that these say of modules is of some that their class freezes."""
+        owner = self.reach.owner(place)
         names = {source_of(atom).partition(":")[2].removeprefix("self.").partition(".")[0] for atom in atoms}
-        return bool(names) and all(self.freezes(self.reach.owner(place), {name}) for name in names)
+        names = {name for name in names if not (owner and self._is_weightless(owner, name))}
+        return bool(names) and all(self.freezes(owner, {name}) for name in names)
+
+    def _is_weightless(self, owner: Place, name: str) -> bool:
+        """Tell whether a part has no parameters, or a method uses none."""
+        method = self.package.method(owner, name)
+        if method is not None:
+            return not self.reach.touches(method, owner)
+        return self.package.attribute(owner, name) == "weightless"
 
     @cached_property
     def _frozen(self) -> dict[Place, set[str]]:
@@ -156,6 +165,8 @@ class Training:
             return worst
         for caller in callers[use]:
             targets = {call.target for call, target in self.package.callees(*caller) if target == use[0]}
+            if self._is_lost_anyway(caller, targets):
+                continue
             lost = self._lost_to(caller, use, targets, sources)
             if lost is None:
                 return Loss.WHOLE, [*self.reached[caller[0]], *way]
@@ -169,6 +180,15 @@ class Training:
             if worst[0] is Loss.WHOLE:
                 break
         return worst
+
+    def _is_lost_anyway(self, caller: Use, targets: set[str]) -> bool:
+        """Tell whether a caller has these calls under a switch of its own, which does no harm."""
+        function = self.package.function(caller[0])
+        made = [
+            atom for atom in (function.returns if function else ())
+            if source_of(atom).partition(":")[2] in targets or ((given := _argument(atom)) and given.target in targets)
+        ]  # fmt: skip
+        return bool(made) and all(atom.startswith("off:") for atom in made) and not self.reach.blockers(caller[0])
 
     def _may_carry(self, atom: str, place: Place, owner: Place | None) -> bool:
         """Tell whether an atom can carry a gradient, as far as is known: so may what ``self`` holds of unknown kind."""

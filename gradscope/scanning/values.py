@@ -194,7 +194,7 @@ class Expressions:
             return Value(NOTHING, "tensor")
         if known == "plain" or name in torch_ops.PLAIN_ATTRIBUTES:
             return PLAIN
-        kind = "module" if known.startswith("|") else {"parameter": "tensor", "module": "module"}.get(known, "unknown")
+        kind = "module" if known.startswith("|") else _KINDS.get(known, "unknown")
         return Value(frozenset({f"attr:{name}"}), kind)
 
     def _plain(self, _: ast.Constant | None) -> Value:
@@ -281,6 +281,10 @@ class Expressions:
         ast.Slice: _slice, ast.Tuple: _elements, ast.List: _elements, ast.Set: _elements,
         ast.Yield: _suspension, ast.YieldFrom: _suspension, ast.Await: _suspension,
     }  # fmt: skip
+
+
+# What ``self`` keeps, as a value.
+_KINDS = {"parameter": "tensor", "module": "module", "weightless": "module"}
 
 
 def is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:

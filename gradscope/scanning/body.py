@@ -56,6 +56,7 @@ class Body(Regions):
         if gives_data(node):
             self.returned.add(DATA)
         self.names.aliases = aliases
+        self.sites = self.pairs.settled(self.sites) if self.sites else self.sites
         decorators = {self.names.dotted(item).rpartition(".")[2] for item in node.decorator_list}
         kind = "async" if isinstance(node, ast.AsyncFunctionDef) else "generator" if self.yields else ""
         decorators |= {"property"} if "cached_property" in decorators else set()

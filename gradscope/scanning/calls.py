@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning import torch_ops
+from gradscope.scanning.detaches import compared, is_discriminator
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, classes_in
 from gradscope.scanning.instances import GIVE_THEMSELVES
 from gradscope.scanning.switches import Switch
@@ -25,9 +26,7 @@ class Calls(Expressions):
             return self.apply(node, applied)
         if isinstance(node.func, ast.Name) and node.func.id == "self" and self.klass is not None:
             return self._called_itself(node, self.klass)
-        given = [self.value(argument) for argument in node.args]
-        given += [self.value(keyword.value) for keyword in node.keywords]
-        dotted = self.names.dotted(node.func)
+        given, dotted = self._given(node), self.names.dotted(node.func)
         self._note_given(node, dotted)
         root = dotted.partition(".")[0]
         is_local = root in self.env or root == "self"
@@ -46,6 +45,19 @@ class Calls(Expressions):
         if dotted == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
             return self._looked_up(node, str(node.args[1].value))
         return self._function(node, dotted, given)
+
+    def _given(self, node: ast.Call) -> list[Value]:
+        """Return the values of a call's arguments."""
+        before = len(self.sites)
+        given = [self.value(argument) for argument in node.args]
+        given += [self.value(keyword.value) for keyword in node.keywords]
+        dotted = self.names.dotted(node.func)
+        if is_discriminator(dotted):
+            self.pairs.note_shown(dotted, self.sites[before:])
+        elif len(self.sites) > before:
+            atoms = [value.atoms for value in given]
+            self.sites[before:] = self.pairs.judged(compared(node, dotted), atoms, self.sites[before:])
+        return given
 
     def _called_itself(self, node: ast.Call, klass: Class) -> Value:
         """``self(x)`` is ``self.forward(x)``."""
@@ -88,7 +100,9 @@ class Calls(Expressions):
         atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
         # What is called on self and is no method of the class is a module, as far as the class shows.
         is_told = known and not known.startswith(("|", "?"))
-        is_module = known in ("module", "weightless") or (not is_told and self.klass is not None and name not in self.klass.methods)
+        is_module = known in ("module", "weightless") or (
+            not is_told and self.klass is not None and name not in self.klass.methods
+        )
         return Value(atoms, "tensor" if is_module else "unknown")
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
@@ -284,7 +298,7 @@ class Calls(Expressions):
         if name in ("detach", "detach_"):
             if node.args or base.kind not in ("tensor", "unknown"):
                 return base
-            derivatives = {f"cut:{site.line}" for site in self.sites if site.rule == "GS207"} if self.sites else ()
+            derivatives = (f"cut:{site.line}" for site in self.sites if site.rule == "GS207")
             return Value(self.report(node, rule, f".{name}()", base).difference(derivatives), "tensor")
         kind = {"sample": "tensor", "numpy": "unknown"}.get(name, "number")
         self.has_numbers = self.has_numbers or kind == "number"

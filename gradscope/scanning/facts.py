@@ -96,10 +96,10 @@ class Function:
 class Class:
     """A class: its bases as written, and what its attributes are.
 
-    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``weightless`` (a module without parameters),
-    ``plain`` or the dotted name of the class it was made from. ``|A|B`` is a module that holds, or may be, any of these classes (a container, one of two
-    ways), ``?build`` what a function of the scan makes. ``aliases`` maps names to the functions they stand for, of
-    which a list may have several (``Net.run|Net.stop``).
+    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``weightless`` (a module without
+    parameters), ``plain`` or the dotted name of the class it was made from. ``|A|B`` is a module that holds, or may
+    be, any of these classes (a container, one of two ways), ``?build`` what a function of the scan makes. ``aliases``
+    maps names to the functions they stand for, of which a list may have several (``Net.run|Net.stop``).
     """
 
     name: str

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 
-from gradscope.scanning.facts import Site
+from gradscope.scanning.detaches import is_detached
 
 _LOSS = re.compile(r"(?:^|[_/.])(?:loss(?:es)?|nll|elbo)(?:$|[_\d])")
 _SEVERAL = re.compile(r"losses|_(?:dict|logs?|items|info)$")
@@ -43,7 +43,7 @@ def name_of(node: ast.expr) -> str:
 def losses(node: ast.expr) -> list[ast.expr]:
     """Return the results that go by the name of a loss, less those that are detached right there."""
     parts = named_parts(node)
-    return [part for name, part in parts if _LOSS.search(name) and not (_SEVERAL.search(name) or _is_detached(part))]
+    return [part for name, part in parts if _LOSS.search(name) and not (_SEVERAL.search(name) or is_detached(part))]
 
 
 def are_figures(names: Iterable[str]) -> bool:
@@ -54,21 +54,3 @@ def are_figures(names: Iterable[str]) -> bool:
 def are_copies(names: Iterable[str]) -> bool:
     """Tell whether what is detached goes into a log or goes by the name of a loss."""
     return any(_FIGURE.search(name) or _LOSS.search(name) for name in names)
-
-
-def is_within(site: Site, node: ast.expr) -> bool:
-    """Tell whether a site lies in an expression."""
-    if node.lineno < site.line < (node.end_lineno or node.lineno):
-        return True
-    if node.lineno != node.end_lineno:
-        return node.lineno <= site.line <= (node.end_lineno or node.lineno)
-    return site.line == node.lineno and node.col_offset < site.column <= (node.end_col_offset or 0)
-
-
-def _is_detached(node: ast.expr) -> bool:
-    """Tell ``loss.clone().detach().mean()``."""
-    while isinstance(node, (ast.Call, ast.Attribute)):
-        if isinstance(node, ast.Attribute) and node.attr in ("detach", "item", "data"):
-            return True
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return False

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from gradscope.scanning.calls import Calls
+from gradscope.scanning.detaches import DETACH_RULES, is_within
 from gradscope.scanning.facts import APART, LOSS, NOTHING, Atoms, Class, How, Site
-from gradscope.scanning.outputs import is_within, losses, name_of, named_parts
+from gradscope.scanning.outputs import losses, name_of, named_parts
 from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names, Switch, effective, off_when_not_wanted, rule_of
 from gradscope.scanning.values import Value
@@ -149,7 +150,7 @@ class Regions(Calls):
             self.returned.add(LOSS)
         for number in range(since, len(self.sites)):
             site = self.sites[number]
-            if site.rule in ("GS201", "GS202"):
+            if site.rule in DETACH_RULES:
                 names = [name for name, part in named_parts(node) if is_within(site, part)]
                 names += [name_of(part) for target in targets for part in (target, *_container_and_key(target))]
                 self.sites[number] = replace(site, gives=tuple(filter(None, names)))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 from gradscope.scanning import torch_ops
+from gradscope.scanning.detaches import DETACH_RULES, Pairs, meant_in_sum
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
 from gradscope.scanning.instances import class_made, itself
 from gradscope.scanning.switches import Names
@@ -59,6 +61,7 @@ class Expressions:
         self.reads: set[str] = set()
         self.runs: set[str] = set()  # what calls and reads do not show: methods of a parameter that run a model
         self.sites: list[Site] = []
+        self.pairs = Pairs()
         self.parameters: set[str] = set()
         self.renamed: dict[str, tuple[str, ...]] = {}  # local names, and what of ``self`` they stand for
         self.discarded: ast.expr | None = None
@@ -217,14 +220,13 @@ class Expressions:
     def _binary(self, node: ast.BinOp) -> Value:
         before = len(self.sites)
         value = joined([self.value(node.left), self.value(node.right)])
-        if isinstance(node.op, (ast.Add, ast.Sub)) and len(self.sites) > before and _is_straight_through(node):
-            for index in range(before, len(self.sites)):
-                site = self.sites[index]
-                if site.rule in ("GS201", "GS202", "GS402"):
-                    self.sites[index] = Site(
-                        site.rule, site.line, site.column, site.end_line, site.function, site.mechanism, site.how,
-                        site.depends, harmless="part of a straight-through estimator",
-                    )  # fmt: skip
+        if isinstance(node.op, (ast.Add, ast.Sub)) and len(self.sites) > before:
+            meant = meant_in_sum(node)
+            for number in range(before, len(self.sites)) if meant else ():
+                if self.sites[number].rule in (*DETACH_RULES, "GS402"):
+                    self.sites[number] = replace(self.sites[number], harmless=meant)
+            if isinstance(node.op, ast.Sub):
+                self.pairs.note(node.left, node.right, self.sites[before:])
         return value
 
     def _subscript(self, node: ast.Subscript) -> Value:
@@ -306,20 +308,3 @@ def gives_indices(node: ast.expr) -> bool:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return False
     return node.func.attr in ("topk", "sort", "max", "min", "median", "kthvalue", "mode", "cummax", "cummin")
-
-
-def _is_straight_through(node: ast.BinOp) -> bool:
-    """Tell ``x + (q - x).detach()`` and its rearrangements: the detached part is a difference."""
-    for side, other in ((node.left, node.right), (node.right, node.left)):
-        if isinstance(side, ast.Attribute) and side.attr == "data":
-            inner: ast.expr = side.value
-        elif isinstance(side, ast.Call) and isinstance(side.func, ast.Attribute) and side.func.attr == "detach":
-            inner = side.func.value
-        else:
-            continue
-        if isinstance(inner, ast.BinOp) and isinstance(inner.op, (ast.Sub, ast.Add)):
-            return True
-        # soft - soft.detach(): the same name on both sides
-        if ast.dump(inner) in ast.dump(other):
-            return True
-    return False

@@ -27,17 +27,22 @@ _LARGEST = ("amax", "max", "logsumexp")
 class Pairs:
     """The two-sided comparisons of a function, and the discriminators that it runs: a detach is judged by the others.
 
-    ``detached`` maps a detach, by line and column, to what is held still there and what that is compared with.
+    ``detached`` maps a detach, by line and column, to what is held still there and what that is compared with;
+    ``passed_through`` are the pairs of straight-through estimators.
     """
 
     detached: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+    passed_through: set[frozenset[str]] = field(default_factory=set)
     shown: dict[tuple[int, int], str] = field(default_factory=dict)
     undetached: set[str] = field(default_factory=set)
 
     def settled(self, sites: Sequence[Site]) -> list[Site]:
         """Return the sites, those that are meant marked: ``mse(a.detach(), b)`` beside ``mse(a, b.detach())``."""
-        swapped = {(other, held) for held, other in self.detached.values()}
-        meant = {at: COMPARED for at, pair in self.detached.items() if pair in swapped}
+        pairs = {(other, held) for held, other in self.detached.values()}
+        meant = {
+            at: COMPARED for at, pair in self.detached.items()
+            if pair in pairs or frozenset(pair) in self.passed_through
+        }  # fmt: skip
         meant |= {at: SHOWN for at, judge in self.shown.items() if judge in self.undetached}
         return [
             replace(site, harmless=meant[site.line, site.column])
@@ -45,6 +50,17 @@ class Pairs:
             else site
             for site in sites
         ]
+
+    def meant_in_sum(self, node: ast.BinOp) -> str:
+        """Return why a detach in a sum or a difference is meant; nothing where nothing says so."""
+        inner = _passed_straight_through(node)
+        if isinstance(inner, ast.BinOp):
+            self.passed_through.add(frozenset((ast.dump(inner.left), ast.dump(inner.right))))
+        if inner is not None:
+            return STRAIGHT_THROUGH
+        held = without_detach(node.right)
+        is_shift = isinstance(node.op, ast.Sub) and held is not node.right and _is_largest_of(held, node.left)
+        return SHIFT if is_shift else ""
 
     def note(self, first: ast.expr, second: ast.expr, sites: Iterable[Site]) -> None:
         """Take note of the sites of a comparison."""
@@ -117,19 +133,6 @@ def without_detach(node: ast.expr) -> ast.expr:
     return node
 
 
-def meant_in_sum(node: ast.BinOp) -> str:
-    """Return why a detach in a sum or a difference is meant; nothing where nothing says so."""
-    if _is_straight_through(node):
-        return STRAIGHT_THROUGH
-    if (
-        isinstance(node.op, ast.Sub)
-        and is_detached(node.right)
-        and _is_largest_of(without_detach(node.right), node.left)
-    ):
-        return SHIFT
-    return ""
-
-
 def _is_largest_of(node: ast.expr, other: ast.expr) -> bool:
     """Tell ``x.amax(-1)`` and ``x.max(-1)[0]`` of something that is in the other expression."""
     if isinstance(node, ast.Subscript):
@@ -143,8 +146,8 @@ def _is_largest_of(node: ast.expr, other: ast.expr) -> bool:
     return ast.dump(base) in ast.dump(other)
 
 
-def _is_straight_through(node: ast.BinOp) -> bool:
-    """Tell ``x + (q - x).detach()`` and its rearrangements: the detached part is a difference."""
+def _passed_straight_through(node: ast.BinOp) -> ast.expr | None:
+    """Return what is detached in ``x + (q - x).detach()`` and its like: a difference, or what is also beside it."""
     for side, other in ((node.left, node.right), (node.right, node.left)):
         if isinstance(side, ast.Attribute) and side.attr == "data":
             inner: ast.expr = side.value
@@ -153,8 +156,8 @@ def _is_straight_through(node: ast.BinOp) -> bool:
         else:
             continue
         if isinstance(inner, ast.BinOp) and isinstance(inner.op, (ast.Sub, ast.Add)):
-            return True
+            return inner
         # soft - soft.detach(): the same name on both sides
         if ast.dump(inner) in ast.dump(other):
-            return True
-    return False
+            return inner
+    return None

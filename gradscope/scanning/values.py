@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 from gradscope.scanning import torch_ops
-from gradscope.scanning.detaches import DETACH_RULES, Pairs, meant_in_sum
+from gradscope.scanning.detaches import DETACH_RULES, Pairs
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
 from gradscope.scanning.instances import class_made, itself
 from gradscope.scanning.switches import Names
@@ -221,7 +221,7 @@ class Expressions:
         before = len(self.sites)
         value = joined([self.value(node.left), self.value(node.right)])
         if isinstance(node.op, (ast.Add, ast.Sub)) and len(self.sites) > before:
-            meant = meant_in_sum(node)
+            meant = self.pairs.meant_in_sum(node)
             for number in range(before, len(self.sites)) if meant else ():
                 if self.sites[number].rule in (*DETACH_RULES, "GS402"):
                     self.sites[number] = replace(self.sites[number], harmless=meant)

@@ -42,6 +42,16 @@ MEANT = {
         """,
         {"layer"},
     ),
+    "a code that averages move and no gradient": (
+        """
+        z = self.layer(x)
+        q = F.embedding(z.argmax(-1), torch.eye(4))
+        diff = (q.detach() - z).square().mean()
+        q = z + (q - z).detach()
+        return diff + q.sum()
+        """,
+        {"layer"},
+    ),
     "the other view": (
         """
         z1, z2 = self.layer(x), self.layer(x + 1)

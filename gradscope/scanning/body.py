@@ -10,8 +10,10 @@ from gradscope.scanning.branches import leaves_in_training, may_be_empty, modes
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import APART, DATA, Atoms, Call, Class, Function
 from gradscope.scanning.instances import class_named, of_the_scan
+from gradscope.scanning.lines import within
 from gradscope.scanning.regions import Regions
 from gradscope.scanning.signatures import (
+    GIVE_LOSS,
     FunctionNode,
     gives_data,
     gives_integers,
@@ -35,6 +37,8 @@ class Body(Regions):
         self.classes: list[Class] = []
         self._binds_names = False
         self._gives_integers = gives_integers(node)
+        self.steps: list[str] = []
+        self.is_step = node.name in GIVE_LOSS or within(names.backward, node)
         if outer is not None:
             self.env = dict(outer.env)
             self.made = dict(outer.made)
@@ -66,7 +70,7 @@ class Body(Regions):
             parameters=tuple(sorted(self.parameters)), signature=positional(node),
             calls=tuple(dict.fromkeys(self.calls)), reads=frozenset(self.reads),
             returns=frozenset(self.returned), gives_value=self.gives_value, kind=kind,
-            goes_backward=self.goes_backward,
+            goes_backward=self.goes_backward, steps=tuple(dict.fromkeys(self.steps)),
         )  # fmt: skip
 
     @property
@@ -282,8 +286,11 @@ class Body(Regions):
             return
         self.discarded = node
         value = self.value(node)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _BACKWARD:
-            self._go_backward(node, node.func, value)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self.is_step:
+            if node.func.attr in _BACKWARD:
+                self._go_backward(node, node.func, value)
+            elif node.func.attr == "step":  # scaler.step(optimizer)
+                self.steps += [self.names.dotted(each) for each in (node.func.value, *node.args)]
         # x.copy_(y), self.cache.append(y): what is changed in place comes out of the region too
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _changes(node.func.attr):
             base = node.func.value

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning import torch_ops
-from gradscope.scanning.detaches import compared, is_discriminator
+from gradscope.scanning.detaches import compared, is_computed, is_discriminator
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, classes_in
 from gradscope.scanning.instances import GIVE_THEMSELVES
 from gradscope.scanning.switches import Switch
@@ -28,10 +28,16 @@ class Calls(Expressions):
             return self._called_itself(node, self.klass)
         given, dotted = self._given(node), self.names.dotted(node.func)
         self._note_given(node, dotted)
+        return self._called(node, dotted, given)
+
+    def _called(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
+        """Return the value of a call by what is called."""
         root = dotted.partition(".")[0]
         is_local = root in self.env or root == "self"
         if root == "super()" or (dotted and not is_local and not (self.calls and self.names.is_elsewhere(root))):
             self._note_call(dotted, node)
+        if dotted.startswith("torch.nn.") and _MAKES_MODULE.match(dotted):
+            return Value(joined(given).atoms, "module")
         if root in ("torch", "torchvision") and not is_local:
             return self._torch_call(node, dotted, given)
         if isinstance(node.func, ast.Attribute) and root != "super()":
@@ -41,7 +47,8 @@ class Calls(Expressions):
             if root == "self" and dotted.count(".") in (1, 2):  # type(self).run(self, x), self.part.run(x)
                 self._note_call(dotted.removesuffix(".__call__"), node)
             if is_local or not dotted or root not in self.names.imports.values():
-                return self._method(node, node.func, given)
+                value = self._method(node, node.func, given)
+                return self._run_by(dotted, value) if self.is_step and is_local and dotted else value
         if dotted == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
             return self._looked_up(node, str(node.args[1].value))
         return self._function(node, dotted, given)
@@ -121,7 +128,7 @@ class Calls(Expressions):
             return Value(self.report(node, "GS203", "nn.Parameter", value), "tensor")
         if given and _makes_anew(node, name):
             value = given[0]  # the others say which dtype and device
-            if _carries(value):
+            if _carries(value) or (self.is_step and value.kind == "unknown" and is_computed(value.atoms)):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
             results = (atom.removeprefix("off:") for atom in value.atoms)
             made_of = {f"from:{atom}" for atom in results if atom.startswith("call:")}
@@ -228,9 +235,17 @@ class Calls(Expressions):
         else:
             kept = self._kept_called(callee.atoms, node) | self._part_called(name, node)
             atoms = joined(given).atoms | callee.atoms | kept
-        if name in self.parameters:
+        if name in self.parameters or self.is_step:
             atoms |= {f"call:{name}"}
         return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
+
+    def _run_by(self, dotted: str, value: Value) -> Value:
+        """Return a value as the work of what was called: in a step of training it is told which part did what."""
+        root, _, rest = dotted.partition(".")
+        is_tensor = rest in torch_ops.OF_TENSORS or (root in self.env and is_computed(self.env[root].atoms))
+        if is_tensor or value.kind in ("plain", "index"):
+            return value
+        return Value(value.atoms | {f"call:{dotted}"}, value.kind)
 
     def _method(self, node: ast.Call, func: ast.Attribute, given: list[Value]) -> Value:
         base, name = self._part(node, func), func.attr
@@ -313,6 +328,7 @@ class Calls(Expressions):
     rules: ClassVar[dict[type, Callable[[Any, Any], Value]]] = {**Expressions.rules, ast.Call: call}
 
 
+_MAKES_MODULE = re.compile(r"torch\.nn\.(?:modules\.)?(?!Parameter$|Buffer$)[A-Z]\w*$")
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
 # What takes a function to be called at another time, for another purpose.
 _KEEPS = re.compile(r"(?:^|[._])(?:register|subscribe|connect|append|add|callback|hook|wraps|Thread|Timer)|hook$")

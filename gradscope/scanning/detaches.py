@@ -75,7 +75,7 @@ class Pairs:
         self.note(sides[0], sides[1], sites)
         meant: list[Site] = []
         for held, other in ((0, 1), (1, 0)):
-            if _is_computed(atoms[other]) and not is_detached(sides[other]):
+            if is_computed(atoms[other]) and not is_detached(sides[other]):
                 meant += sites_of(sides[held], sites)
         return [replace(site, harmless=COMPARED) if site in meant else site for site in sites]
 
@@ -99,7 +99,7 @@ def compared(node: ast.Call, dotted: str) -> list[ast.expr]:
     return given if len(given) == 2 and _COMPARES.search(dotted) else []
 
 
-def _is_computed(atoms: Atoms) -> bool:
+def is_computed(atoms: Atoms) -> bool:
     """Tell whether a value is the work of a model, and not just what a function was given."""
     return any(atom.startswith(("call:", "attr:")) for atom in atoms)
 

@@ -76,7 +76,8 @@ class Function:
     ``parameters`` are those that may hold floats or modules, ``signature`` are all by position (without
     ``self``), ``reads`` the attributes of ``self`` that it reads. Of the calls of other packages' functions
     and of builtins one is kept at most: they are two of three, lead nowhere, and only tell that it computes.
-    ``goes_backward``: it is a step of training; what it goes backward from counts as given out.
+    ``goes_backward``: it is a step of training; what it goes backward from counts as given out. ``steps`` are the
+    optimizers whose ``step()`` it calls.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Function:
     gives_value: bool = False
     kind: str = ""
     goes_backward: bool = False
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -132,9 +134,24 @@ class Ignore:
     codes: tuple[str, ...]
 
 
+class Optimizer(NamedTuple):
+    """An optimizer that is made: its name, the top-level class or function it is made in, what it is to train.
+
+    ``given`` are the names of what it gets the parameters of: ``encoder``, ``self.head``, ``self``.
+    """
+
+    name: str
+    scope: str
+    given: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class FileFacts:
-    """Everything that is known of one file. ``headers`` are all top-level classes and their bases."""
+    """Everything that is known of one file.
+
+    ``headers`` are all top-level classes and their bases. ``optimizers`` and what is ``frozen`` are only known of a
+    file with a step of training.
+    """
 
     path: str
     module: str
@@ -145,5 +162,7 @@ class FileFacts:
     wrappers: dict[str, str] = field(default_factory=dict)
     headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ignores: list[Ignore] = field(default_factory=list)
+    optimizers: list[Optimizer] = field(default_factory=list)
+    frozen: tuple[str, ...] = ()
     parsed: bool = False
     skipped: str = ""

@@ -145,19 +145,19 @@ class Needles:
         return sorted(
             at
             for name in self.names
-            for at in _places(source, name)
+            for at in places(source, name)
             if (name in GRAD_MODE or _stands_alone(source, at, name)) and not _is_remark(source, at)
         )
 
 
 def parameters_made(source: str) -> list[int]:
     """Return the offsets at which parameters are made, ascending."""
-    return list(_places(source, "Parameter("))
+    return list(places(source, "Parameter("))
 
 
 def buffers_registered(source: str) -> list[int]:
     """Return the offsets at which buffers are registered, ascending."""
-    return list(_places(source, "register_buffer("))
+    return list(places(source, "register_buffer("))
 
 
 def made_by_script(source: str) -> list[int]:
@@ -173,7 +173,7 @@ def tensor_ops(source: str, parameters: list[int]) -> list[int]:
         if match[0] != ".float()" or _may_compare(source, match.start())
     ]
     for literal, before in BARE_OPS.items():
-        for at in _places(source, literal):
+        for at in places(source, literal):
             end = at + len(literal)
             if source[at - 1 : at] in before and not (literal == "float(" and source.startswith(('"', "'"), end)):
                 found.append(end - 1)  # not float("inf")
@@ -211,7 +211,8 @@ def _may_compare(source: str, end: int) -> bool:
     return _COMPARISON.search(line) is not None or line.count(")") > line.count("(")
 
 
-def _places(source: str, literal: str) -> Iterator[int]:
+def places(source: str, literal: str) -> Iterator[int]:
+    """Yield the offsets of a literal."""
     at = source.find(literal)
     while at >= 0:
         yield at

@@ -54,6 +54,7 @@ class Names:
         self.module = module
         self.roots = roots
         self.source = ""
+        self.backward: list[int] = []  # the lines that go backward
         self._elsewhere: set[str] = set()
         self._own_builtins: frozenset[str] | None = None
         self._known_imports = 0

@@ -64,6 +64,7 @@ class Expressions:
         self.pairs = Pairs()
         self.parameters: set[str] = set()
         self.renamed: dict[str, tuple[str, ...]] = {}  # local names, and what of ``self`` they stand for
+        self.is_step = False  # of training: what it goes backward from, or gives a trainer, is followed more closely
         self.discarded: ast.expr | None = None
         self.sometimes = ""
         self.has_numbers = False  # as long as there are none, nobody looks for them
@@ -140,7 +141,10 @@ class Expressions:
             Site(rule, line, column, end, self.function, mechanism, "call", depends=value.atoms,
                  conditional=rule == "GS901" and bool(self.conditions), harmless=harmless)
         )  # fmt: skip
-        return value.atoms | {f"cut:{line}"}
+        atoms = value.atoms
+        if self.is_step:
+            atoms = frozenset(atom if atom.startswith(_STOPPED) else f"off:{atom}" for atom in atoms)
+        return atoms | {f"cut:{line}"}
 
     def _silently(self, nodes: Sequence[ast.expr]) -> list[Value]:
         """Return the values of expressions that were evaluated before: nothing is noted twice."""
@@ -285,6 +289,8 @@ class Expressions:
     }  # fmt: skip
 
 
+# Atoms of which no gradient comes anyway.
+_STOPPED = ("off:", "in:", "cut:", "from:")
 # What ``self`` keeps, as a value.
 _KINDS = {"parameter": "tensor", "module": "module", "weightless": "module"}
 

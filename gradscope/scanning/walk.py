@@ -14,6 +14,7 @@ from gradscope.scanning.ignores import ignores
 from gradscope.scanning.keeping import Keeping, called_on_self
 from gradscope.scanning.lines import count_within, line_numbers, within
 from gradscope.scanning.operators import is_custom_op, without_autograd, without_gradient
+from gradscope.scanning.optimizers import frozen, optimizers
 from gradscope.scanning.reading import (
     GRAD_MODE,
     INITIALISERS,
@@ -23,9 +24,10 @@ from gradscope.scanning.reading import (
     made_by_script,
     parameters_made,
     parse,
+    places,
     tensor_ops,
 )
-from gradscope.scanning.signatures import FunctionNode
+from gradscope.scanning.signatures import GIVE_LOSS, FunctionNode
 from gradscope.scanning.switches import Names, Switch, add_imports, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
 
@@ -76,6 +78,7 @@ class FileReader:
         self._deep = [line_of[at] for at in deep]
         self._switches = [line_of[at] for at in switches]
         self.facts.ignores = ignores(source)
+        self._note_steps(source)
         loose = self._top_level(tree.body)
         if any(within(self._lines, node) for node in loose):
             self._module_body(loose)
@@ -83,6 +86,13 @@ class FileReader:
         self.facts.sites = list({(site.line, site.column, site.rule): site for site in self.facts.sites}.values())
         self.facts.sites.sort(key=lambda site: (site.line, site.column))
         return self.facts
+
+    def _note_steps(self, source: str) -> None:
+        """Take note of where a file goes backward, and of what it hands to optimizers if it does."""
+        calls = sorted(at for name in (".backward(", "manual_backward(") for at in places(source, name))
+        self.names.backward = line_numbers(source, calls)
+        if self.names.backward or any(f"def {name}(" in source for name in GIVE_LOSS):
+            self.facts.optimizers, self.facts.frozen = optimizers(source), frozen(source)
 
     # --- the top level --------------------------------------------------------------------------
 

@@ -242,8 +242,8 @@ class Calls(Expressions):
     def _run_by(self, dotted: str, value: Value) -> Value:
         """Return a value as the work of what was called: in a step of training it is told which part did what."""
         root, _, rest = dotted.partition(".")
-        is_tensor = rest in torch_ops.OF_TENSORS or (root in self.env and is_computed(self.env[root].atoms))
-        if is_tensor or value.kind in ("plain", "index"):
+        is_result = root in self.env and root not in self.names.handed and is_computed(self.env[root].atoms)
+        if rest in torch_ops.RUN_NOTHING or is_result or value.kind in ("plain", "index"):
             return value
         return Value(value.atoms | {f"call:{dotted}"}, value.kind)
 

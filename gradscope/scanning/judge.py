@@ -422,9 +422,9 @@ def _what(site: Site) -> str:
 
 def where(site: Site) -> str:
     """Say what a site does in its function."""
-    name = site.mechanism.rpartition(".")[2]
+    name, function = site.mechanism.rpartition(".")[2], site.function or "The script"
     if site.how == "call":
-        return f"{site.function} calls {name} and leaves gradients off"
+        return f"{function} calls {name} and leaves gradients off"
     if site.how == "applied":
-        return f"{site.function} wraps a function in {name}"
-    return f"{site.function} {'runs' if site.how == 'decorator' else 'computes'} under {name}"
+        return f"{function} wraps a function in {name}"
+    return f"{function} {'runs' if site.how == 'decorator' else 'computes'} under {name}"

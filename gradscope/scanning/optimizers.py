@@ -14,13 +14,25 @@ _OPTIMIZER = re.compile(
     re.MULTILINE,
 )
 _PARAMETERS = re.compile(r"([A-Za-z_][\w.]*)\.(?:named_)?parameters\(\)")
-_NAME = re.compile(r"(?<![\w.])([A-Za-z_]\w*)(?![\w.(=])")
+_NAME = re.compile(r"(?<![\w.\"'])((?:self\.)?[A-Za-z_]\w*)(?![\w.(=])")
+_OF_A_CALL = re.compile(r"\w\(([^()]*)\)\.(?:named_)?parameters\(\)")
+# What a model or a part of one is called: ``build_optimizer(args, model)``, ``Wrapper(encoder, head)``.
+_MODEL = re.compile(
+    r"(?:^|[._])(?:model|net|network|module|enc(?:oder)?|dec(?:oder)?|backbone|heads?|trunk|stem|tower|unet|vae|vit|clip|bert|"
+    r"resnet\w*|transformer|policy|actor|critic|student|generator|discriminator|classifier|projector|projection|proj|"
+    r"embedder|embeddings?|layers?\d*|blocks?)\d*$"
+)
 _FREEZES = re.compile(
     r"([A-Za-z_][\w.]*?)(?:\.(?:eval|train|to|cuda|half)\([^()\n]*\))*"
     r"\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False|"
     r"for[ \t]+\w+[ \t]+in[ \t]+([A-Za-z_][\w.]*)\.parameters\(\)[ \t]*:\s*\w+\.requires_grad(?:_\(|[ \t]*=)[ \t]*False"
 )
-_BLOCK = re.compile(r"^(?:class|def|async[ \t]+def)[ \t]+(\w+)", re.MULTILINE)
+# ``vae = VAE().requires_grad_(False)``
+_MADE_FROZEN = re.compile(
+    r"^[ \t]*([\w.]+)[ \t]*=[^=\n]*\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False", re.MULTILINE
+)
+# What stands at the margin ends a class or a function, whatever it is.
+_BLOCK = re.compile(r"^(?:(?:class|def|async[ \t]+def)[ \t]+(\w+)|[A-Za-z_@])", re.MULTILINE)
 FARTHEST = 4000
 
 
@@ -28,25 +40,39 @@ def optimizers(source: str) -> list[Optimizer]:
     """Return the optimizers that a file makes; one that is given back at once has no name."""
     found = []
     for match in _OPTIMIZER.finditer(source):
+        scope, text = _scope(source, match.start())
         given = _in_brackets(source, match.end())
-        names = {*_PARAMETERS.findall(given), *_through_names(given, source)}
+        names = {*_PARAMETERS.findall(given), *_through_names(given, text)}
+        names.update(*map(_NAME.findall, _OF_A_CALL.findall(given)))
+        if "parameters()" not in given:
+            names.update(filter(is_model, _NAME.findall(given)))
         if names:
-            found.append(Optimizer(match[1] or "", _scope(source, match.start()), tuple(sorted(names))))
+            names.update(*(filter(is_model, _parts(name, text)) for name in names))
+            found.append(Optimizer(match[1] or "", scope, tuple(sorted(names))))
     return found
+
+
+def is_model(name: str) -> bool:
+    """Tell whether something is a model, or a part of one, by its name."""
+    return _MODEL.search(name) is not None
 
 
 def frozen(source: str) -> tuple[str, ...]:
     """Return what a file freezes, on some way or always: ``encoder.requires_grad_(False)``, or by a loop."""
-    return tuple(sorted({match[1] or match[2] for match in _FREEZES.finditer(source)}))
+    found = {match[1] or match[2] for match in _FREEZES.finditer(source)}
+    return tuple(sorted(found.union(_MADE_FROZEN.findall(source))))
 
 
-def _scope(source: str, at: int) -> str:
-    """Return the top-level class or function that an offset lies in; nothing at the top level itself."""
+def _scope(source: str, at: int) -> tuple[str, str]:
+    """Return the top-level class or function that an offset lies in, and its text; no name at the top level itself."""
     line = source.rfind("\n", 0, at + 1) + 1
-    if source[line : line + 1] not in " \t\n":
-        return ""
-    above = [*_BLOCK.finditer(source, 0, at + 1)]
-    return above[-1][1] if above else ""
+    blocks = [*_BLOCK.finditer(source)]
+    above = [block for block in blocks if block.start() <= at]
+    ends = [block.start() for block in blocks[1:]] + [len(source)]
+    if source[line : line + 1] not in " \t\n" or not above or above[-1][1] is None:
+        parts = (source[block.start() : end] for block, end in zip(blocks, ends, strict=True) if block[1] is None)
+        return "", "".join(parts)
+    return above[-1][1], source[above[-1].start() : ends[len(above) - 1]]
 
 
 def _in_brackets(source: str, start: int) -> str:
@@ -62,13 +88,18 @@ def _in_brackets(source: str, start: int) -> str:
     return source[start : start + FARTHEST]
 
 
-def _through_names(given: str, source: str) -> Iterator[str]:
+def _through_names(given: str, text: str) -> Iterator[str]:
     """Yield what is handed over by way of a list: ``params = [*a.parameters(), *b.parameters()]``."""
     for name in set(_NAME.findall(given)):
-        assigned = re.compile(rf"^[ \t]*{name}[ \t]*(?::[^=\n]+)?\+?=[ \t]*", re.MULTILINE)
-        for match in assigned.finditer(source):
-            end = source.find("\n", match.end())
-            end = len(source) if end < 0 else end
-            goes_on = source[end - 1] in "([{"
-            text = source[match.end() : end] + (_in_brackets(source, end) if goes_on else "")
-            yield from _PARAMETERS.findall(text)
+        for assigned in re.finditer(rf"^[ \t]*{re.escape(name)}[ \t]*(?::[^=\n]+)?\+?=[ \t]*", text, re.MULTILINE):
+            end = text.find("\n", assigned.end())
+            end = len(text) if end < 0 else end
+            goes_on = text[end - 1] in "([{"
+            yield from _PARAMETERS.findall(text[assigned.end() : end] + (_in_brackets(text, end) if goes_on else ""))
+
+
+def _parts(name: str, text: str) -> Iterator[str]:
+    """Yield what a model is put together of: ``model = nn.Sequential(encoder, head)``."""
+    made = rf"^[ \t]*{re.escape(name)}[ \t]*(?::[^=\n]+)?=[ \t]*(?:\w+\.)*[A-Z]\w*\("
+    for match in re.finditer(made, text, re.MULTILINE):
+        yield from _NAME.findall(_in_brackets(text, match.end()))

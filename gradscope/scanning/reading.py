@@ -41,7 +41,7 @@ TENSOR_OPS = re.compile(
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
 BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (=", "grad(": " (="}
 _COMPARISON = re.compile(r"[<>]|[=!]=|\b(?:in|is)\b")
-_MADE_AT_TOP = re.compile(r"^\w+[ \t]*=[ \t]*(?:\w+\.)*[A-Z]\w*(?:\.from_\w+)?\(", re.MULTILINE)
+_MADE_AT_TOP = re.compile(r"^\w+(?:,[ \t]*\w+)*[ \t]*=[ \t]*(?:\w+\.)*[A-Z]\w*(?:\.from_\w+)?\(", re.MULTILINE)
 _FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
 _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 

@@ -6,16 +6,21 @@ on purpose and by mistake looks alike; what its optimizer is given tells them ap
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 
 from gradscope.scanning.facts import Atoms, FileFacts, Function, Site
 from gradscope.scanning.intent import meant_by_module
+from gradscope.scanning.optimizers import is_model
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import Reach, Use, source_of
 from gradscope.scanning.signatures import GIVE_LOSS
 
 SCRIPT = "<module>"
+# What these give is no part of any graph, so that nothing tells where it goes.
+INDEXING = ("GS401", "GS402", "GS403")
+_LOSS = re.compile(r"(?:^|[._])(?:\w*loss\w*|criterion\w*|mse|bce|ce|crit)$", re.IGNORECASE)
 # Parameters that carry several models, of which some are trained.
 _HOLD_ANYTHING = frozenset({"state", "ctx", "context", "trainer", "args", "models", "modules"})
 
@@ -58,10 +63,11 @@ class Steps:
     def lost(self, site: Site, place: Place) -> list[str]:
         """Return what a site computes with, the step's optimizer is given, and no gradient gets back to."""
         facts, function = self.package.files[place.module], self.package.function(place)
-        if function is None or site.conditional or not self._is_part(site, function):
+        if function is None or site.conditional:
             return []
-        given = trained(facts, function)
-        flowing = self._flowing(place)
+        given, flowing = trained(facts, function), self._flowing(place)
+        if not self._is_part(site, function) and not (site.rule in INDEXING and _is_of_data(flowing, function)):
+            return []
         found = {
             name.removesuffix(".forward") for name in self._names(site.depends, place)
             if _covers(given, name) and not _touch(flowing, name) and not _covers(facts.frozen, name)
@@ -133,9 +139,11 @@ class Steps:
         return frozenset(found | {name for name in given if not any(each.startswith(f"{name}.") for each in found)})
 
     def _of_call(self, name: str, place: Place, owner: Place | None) -> set[str]:
+        """Return what a call runs: a part by its name, else all that it is called on, of which it may be any method."""
         target = self.package.target(name, place, owner) if name.startswith("self.") else None
         if target is None:
-            return {name}
+            whole, _, part = name.rpartition(".")
+            return {name if not whole or whole == "self" or is_model(part) else whole}
         found: set[str] = set()
         for each in self.reach.reachable(target, self.reach.owner_for(target, owner)):
             function = self.package.function(each)
@@ -154,6 +162,11 @@ def trained(facts: FileFacts, function: Function) -> frozenset[str]:
     if not named and len(facts.optimizers) == 1:
         named = facts.optimizers
     return frozenset(name for each in named for name in each.given)
+
+
+def _is_of_data(flowing: Collection[str], function: Function) -> bool:
+    """Tell whether a step goes backward from losses of what it was given alone: from nothing that may run a model."""
+    return all(name in function.parameters or _LOSS.search(name) for name in flowing)
 
 
 def _is_stopped(atom: str) -> bool:

@@ -55,6 +55,7 @@ class Names:
         self.roots = roots
         self.source = ""
         self.backward: list[int] = []  # the lines that go backward
+        self.handed: frozenset[str] = frozenset()  # what the optimizers of the file are given
         self._elsewhere: set[str] = set()
         self._own_builtins: frozenset[str] | None = None
         self._known_imports = 0

@@ -28,13 +28,14 @@ SHAPE_ONLY = frozenset(
 )
 # Methods that take the dtype, device or shape of another tensor and none of its numbers.
 LIKE_ANOTHER = frozenset("to type_as view_as expand_as reshape_as".split())
-# Methods that only tensors have: what they are called on is no model.
-OF_TENSORS = frozenset(
+# Methods by which no model is run: those of tensors, and a module's own.
+RUN_NOTHING = frozenset(
     "to cuda cpu float double half bfloat16 type view view_as reshape flatten permute transpose t unsqueeze squeeze "
     "repeat expand clone contiguous detach sum mean std var min max amax amin norm pow sqrt exp log abs clamp chunk "
     "split unbind gather index_select masked_fill softmax log_softmax sigmoid tanh matmul mm bmm dot add sub mul div "
     "item numpy tolist backward requires_grad_ argmax argmin round floor long int bool size dim new_tensor "
-    "type_as".split()
+    "type_as parameters named_parameters modules named_modules children buffers state_dict load_state_dict eval train "
+    "zero_grad step".split()
 )
 # Derivatives, which are constants to autograd unless create_graph says otherwise.
 DERIVATIVES = frozenset(

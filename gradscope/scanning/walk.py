@@ -93,11 +93,15 @@ class FileReader:
         self.names.backward = line_numbers(source, calls)
         if self.names.backward or any(f"def {name}(" in source for name in GIVE_LOSS):
             self.facts.optimizers, self.facts.frozen = optimizers(source), frozen(source)
+            self.names.handed = frozenset(name for each in self.facts.optimizers for name in each.given)
 
     # --- the top level --------------------------------------------------------------------------
 
-    def _top_level(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
-        """Read definitions; return the statements that run when the module is imported."""
+    def _top_level(self, body: Sequence[ast.stmt], *, whole: bool = False) -> list[ast.stmt]:
+        """Read definitions; return the statements that run when the module does: ``whole``, or those with a hit.
+
+        What a module does as a program counts where that is to train.
+        """
         loose: list[ast.stmt] = []
         for node in body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -107,13 +111,14 @@ class FileReader:
             elif isinstance(node, ast.ClassDef):
                 self._class(node, "")
             elif isinstance(node, (ast.If, ast.Try)):
-                if isinstance(node, ast.If) and _is_main(node.test):
+                is_program = isinstance(node, ast.If) and _is_main(node.test)
+                if is_program and not within(self.names.backward, node):
                     continue
                 for part in _branches(node):
-                    loose += self._top_level(part)
+                    loose += self._top_level(part, whole=is_program)
             elif any(isinstance(part, _DEFINITIONS) for part in statements(getattr(node, "body", ()))):
                 loose += self._top_level(node.body)  # type: ignore[attr-defined]
-            elif within(self._lines, node):
+            elif whole or within(self._lines, node):
                 self._module_alias(node)
                 loose.append(node)
         return loose

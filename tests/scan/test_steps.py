@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from torch.optim import Adam
 
 X, Y = torch.ones(3, 4), torch.zeros(3, 4)
+
+
+def own(y):
+    return y.square().mean()
 """
 IN_A_FUNCTION = """
 def train():
@@ -68,6 +72,16 @@ LOSES = {
         '[{"params": enc.parameters()}, {"params": head.parameters(), "lr": 0.1}]',
         "with torch.no_grad():\n    f = enc(X)\nloss = head(f).sum()",
     ),
+    "a model put together": (
+        "nn.Sequential(enc, head).parameters()", "with torch.no_grad():\n    f = enc(X)\nloss = head(f).sum()",
+    ),
+    "indices": (BOTH, "loss = F.mse_loss(head(enc(X)).argmax(-1).float(), Y[:, 0])\nloss.requires_grad = True"),
+    "a hard decision": (BOTH, "loss = F.mse_loss((head(enc(X)) > 0.5).float(), Y).requires_grad_()"),
+    "numbers added up": (
+        BOTH,
+        "loss = 0\nfor _ in range(2):\n    loss += head(enc(X)).sum().item()\n"
+        "loss = torch.tensor(loss, requires_grad=True)",
+    ),
     "one of two ways": (BOTH, "a = enc(X).detach()\nb = X + 1\nloss = head(a + b).sum()"),
     "a switch that is called": (
         BOTH, "torch.set_grad_enabled(False)\nf = enc(X)\ntorch.set_grad_enabled(True)\nloss = head(f).sum()",
@@ -89,6 +103,10 @@ KEEPS = {
     "a block around a target": (BOTH, "with torch.no_grad():\n    t = enc(X + 1)\nloss = F.mse_loss(head(enc(X)), t)"),
     "a copy": (BOTH, "t = copy.deepcopy(enc)\nwith torch.no_grad():\n    y = t(X)\nloss = F.mse_loss(head(enc(X)), y)"),
     "what is printed": (BOTH, "loss = head(enc(X)).sum()\nprint(loss.detach(), loss.item())"),
+    "what is counted": (BOTH, "y = head(enc(X))\nloss = y.sum()\nright = (y.argmax(-1) == 0).sum()\nprint(right)"),
+    "what is counted beside a loss of one's own": (
+        BOTH, "y = head(enc(X))\nloss = own(y)\nright = (y.argmax(-1) == 0).sum()\nprint(right)",
+    ),
     "what is measured": (
         BOTH, "y = head(enc(X))\nloss = y.sum()\nwith torch.no_grad():\n    error = (y - Y).abs().mean()\nprint(error)",
     ),

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
-from gradscope.scanning.facts import APART, DATA, LOSS, Atoms, Function, Site
+from gradscope.scanning.facts import APART, DATA, LOSS, Atoms, Call, Function, Site
 from gradscope.scanning.intent import is_tool
 from gradscope.scanning.package import Package, Place
 
@@ -344,11 +344,16 @@ class Reach:
         while queue:
             here, current_owner = queue.popleft()
             for call, target in self.package.callees(here, current_owner):
-                is_taken = call.used and not (always and call.sometimes not in ("", "training"))
+                is_taken = self.counts(call, target) and not (always and call.sometimes not in ("", "training"))
                 if is_taken and target not in found and target.name.rpartition(".")[2] not in NOT_COMPUTE:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))
         return found
+
+    def counts(self, call: Call, target: Place) -> bool:
+        """Tell whether a call adds to its caller's result: by its value, or by what a block leaves on ``self``."""
+        sites = self.regions.get(target, ())
+        return call.used or any(site.how == "block" and site.effects and site.depends for site in sites)
 
     def not_followed(self, entry: Place, owner: Place | None) -> list[str]:
         """Return what ``self`` keeps and an entry runs, and the source does not show: of no class that is scanned."""

@@ -27,6 +27,8 @@ _PREPARES = re.compile(
 _GIVES_TEXT = re.compile(r"^(?:.*\.)?_?transcribe(?:_\w+)?$")
 # A module that counts what it is given (reinforcement learning's observations and returns): buffers, no parameter.
 _COUNTS = re.compile(r"(?:^|_)(?:running|mean)_(?:mean_)?(?:std|var)$|^(?:obs|value|reward|return)_rms$")
+# Modules that crop, flip and resample: they have nothing to train.
+_TRANSFORMS = re.compile(r"\|?torch(?:vision|audio)\.transforms\.")
 # A class of another package that is a module, as far as its name says.
 _MODEL_NAME = re.compile(r"(?:Model|Module|Network|Net|Encoder|Decoder|Transformer|Backbone|LM|Generation|VAE)$")
 # nn.Module's own methods: they compute nothing of the forward pass.
@@ -102,7 +104,8 @@ class Reach:
     def _gives_live(self, name: str, place: Place, owner: Place | None) -> bool:
         """Tell whether what a call gives can carry a gradient whatever it is given: it runs a module."""
         if name.startswith("self."):
-            return owner is not None and self.computes(owner, name[5:])
+            is_part = owner is not None and not _TRANSFORMS.match(self.package.attribute(owner, name[5:]))
+            return owner is not None and is_part and self.computes(owner, name[5:])
         if name.startswith("super()."):
             found = self.package.target(name, place, owner)
             if found is not None:

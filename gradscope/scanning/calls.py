@@ -26,7 +26,8 @@ class Calls(Expressions):
             return self.apply(node, applied)
         if isinstance(node.func, ast.Name) and node.func.id == "self" and self.klass is not None:
             return self._called_itself(node, self.klass)
-        given, dotted = self._given(node), self.names.dotted(node.func)
+        dotted = self.names.dotted(node.func)
+        given = self._given(node, dotted)
         self._note_given(node, dotted)
         return self._called(node, dotted, given)
 
@@ -53,12 +54,11 @@ class Calls(Expressions):
             return self._looked_up(node, str(node.args[1].value))
         return self._function(node, dotted, given)
 
-    def _given(self, node: ast.Call) -> list[Value]:
+    def _given(self, node: ast.Call, dotted: str) -> list[Value]:
         """Return the values of a call's arguments."""
         before = len(self.sites)
         given = [self.value(argument) for argument in node.args]
         given += [self.value(keyword.value) for keyword in node.keywords]
-        dotted = self.names.dotted(node.func)
         if is_discriminator(dotted):
             self.pairs.note_shown(dotted, self.sites[before:])
         elif len(self.sites) > before:

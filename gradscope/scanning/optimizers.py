@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradscope.scanning.facts import Optimizer
+from gradscope.scanning.reading import places
 
 # ``opt = torch.optim.AdamW(``, ``self.opt_g = Lion(``; without a name where it is given back at once.
 _OPTIMIZER = re.compile(
     r"(?i)(?:^[ \t]*([\w.]+)[ \t]*(?::[^=\n]+)?=[ \t]*|\breturn[ \t]+|[\[({,=][ \t\n]*)"
     r"(?:\w+\.)*(?:\w*(?:adam|optim)\w*|sgd|rmsprop|adagrad|adadelta|adafactor|lion|lamb|lbfgs|muon|rprop)[ \t]*\(",
     re.MULTILINE,
+)
+_OPTIMIZERS = (
+    "dam",
+    "ptim",
+    "SGD",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "afactor",
+    "Lion",
+    "Lamb",
+    "LBFGS",
+    "Muon",
+    "Rprop",
 )
 _PARAMETERS = re.compile(r"([A-Za-z_][\w.]*)\.(?:named_)?parameters\(\)")
 _NAME = re.compile(r"(?<![\w.\"'])((?:self\.)?[A-Za-z_]\w*)(?![\w.(=])")
@@ -39,7 +54,7 @@ FARTHEST = 4000
 def optimizers(source: str) -> list[Optimizer]:
     """Return the optimizers that a file makes; one that is given back at once has no name."""
     found = []
-    for match in _OPTIMIZER.finditer(source):
+    for match in _searched(_OPTIMIZER, source, _OPTIMIZERS):
         scope, text = _scope(source, match.start())
         given = _in_brackets(source, match.end())
         names = {*_PARAMETERS.findall(given), *_through_names(given, text)}
@@ -59,8 +74,23 @@ def is_model(name: str) -> bool:
 
 def frozen(source: str) -> tuple[str, ...]:
     """Return what a file freezes, on some way or always: ``encoder.requires_grad_(False)``, or by a loop."""
-    found = {match[1] or match[2] for match in _FREEZES.finditer(source)}
-    return tuple(sorted(found.union(_MADE_FROZEN.findall(source))))
+    found = {match[1] or match[2] for match in _searched(_FREEZES, source, ["requires_grad"], above=1)}
+    found.update(match[1] for match in _searched(_MADE_FROZEN, source, ["requires_grad_("]))
+    return tuple(sorted(found))
+
+
+def _searched(pattern: re.Pattern[str], source: str, needles: Sequence[str], above: int = 0) -> Iterator[re.Match[str]]:
+    """Yield what an expression matches in the lines that hold a literal, and in so many above them."""
+    done = 0
+    for at in sorted(at for needle in needles for at in places(source, needle)):
+        start = at
+        for _ in range(above + 1):
+            start = source.rfind("\n", 0, max(start, 0)) if start >= 0 else -1
+        end = source.find("\n", at)
+        end = len(source) if end < 0 else end
+        if end > done:
+            yield from pattern.finditer(source, max(start + 1, done), end)
+            done = end
 
 
 def _scope(source: str, at: int) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from gradscope.findings import SEVERITIES, Severity
 from gradscope.paths import short_path
 from gradscope.scanning.facts import Call, FileFacts, Function, Site
 from gradscope.scanning.judge import FROZEN, Judge, Judgement, where
+from gradscope.scanning.made import maker_of
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Use, source_of
 from gradscope.scanning.training import Way
@@ -67,7 +68,7 @@ class _Borrowing:
                 judgement = self.judge.in_forward(facts, site, place, way, (entry, owner))
                 if judgement.severity != "note":
                     yield from self._leaving(judgement.chain, owner, judgement)
-        for use in dict.fromkeys([*self._steps(), *asked]):
+        for use in dict.fromkeys([*steps_of(self.judge), *asked]):
             for facts, site, _, way in self._reached(use):
                 message = f"{where(site)}: no gradient gets back through this call of {_called(use[0])}."
                 severity: Severity = "error" if use in asked and not site.conditional else "warning"
@@ -80,14 +81,6 @@ class _Borrowing:
             if place.module in self.package.outside and place in self.reach.regions:
                 facts = self.package.files[place.module]
                 yield from ((facts, site, place, way) for site in self.reach.blockers(place) if site.how != "class")
-
-    def _steps(self) -> Iterator[Use]:
-        """Yield the functions scanned that go backward, or give a trainer what it goes backward from."""
-        for facts in self.package.own:
-            for function in facts.functions.values():
-                if function.goes_backward or function.name.endswith(GIVE_LOSS):
-                    place = Place(facts.module, function.name)
-                    yield place, self.reach.owner(place)
 
     def _is_part(self, use: Use, called: Place) -> bool:
         """Tell whether what a function gives out, or goes backward from, is made of what a call gives."""
@@ -109,6 +102,15 @@ class _Borrowing:
             if target == way[at] and (_is_given_out(function, call) or nothing_else):
                 yield Borrowed(caller, call, way, judgement)
                 return
+
+
+def steps_of(judge: Judge) -> Iterator[Use]:
+    """Yield the functions scanned that go backward, or give a trainer what it goes backward from."""
+    for facts in judge.package.own:
+        for function in facts.functions.values():
+            if function.goes_backward or function.name.endswith(GIVE_LOSS):
+                place = Place(facts.module, function.name)
+                yield place, judge.reach.owner(place)
 
 
 def _inherited(judge: Judge, place: Place, owner: Place | None) -> Iterator[Judgement]:
@@ -155,7 +157,8 @@ def _at_the_call(judge: Judge, group: list[Borrowed], text_of: Callable[[str], s
     lines = text_of(facts.path).split("\n")
     written = _written(first.call, function, lines)
     message = f"{where(site)} ({_spot(inner)}){inner.message.removeprefix(where(site))}"
-    behind = list(dict.fromkeys(f"{each.judgement.site.function} ({_spot(each.judgement)})" for each in group[1:]))
+    others = (each.judgement for each in group[1:] if each.judgement.site is not site)
+    behind = list(dict.fromkeys(f"{each.site.function} ({_spot(each)})" for each in others))
     if behind:
         message += f" Behind it: {', '.join(behind)}."
     severity = min((each.judgement.severity for each in group), key=SEVERITIES.index)
@@ -165,8 +168,8 @@ def _at_the_call(judge: Judge, group: list[Borrowed], text_of: Callable[[str], s
     if judge.training.freezes(judge.reach.owner(first.caller), {kept}):
         severity, message = max(severity, "warning", key=SEVERITIES.index), f"{message} {FROZEN}"
     here = replace(site, line=written.line, column=1, end_line=written.line, function=first.caller.name, how="call")
-    others = tuple(each.judgement.site for each in group)
-    return Judgement(facts, here, severity, inner.confidence, message, first.way, _advice(judge, inner), others)
+    sites = tuple(each.judgement.site for each in group)
+    return Judgement(facts, here, severity, inner.confidence, message, first.way, _advice(judge, inner), sites)
 
 
 def _spot(judgement: Judgement) -> str:
@@ -185,18 +188,27 @@ def _written(call: Call, function: Function, lines: list[str]) -> Written:
     """Return where a function makes a call; the function's own line where it is written otherwise."""
     owner, _, last = call.target.rpartition(".")
     name = rf"({re.escape(owner)})" if owner.startswith("self") else r"(\w+)"
-    patterns = [rf"(?<![\w.]){name}\.{re.escape(last)}\s*\(", rf"(?<![\w.])()(?:\w+\.)*{re.escape(last)}\b"]
+    item = r"(?:\[[^\]\n]*\])?"
+    patterns = [rf"(?<![\w.]){name}{item}\.{re.escape(last)}\s*\(", rf"(?<![\w.])()(?:\w+\.)*{re.escape(last)}\b"]
+    patterns += [rf"()\.{re.escape(last)}\s*\("]
     if last == "__call__":  # of an instance: under its own name
-        made = re.escape(owner.rpartition(".")[2])
-        own = re.compile(rf"(\w+)[ \t]*(?::[^,=)]*|=[ \t]*[\w.]*)\b{made}\b")
-        names = (own.search(line) for line in lines[function.line - 1 : function.end_line])
-        patterns = [rf"(?<![\w.])({found[1]})\s*\(" for found in names if found]
+        names = _names_of(owner, lines[function.line - 1 : function.end_line]) or _names_of(owner, lines)
+        patterns = [rf"(?<![\w.])({name}){item}\s*\(" for name in names]
     for pattern in patterns:
         for number in range(function.line, min(function.end_line, len(lines)) + 1):
             found = re.search(pattern, lines[number - 1])
             if found:
                 return Written(number, found[1])
     return Written(function.line)
+
+
+def _names_of(kind: str, lines: list[str]) -> list[str]:
+    """Return the names by which some lines know what is an instance of a class, or of what a function gives."""
+    made = re.escape((maker_of(kind) or kind).rpartition(".")[2])
+    own = re.compile(rf"((?:\w+[ \t]*,[ \t]*)*\w+)[ \t]*(?::[^,=)]*|=[ \t]*[\w.]*)\b{made}\b")
+    item = re.search(r"\[(\d+)\]$", kind)
+    found = [[name.strip() for name in match[1].split(",")] for line in lines if (match := own.search(line))]
+    return [names[int(item[1])] if item and int(item[1]) < len(names) else names[-1] for names in found]
 
 
 def _is_trained(name: str, function: Function, lines: list[str]) -> bool:

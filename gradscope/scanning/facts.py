@@ -72,7 +72,8 @@ class Function:
     ``parameters`` are those that may hold floats or modules, ``signature`` are all by position (without
     ``self``), ``reads`` the attributes of ``self`` that it reads. Of the calls of other packages' functions
     and of builtins one is kept at most: they are two of three, lead nowhere, and only tell that it computes.
-    ``goes_backward``: it is a step of training; what it goes backward from counts as given out.
+    ``goes_backward``: it is a step of training; what it goes backward from counts as given out. ``gives`` are the
+    classes of what it makes, for those alone that a model is got from (``makers.py``).
     """
 
     name: str
@@ -86,6 +87,7 @@ class Function:
     gives_value: bool = False
     kind: str = ""
     goes_backward: bool = False
+    gives: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -94,8 +96,8 @@ class Class:
 
     ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``plain`` or the dotted name of the class
     it was made from. ``|A|B`` is a module that holds, or may be, any of these classes (a container, one of two
-    ways), ``?build`` what a function of the scan makes. ``aliases`` maps names to the functions they stand for, of
-    which a list may have several (``Net.run|Net.stop``).
+    ways), ``?build`` what a function of the scan makes (``makers.py`` has the notation). ``aliases`` maps names to the
+    functions they stand for, of which a list may have several (``Net.run|Net.stop``).
     """
 
     name: str
@@ -111,8 +113,8 @@ NO_CLASS = frozenset({"", "plain", "parameter", "buffer", "module"})
 
 
 def classes_in(kind: str) -> list[str]:
-    """Return the classes, or the function that makes one, in what ``Class.attributes`` says of an attribute."""
-    return [] if kind in NO_CLASS else kind.strip("|?").split("|")
+    """Return the classes, and the functions that make one, in what ``Class.attributes`` says of an attribute."""
+    return [] if kind in NO_CLASS else kind.strip("|").split("|")
 
 
 @dataclass(slots=True)
@@ -130,7 +132,11 @@ class Ignore:
 
 @dataclass(slots=True)
 class FileFacts:
-    """Everything that is known of one file. ``headers`` are all top-level classes and their bases."""
+    """Everything that is known of one file.
+
+    ``headers`` are all top-level classes and their bases, ``tables`` what a model is got from by a key, and other names
+    for functions that make one (``makers.py``).
+    """
 
     path: str
     module: str
@@ -140,6 +146,7 @@ class FileFacts:
     sites: list[Site] = field(default_factory=list)
     wrappers: dict[str, str] = field(default_factory=dict)
     headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tables: dict[str, dict[str, str]] = field(default_factory=dict)
     ignores: list[Ignore] = field(default_factory=list)
     parsed: bool = False
     skipped: str = ""

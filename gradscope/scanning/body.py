@@ -87,7 +87,8 @@ class Body(Regions):
             note = words(argument.annotation)
             if name in ("self", "cls"):
                 continue
-            self.made.pop(name, None)
+            if self.made:
+                self.made.pop(name, None)
             telling = "" if argument is arguments.vararg else name  # *args are called so whatever they hold
             if holds_no_floats(telling, note) or (name in plain and "Tensor" not in note):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN

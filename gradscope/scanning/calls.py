@@ -226,7 +226,7 @@ class Calls(Expressions):
             return PLAIN if name not in ("pop", "keys") else Value(base.atoms, "unknown")
         if name in torch_ops.LISTS:
             return Value(base.atoms, torch_ops.LISTS[name])
-        made = self.class_of(func.value) if self.making is not None or isinstance(func.value, ast.Name) else ""
+        made = self.class_of(func.value) if self.making is not None or self.made else ""
         if made and name not in GIVE_THEMSELVES and not (made[0] in "?|" and name in _ESCAPES):
             return self._of_instance(node, f"{made}.{name}", base, given)
         if name in torch_ops.SHAPE_ONLY:

@@ -55,6 +55,7 @@ class Package:
         # What no class has need not be looked for in all bases of one: three of four names that are asked for.
         self._method_names = {name for klass in classes for name in (*klass.methods, *klass.aliases)}
         self._attribute_names = {name for klass in classes for name in klass.attributes}
+        self._has_makers = False
         self._property_names: set[str] = set()
         self._inner_names: set[str] = set()  # of all functions made in functions, and of some more
         self._renamed: dict[str, set[str]] = {}
@@ -67,6 +68,7 @@ class Package:
         for facts in self.files.values():
             self._function_names.update(name for name, meant in facts.imports.items() if not meant.endswith(f".{name}"))
             for function in facts.functions.values():
+                self._has_makers = self._has_makers or bool(function.gives)
                 scope, _, name = function.name.rpartition(".")
                 self._function_names.add(name)
                 if function.kind == "property":
@@ -284,8 +286,8 @@ class Package:
         found = []
         for call in (*function.calls, *self._properties(function, owner)):
             targets = self.targets(call.target, place, owner)
-            is_sure = call.sometimes or not targets or not self._is_one_of(call.target, place, owner)
-            made = call if is_sure else call._replace(sometimes="either")
+            is_one_of = self._has_makers and targets and self._is_one_of(call.target, place, owner)
+            made = call._replace(sometimes=call.sometimes or "either") if is_one_of else call
             found += [(made, target) for target in targets if target != place]
         return found
 

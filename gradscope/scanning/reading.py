@@ -13,11 +13,10 @@ import io
 import re
 import tokenize
 import warnings
-from bisect import bisect_right
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 
-from gradscope.scanning.blanking import BLOCK, HEADER, Blanked, blank
+from gradscope.scanning.blanking import HEADER, Blanked, blank
 
 LARGEST_FILE = 8_000_000  # bytes; a generated table, not somebody's model
 
@@ -52,7 +51,6 @@ _INITIALISER = re.compile(rf"(no_grad|inference_mode)(?:\(\))?\n[ \t]+def (?:{'|
 
 # The line up to where a parameter is made: ``self.scale = nn.Parameter(...)``.
 _KEEPS = re.compile(r"[ \t]*self\.(\w+)(?:[ \t]*:[^=\n]*)?[ \t]*=[ \t]*(?:[\w.]+\.)?$")
-_DEFINED = ("def ", "class ", "async def ", "@")
 _DEF = re.compile(r"def[ \t]+(\w+)")
 # Where parameters are made once: constructors, and what prepares or converts a model.
 _MAKES_ONCE = re.compile(
@@ -163,19 +161,14 @@ def buffers_registered(source: str) -> list[int]:
 
 
 def made_by_script(source: str, is_glue: bool) -> list[int]:
-    """Return the offsets at which a script that trains makes objects, and goes backward.
+    """Return the offsets at which a script that trains makes objects, and goes backward if it puts models together.
 
     What its loop calls is only told by these; a function that goes backward may use what the script made.
     """
     if ".backward(" not in source:
         return []
     made = [match.start() for match in _MADE_AT_TOP.finditer(source)]
-    steps = list(_places(source, ".backward("))
-    if not (made or is_glue):
-        starts = [match.end() for match in BLOCK.finditer(source)]
-        begun = ((at, bisect_right(starts, at) - 1) for at in steps)
-        steps = [at for at, number in begun if number >= 0 and not source.startswith(_DEFINED, starts[number])]
-    return sorted(made + steps)
+    return sorted([*made, *_places(source, ".backward(")]) if is_glue else made
 
 
 def tensor_ops(source: str, parameters: list[int]) -> list[int]:

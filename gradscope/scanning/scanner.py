@@ -180,12 +180,17 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...], makers: Mappi
     reach = judge.reach
     for _ in range(MOST_ROUNDS):
         calls = _calls_of(reach.leading_to(goals), reach.package)
-        grown = {call: owners - seen.get(call, set()) for call, owners in calls.items()}
-        found = {call: owners for call, owners in grown.items() if owners or call not in seen}
+        found = {call: owners for call, owners in calls.items() if call not in seen}
+        if outside:  # a class outside may be found to have a method of that name only now
+            grown = {call: owners - seen[call] for call, owners in calls.items() if call in seen}
+            found |= {call: owners for call, owners in grown.items() if owners}
         if not found:
             break
         seen.update((call, seen.get(call, set()) | owners) for call, owners in found.items())
-        collector.read(Settings(roots, (*asked, *sorted(seen)), wrappers, known_as), finder.calling(found))
+        callers = finder.calling(found)
+        if not callers:
+            break
+        collector.read(Settings(roots, (*asked, *sorted(seen)), wrappers, known_as), callers)
         reach = Reach(Package((text.facts for text in texts), outside), {})
     return judge if reach is judge.reach else Judge(reach.package)
 

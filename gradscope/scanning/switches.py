@@ -91,6 +91,8 @@ class Names:
 
     def is_maker(self, dotted: str) -> bool:
         """Tell whether a dotted name means a function, or a table of some, that a model is got from."""
+        if not self.makers:
+            return False
         return dotted in self.makers or f"{self.module.removesuffix('.__init__')}.{dotted}" in self.makers
 
     def is_elsewhere(self, root: str) -> bool:

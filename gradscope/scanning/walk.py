@@ -65,13 +65,14 @@ class FileReader:
         }
         # Scripts and what makes a model are read with an eye on what each name is an instance of.
         self.names.makers = frozenset(name for name in self._makers if is_named(name, self.facts.module, source))
-        self.names.is_glue = bool(self.names.makers) or (needles.operations and ".backward(" in source)
+        trains = bool(self._makers) and needles.operations and ".backward(" in source
+        self.names.is_glue = trains or bool(self.names.makers)
         switches = Needles().deep(source)
         needles = needles.with_renames(source, switches)
         deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
         parameters = parameters_made(source)
         others = tensor_ops(source, parameters) if needles.operations else []
-        others += made_by_script(source, bool(self.names.makers)) if needles.operations else []
+        others += made_by_script(source, self.names.is_glue) if needles.operations else []
         offsets = sorted([*deep, *others])
         parsed = parse(source, offsets, deep, () if self.names.wrappers or self.names.is_glue else self._known)
         self.facts.skipped = parsed.skipped
@@ -124,7 +125,8 @@ class FileReader:
 
     def _trains(self, node: ast.stmt) -> bool:
         """Tell whether a script trains in this statement."""
-        return any(isinstance(part, ast.Attribute) and part.attr == "backward" for part in ast.walk(node))
+        steps = (part for part in ast.walk(node) if isinstance(part, ast.Attribute)) if self.names.is_glue else ()
+        return any(part.attr == "backward" for part in steps)
 
     def _made_at_top(self, body: Sequence[ast.stmt]) -> None:
         """Take note of what a script's own names are instances of, and of the tables that models are got from."""

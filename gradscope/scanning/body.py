@@ -10,8 +10,10 @@ from gradscope.scanning.branches import leaves_in_training, may_be_empty, modes
 from gradscope.scanning.calls import FROZEN
 from gradscope.scanning.facts import APART, DATA, Atoms, Call, Class, Function
 from gradscope.scanning.instances import class_named, of_the_scan
+from gradscope.scanning.lines import within
 from gradscope.scanning.regions import Regions
 from gradscope.scanning.signatures import (
+    GIVE_LOSS,
     FunctionNode,
     gives_data,
     gives_integers,
@@ -34,8 +36,9 @@ class Body(Regions):
         self.nested: list[Function] = []
         self.classes: list[Class] = []
         self._binds_names = False
-        self._gives_apart = False
         self._gives_integers = gives_integers(node)
+        self.steps: list[str] = []
+        self.is_step = node.name in GIVE_LOSS or within(names.backward, node)
         if outer is not None:
             self.env = dict(outer.env)
             self.made = dict(outer.made)
@@ -52,11 +55,12 @@ class Body(Regions):
         self._run(node.body)
         while self.regions:
             self._close(self.regions.pop())
-        if self._gives_apart:
+        if self.gives_apart:
             self.returned.add(APART)
         if gives_data(node):
             self.returned.add(DATA)
         self.names.aliases = aliases
+        self.sites = self.pairs.settled(self.sites) if self.sites else self.sites
         decorators = {self.names.dotted(item).rpartition(".")[2] for item in node.decorator_list}
         kind = "async" if isinstance(node, ast.AsyncFunctionDef) else "generator" if self.yields else ""
         decorators |= {"property"} if "cached_property" in decorators else set()
@@ -66,7 +70,7 @@ class Body(Regions):
             parameters=tuple(sorted(self.parameters)), signature=positional(node),
             calls=tuple(dict.fromkeys(self.calls)), reads=frozenset(self.reads),
             returns=frozenset(self.returned), gives_value=self.gives_value, kind=kind,
-            goes_backward=self.goes_backward,
+            goes_backward=self.goes_backward, steps=tuple(dict.fromkeys(self.steps)),
         )  # fmt: skip
 
     @property
@@ -123,6 +127,7 @@ class Body(Regions):
         self._assign([node.target], node.value, also=self.value(node.target))
 
     def _return(self, node: ast.Return) -> None:
+        before = len(self.sites)
         if isinstance(node.value, ast.Tuple):
             parts = [self.value(element) for element in node.value.elts]
             value = joined(parts)
@@ -132,25 +137,10 @@ class Body(Regions):
             given = node.value
             if given is not None and is_own(given) and self.klass is not None and given.attr in self.klass.methods:
                 self.calls.append(Call(f"self.{given.attr}", sometimes=self.sometimes))  # who asks for it calls it
-            self._note_results_of_one_call([value])
+            self.note_results_of_one_call([value])
+        if node.value is not None:
+            self.note_names(node.value, (), before)
         self._give(value, bool(node.value))
-
-    def hand_out(self, parts: Sequence[Value]) -> None:
-        """Take note of a part of the result that nothing but stopped values are in, or nothing but one call's."""
-        for value in parts:
-            is_stopped = all("off:" in atom or atom.startswith("in:") for atom in value.atoms)
-            if value.atoms and is_stopped and value.kind != "array":
-                self._gives_apart = True
-        self._note_results_of_one_call(parts)
-
-    def _note_results_of_one_call(self, parts: Sequence[Value]) -> None:
-        """Whether that call is of a stopped function is known when the files are joined."""
-        for value in parts:
-            if not value.atoms:
-                continue
-            made_of = [atom for atom in value.atoms if not atom.startswith(("arg:", "cut:", "from:"))]
-            if len(made_of) == 1 and made_of[0].startswith("call:"):
-                self.returned.add(f"{APART}:{made_of[0][5:]}")
 
     def _for(self, node: ast.For | ast.AsyncFor) -> None:
         if isinstance(node, ast.AsyncFor):
@@ -197,7 +187,7 @@ class Body(Regions):
         after_body, self.env = self.env, before
         self.sometimes = before_sometimes or in_else
         else_gives_apart = self._arm(node, node.orelse, is_first=False)
-        self._gives_apart = self._gives_apart or (body_gives_apart and else_gives_apart)
+        self.gives_apart = self.gives_apart or (body_gives_apart and else_gives_apart)
         self.sometimes = before_sometimes
         if leaves_in_training(node):
             self.sometimes = "evaluation"
@@ -214,12 +204,12 @@ class Body(Regions):
 
     def _arm(self, node: ast.If, body: Sequence[ast.stmt], is_first: bool) -> bool:
         """Run one arm of an ``if``; tell whether it gives stopped values apart from others, or gives nothing at all."""
-        before, self._gives_apart = self._gives_apart, False
+        before, self.gives_apart = self.gives_apart, False
         depth = len(self.conditions)
         self.conditions.append((node.test, is_first))
         self._run(body)
         del self.conditions[depth:]
-        gives_apart, self._gives_apart = self._gives_apart, before
+        gives_apart, self.gives_apart = self.gives_apart, before
         return gives_apart or (bool(body) and isinstance(body[-1], ast.Raise))
 
     def _assign(self, targets: Sequence[ast.expr], node: ast.expr, also: Value = PLAIN) -> None:
@@ -231,7 +221,10 @@ class Body(Regions):
             self.rename_parts(targets, node)
         if isinstance(targets[0], ast.Attribute) and all(getattr(target, "attr", "") == "data" for target in targets):
             self.discarded = node  # weight.data = f(...) gives the graph nothing
+        before = len(self.sites)
         value = self.value(node)
+        if isinstance(node, ast.Dict) or (isinstance(targets[0], ast.Subscript) and len(self.sites) > before):
+            self.note_names(node, targets, before)
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
         made = self.class_of(node) if self.making is None and (self.made or isinstance(node, ast.Call)) else ""
@@ -297,8 +290,11 @@ class Body(Regions):
             return
         self.discarded = node
         value = self.value(node)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _BACKWARD:
-            self._go_backward(node, node.func, value)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self.is_step:
+            if node.func.attr in _BACKWARD:
+                self._go_backward(node, node.func, value)
+            elif node.func.attr == "step":  # scaler.step(optimizer)
+                self.steps += [self.names.dotted(each) for each in (node.func.value, *node.args)]
         # x.copy_(y), self.cache.append(y): what is changed in place comes out of the region too
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _changes(node.func.attr):
             base = node.func.value
@@ -337,8 +333,14 @@ class Body(Regions):
             self.suspended(node.items[0].context_expr, "await")
         depth = len(self.regions)
         bound = self._open_with(node)
+        before = (self.reads, self.runs, len(self.calls))
+        self.reads, self.runs = set(), set()
         self._run(node.body)
-        self._close_with(node, depth, bound)
+        runs = self.runs | {f"attr:{name}" for name in self.reads}
+        runs |= {f"call:{call.target}" for call in self.calls[before[2] :]}
+        self.reads |= before[0]
+        self.runs = before[1] | runs
+        self._close_with(node, depth, bound, frozenset(runs))
 
     def _inner_function(self, node: FunctionNode) -> None:
         inner = Body(node, self.names, self.klass, f"{self.function}.{node.name}", self)

@@ -17,10 +17,9 @@ from gradscope.scanning.judge import FROZEN, Judge, Judgement, where
 from gradscope.scanning.made import maker_of
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Use, source_of
+from gradscope.scanning.steps import called, steps
 from gradscope.scanning.training import Way
 
-# What Lightning, Transformers and Keras call for the loss of a step; they go backward themselves.
-GIVE_LOSS = (".training_step", ".compute_loss", ".train_step")
 TRAINED = "Its parameters are handed to an optimizer all the same."
 _OPTIMIZED = (
     r"(?is)(?:\w*(?:adam|sgd|optim|rmsprop|adagrad|adafactor|adadelta|lion|lamb|lbfgs|muon)\w*\s*\(|\bparam\w*\s*\+?=)"
@@ -68,9 +67,9 @@ class _Borrowing:
                 judgement = self.judge.in_forward(facts, site, place, way, (entry, owner))
                 if judgement.severity != "note":
                     yield from self._leaving(judgement.chain, owner, judgement)
-        for use in dict.fromkeys([*steps_of(self.judge), *asked]):
+        for use in dict.fromkeys([*steps(self.package), *asked]):
             for facts, site, _, way in self._reached(use):
-                message = f"{where(site)}: no gradient gets back through this call of {_called(use[0])}."
+                message = f"{where(site)}: no gradient gets back through this call of {called(use[0])}."
                 severity: Severity = "error" if use in asked and not site.conditional else "warning"
                 if len(way) > 1 and self._is_part(use, way[1]):
                     yield from self._leaving(way, use[1], Judgement(facts, site, severity, "likely", message, way))
@@ -104,15 +103,6 @@ class _Borrowing:
                 return
 
 
-def steps_of(judge: Judge) -> Iterator[Use]:
-    """Yield the functions scanned that go backward, or give a trainer what it goes backward from."""
-    for facts in judge.package.own:
-        for function in facts.functions.values():
-            if function.goes_backward or function.name.endswith(GIVE_LOSS):
-                place = Place(facts.module, function.name)
-                yield place, judge.reach.owner(place)
-
-
 def _inherited(judge: Judge, place: Place, owner: Place | None) -> Iterator[Judgement]:
     """Yield a judgement, at the class, of each switch in a method that it has from a class outside."""
     outside = judge.package.outside
@@ -125,10 +115,6 @@ def _inherited(judge: Judge, place: Place, owner: Place | None) -> Iterator[Judg
         message = f"{where(site)} ({_spot(there)}): {name} is inherited, and no gradient gets back through it."
         here = replace(site, line=line, column=1, end_line=line, function=name, how="call")
         yield Judgement(facts, here, "error", "likely", message, [place], _advice(judge, there), (site,))
-
-
-def _called(place: Place) -> str:
-    return "the script" if place.name.startswith("<") else place.name
 
 
 def _atoms_of(call: Call) -> set[str]:

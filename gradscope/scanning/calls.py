@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning import torch_ops
+from gradscope.scanning.detaches import compared, is_computed, is_discriminator
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, classes_in
 from gradscope.scanning.instances import GIVE_THEMSELVES
 from gradscope.scanning.switches import Switch
@@ -25,14 +26,18 @@ class Calls(Expressions):
             return self.apply(node, applied)
         if isinstance(node.func, ast.Name) and node.func.id == "self" and self.klass is not None:
             return self._called_itself(node, self.klass)
-        given = [self.value(argument) for argument in node.args]
-        given += [self.value(keyword.value) for keyword in node.keywords]
-        dotted = self.names.dotted(node.func)
+        given, dotted = self._given(node), self.names.dotted(node.func)
         self._note_given(node, dotted)
+        return self._called(node, dotted, given)
+
+    def _called(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
+        """Return the value of a call by what is called."""
         root = dotted.partition(".")[0]
         is_local = root in self.env or root == "self"
         if root == "super()" or (dotted and not is_local and not (self.calls and self.names.is_elsewhere(root))):
             self._note_call(dotted, node)
+        if dotted.startswith("torch.nn.") and _MAKES_MODULE.match(dotted):
+            return Value(joined(given).atoms, "module")
         if root in ("torch", "torchvision") and not is_local:
             return self._torch_call(node, dotted, given)
         if isinstance(node.func, ast.Attribute) and root != "super()":
@@ -42,10 +47,24 @@ class Calls(Expressions):
             if root == "self" and dotted.count(".") in (1, 2):  # type(self).run(self, x), self.part.run(x)
                 self._note_call(dotted.removesuffix(".__call__"), node)
             if is_local or not dotted or root not in self.names.imports.values():
-                return self._method(node, node.func, given)
+                value = self._method(node, node.func, given)
+                return self._run_by(dotted, value) if self.is_step and is_local and dotted else value
         if dotted == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
             return self._looked_up(node, str(node.args[1].value))
         return self._function(node, dotted, given)
+
+    def _given(self, node: ast.Call) -> list[Value]:
+        """Return the values of a call's arguments."""
+        before = len(self.sites)
+        given = [self.value(argument) for argument in node.args]
+        given += [self.value(keyword.value) for keyword in node.keywords]
+        dotted = self.names.dotted(node.func)
+        if is_discriminator(dotted):
+            self.pairs.note_shown(dotted, self.sites[before:])
+        elif len(self.sites) > before:
+            atoms = [value.atoms for value in given]
+            self.sites[before:] = self.pairs.judged(compared(node, dotted), atoms, self.sites[before:])
+        return given
 
     def _called_itself(self, node: ast.Call, klass: Class) -> Value:
         """``self(x)`` is ``self.forward(x)``."""
@@ -88,7 +107,9 @@ class Calls(Expressions):
         atoms = _through(node, f"self.{name}", given) | {f"call:self.{name}"}
         # What is called on self and is no method of the class is a module, as far as the class shows.
         is_told = known and not known.startswith(("|", "?"))
-        is_module = known == "module" or (not is_told and self.klass is not None and name not in self.klass.methods)
+        is_module = known in ("module", "weightless") or (
+            not is_told and self.klass is not None and name not in self.klass.methods
+        )
         return Value(atoms, "tensor" if is_module else "unknown")
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
@@ -107,7 +128,7 @@ class Calls(Expressions):
             return Value(self.report(node, "GS203", "nn.Parameter", value), "tensor")
         if given and _makes_anew(node, name):
             value = given[0]  # the others say which dtype and device
-            if _carries(value):
+            if _carries(value) or (self.is_step and value.kind == "unknown" and is_computed(value.atoms)):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
             made_of = {f"from:{found[1]}" for atom in value.atoms if (found := _RESULT.search(atom))}
             return Value(_cuts_of(value).atoms | made_of, "tensor")
@@ -145,7 +166,7 @@ class Calls(Expressions):
         known = self._made_new(dotted, last, value)
         if known is not None:
             return known
-        if last[:1].isupper():
+        if last[:1].isupper() or dotted == "dict":
             self.hand_out(given)
         if last == "Parameter" and _carries(value):
             self.report(node, "GS203", "nn.Parameter", value)
@@ -216,9 +237,17 @@ class Calls(Expressions):
         else:
             kept = self._kept_called(callee.atoms, node) | self._part_called(name, node)
             atoms = joined(given).atoms | callee.atoms | kept
-        if name in self.parameters:
+        if name in self.parameters or self.is_step:
             atoms |= {f"call:{name}"}
         return Value(atoms, "tensor" if callee.kind == "module" else "unknown")
+
+    def _run_by(self, dotted: str, value: Value) -> Value:
+        """Return a value as the work of what was called: in a step of training it is told which part did what."""
+        root, _, rest = dotted.partition(".")
+        is_result = root in self.env and root not in self.names.handed and is_computed(self.env[root].atoms)
+        if rest in torch_ops.RUN_NOTHING or is_result or value.kind in ("plain", "index"):
+            return value
+        return Value(value.atoms | {f"call:{dotted}"}, value.kind)
 
     def _method(self, node: ast.Call, func: ast.Attribute, given: list[Value]) -> Value:
         base, name = self._part(node, func), func.attr
@@ -276,6 +305,8 @@ class Calls(Expressions):
     def _forward_of(self, func: ast.Attribute) -> list[Value]:
         """``self.part.forward(x)``, ``self.part.decode(x)`` run a module, like ``self.part(x)``."""
         part = self.names.dotted(func.value) if _runs(func.attr) else ""
+        if part in self.parameters:
+            self.runs.add(f"call:{part}")
         return [Value(frozenset({f"call:self.{part.split('.')[1]}"}), "tensor")] if part.startswith("self.") else []
 
     def _escape(self, node: ast.Call, name: str, base: Value) -> Value:
@@ -284,7 +315,8 @@ class Calls(Expressions):
         if name in ("detach", "detach_"):
             if node.args or base.kind not in ("tensor", "unknown"):
                 return base
-            return Value(self.report(node, rule, f".{name}()", base), "tensor")
+            derivatives = (f"cut:{site.line}" for site in self.sites if site.rule == "GS207")
+            return Value(self.report(node, rule, f".{name}()", base).difference(derivatives), "tensor")
         kind = {"sample": "tensor", "numpy": "unknown"}.get(name, "number")
         self.has_numbers = self.has_numbers or kind == "number"
         if not sure:
@@ -298,6 +330,7 @@ class Calls(Expressions):
     rules: ClassVar[dict[type, Callable[[Any, Any], Value]]] = {**Expressions.rules, ast.Call: call}
 
 
+_MAKES_MODULE = re.compile(r"torch\.nn\.(?:modules\.)?(?!Parameter$|Buffer$)[A-Z]\w*$")
 _CALL_THEIR_ARGUMENT = ("map", "checkpoint", "checkpointing_func", "checkpoint_func", "partial")
 # What takes a function to be called at another time, for another purpose.
 _KEEPS = re.compile(r"(?:^|[._])(?:register|subscribe|connect|append|add|callback|hook|wraps|Thread|Timer)|hook$")

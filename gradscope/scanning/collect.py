@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from gradscope.scanning.cache import Cache, key_of
 from gradscope.scanning.copies import Copies
-from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Site
+from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Optimizer, Site
 from gradscope.scanning.makers import definitions_of
 from gradscope.scanning.reading import GRAD_MODE, Needles, decode, headers, hides_text
 from gradscope.scanning.resolve import SourceFile
@@ -278,7 +278,7 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         "functions": [
             [f.name, f.line, f.end_line, f.parameters, f.signature,
              [list(call) for call in f.calls],
-             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind, f.goes_backward, f.gives]
+             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind, f.goes_backward, f.steps, f.gives]
             for f in facts.functions.values()
         ],
         "sites": [
@@ -289,6 +289,8 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         "headers": facts.headers,
         "tables": facts.tables,
         "ignores": [[i.line, i.first, i.last, i.codes] for i in facts.ignores],
+        "optimizers": facts.optimizers,
+        "frozen": facts.frozen,
         "parsed": facts.parsed,
         "skipped": facts.skipped,
     }  # fmt: skip
@@ -299,20 +301,24 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
     facts = FileFacts(empty.path, empty.module, imports=data["imports"], wrappers=data["wrappers"])
     for name, line, bases, methods, attributes, aliases in data["classes"]:
         facts.classes[name] = Class(name, line, tuple(bases), tuple(methods), attributes, aliases)
-    for name, line, end, parameters, signature, calls, reads, returns, *rest in data["functions"]:
+    for name, line, end, parameters, signature, calls, reads, returns, value, kind, backward, *rest in data[
+        "functions"
+    ]:
+        steps, gives = rest
         facts.functions[name] = Function(
             name, line, end, tuple(parameters), tuple(signature), tuple(Call(*call) for call in calls),
-            frozenset(reads), frozenset(returns), *rest,
+            frozenset(reads), frozenset(returns), value, kind, backward, tuple(steps), gives,
         )  # fmt: skip
-    for rule, line, column, end, function, mechanism, how, depends, effects, gives, conditional, harmless in data[
-        "sites"
-    ]:
+    for *place, function, mechanism, how, depends, effects, gives, conditional, harmless, runs in data["sites"]:
+        rule, line, column, end = place
         facts.sites.append(
             Site(rule, line, column, end, function, mechanism, how, frozenset(depends), frozenset(effects),
-                 tuple(gives), conditional, harmless)
+                 tuple(gives), conditional, harmless, frozenset(runs))
         )  # fmt: skip
     facts.headers = {name: tuple(bases) for name, bases in data["headers"].items()}
     facts.ignores = [Ignore(line, first, last, tuple(codes)) for line, first, last, codes in data["ignores"]]
     facts.tables = data["tables"]
+    facts.optimizers = [Optimizer(name, scope, tuple(given)) for name, scope, given in data["optimizers"]]
+    facts.frozen = tuple(data["frozen"])
     facts.parsed, facts.skipped = data["parsed"], data["skipped"]
     return facts

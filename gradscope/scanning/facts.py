@@ -14,6 +14,7 @@ package are joined.
 - ``apart``: a part of the result is computed with gradients off and nothing else
 - ``apart:self.x``: a part of the result is what such a call gives and nothing else
 - ``data``: the result is said to be arrays or text, which no gradient is asked of
+- ``loss``: a part of the result goes by the name of a loss
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Atoms: TypeAlias = frozenset[str]
 NOTHING: Atoms = frozenset()
 APART = "apart"
 DATA = "data"
+LOSS = "loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Site:
 
     ``depends`` are the atoms of what comes out of it, ``effects`` those of what it stores on ``self``,
     ``gives`` the local names that are used after it; ``conditional`` says that a value known only at run
-    time decides, ``harmless`` why it is no break.
+    time decides, ``harmless`` why it is no break. ``runs`` is what a block itself calls and reads of ``self``:
+    what else it computes with was computed before.
     """
 
     rule: str
@@ -50,6 +53,7 @@ class Site:
     gives: tuple[str, ...] = ()
     conditional: bool = False
     harmless: str = ""
+    runs: Atoms = NOTHING
 
 
 class Call(NamedTuple):
@@ -72,8 +76,9 @@ class Function:
     ``parameters`` are those that may hold floats or modules, ``signature`` are all by position (without
     ``self``), ``reads`` the attributes of ``self`` that it reads. Of the calls of other packages' functions
     and of builtins one is kept at most: they are two of three, lead nowhere, and only tell that it computes.
-    ``goes_backward``: it is a step of training; what it goes backward from counts as given out. ``gives`` are the
-    classes of what it makes, for those alone that a model is got from (``makers.py``).
+    ``goes_backward``: it is a step of training; what it goes backward from counts as given out. ``steps`` are the
+    optimizers whose ``step()`` it calls. ``gives`` are the classes of what it makes, for those alone that a model is
+    got from (``makers.py``).
     """
 
     name: str
@@ -87,6 +92,7 @@ class Function:
     gives_value: bool = False
     kind: str = ""
     goes_backward: bool = False
+    steps: tuple[str, ...] = ()
     gives: dict[str, str] = field(default_factory=dict)
 
 
@@ -94,10 +100,11 @@ class Function:
 class Class:
     """A class: its bases as written, and what its attributes are.
 
-    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``plain`` or the dotted name of the class
-    it was made from. ``|A|B`` is a module that holds, or may be, any of these classes (a container, one of two
-    ways), ``?build`` what a function of the scan makes (``makers.py`` has the notation). ``aliases`` maps names to the
-    functions they stand for, of which a list may have several (``Net.run|Net.stop``).
+    ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``weightless`` (a module without
+    parameters), ``plain`` or the dotted name of the class it was made from. ``|A|B`` is a module that holds, or may
+    be, any of these classes (a container, one of two ways), ``?build`` what a function of the scan makes
+    (``makers.py`` has the notation). ``aliases`` maps names to the functions they stand for, of which a list may have
+    several (``Net.run|Net.stop``).
     """
 
     name: str
@@ -109,7 +116,7 @@ class Class:
 
 
 # What an attribute is that is of no class that is told.
-NO_CLASS = frozenset({"", "plain", "parameter", "buffer", "module"})
+NO_CLASS = frozenset({"", "plain", "parameter", "buffer", "module", "weightless"})
 
 
 def classes_in(kind: str) -> list[str]:
@@ -130,12 +137,24 @@ class Ignore:
     codes: tuple[str, ...]
 
 
+class Optimizer(NamedTuple):
+    """An optimizer that is made: its name, the top-level class or function it is made in, what it is to train.
+
+    ``given`` are the names of what it gets the parameters of: ``encoder``, ``self.head``, ``self``.
+    """
+
+    name: str
+    scope: str
+    given: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class FileFacts:
     """Everything that is known of one file.
 
     ``headers`` are all top-level classes and their bases, ``tables`` what a model is got from by a key, and other names
-    for functions that make one (``makers.py``).
+    for functions that make one (``makers.py``). ``optimizers`` and what is ``frozen`` are only known of a file with a
+    step of training.
     """
 
     path: str
@@ -148,5 +167,7 @@ class FileFacts:
     headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tables: dict[str, dict[str, str]] = field(default_factory=dict)
     ignores: list[Ignore] = field(default_factory=list)
+    optimizers: list[Optimizer] = field(default_factory=list)
+    frozen: tuple[str, ...] = ()
     parsed: bool = False
     skipped: str = ""

@@ -71,8 +71,9 @@ _NOT_TRAINED = re.compile(
 )
 _DECODED = re.compile(r"(?:^|_)(?:predicted_(?:words|tokens)|transcripts?|transcriptions?|hyps|hypotheses)$")
 _TEACHERS = re.compile(
-    r"(?:^|_)teacher(?:_|$)|(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|(?:^|_)(?:ema|momentum|reference|ref)_(?:encoder|net|model|"
-    r"policy)|_(?:ema|mmt|target)$|_(?:encoder|decoder|proj|model|net|head)_m$"
+    r"(?:^|_)teacher(?:_|$)|(?:^|_)target_(?:encoder|net|model|actor|critic|policy|q)|_(?:ema|mmt|target)$|"
+    r"(?:^|_)(?:ema|momentum|reference|ref)_(?:\w+_)?(?:encoder|net(?:work)?|model|policy|backbone|branch|proj\w*|head)$|"
+    r"_(?:encoder|decoder|proj|model|net|head)_m$"
 )
 _KEPT_TEACHERS = re.compile(r"^ema$|(?:^|_)teacher(?:_model)?$")  # called by a method of theirs
 _TABLES = re.compile(r"Rotary|Rope|RoPE|Sinusoid|Position\w*(?:Embedding|Encoding)|RandomFourier")

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from gradscope.findings import Confidence, Severity
 from gradscope.scanning.entries import ClassReport, Entries
-from gradscope.scanning.facts import Atoms, FileFacts, Site
+from gradscope.scanning.facts import LOSS, NOTHING, Atoms, FileFacts, Site
 from gradscope.scanning.intent import (
     are_decoded,
     is_table,
@@ -23,11 +23,14 @@ from gradscope.scanning.intent import (
     meant_by_name,
     meant_by_result,
 )
+from gradscope.scanning.outputs import are_copies, are_figures
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
+from gradscope.scanning.steps import Steps, called
 from gradscope.scanning.training import Loss, Training, Way
 
 FROZEN = "What it runs is frozen here: only a gradient to its input is lost."
+KEEP_OR_TAKE_OUT = "Leave it out where a gradient is wanted, or hand the optimizer only what is trained."
 NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
 FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
@@ -71,6 +74,7 @@ class Judge:
         self.reach = Reach(package, harmless)
         self.entries = Entries(self.reach)
         self.training = Training(self.reach)
+        self.steps = Steps(self.reach)
         self._note_meant()
         reach = self.reach
         self.regions = {place for place in reach.regions if reach.blockers(place) and not meant_by_name(place)}
@@ -164,6 +168,10 @@ class Judge:
 
     def judged(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         """Return one site with all that is to be said of it."""
+        step = None if site.harmless else self.steps.place_of(facts, site)
+        found = self._in_step(facts, site, step) if step is not None else None
+        if found is not None:
+            return found
         why = self.harmless.get((place, site), "")
         if why:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
@@ -180,6 +188,28 @@ class Judge:
         if site.rule.startswith("GS10"):
             return self._region(facts, site, place)
         return self._operation(facts, site, place)
+
+    def _in_step(self, facts: FileFacts, site: Site, step: Place) -> Judgement | None:
+        """Return what is to be said of a site in a step of training; None where that says nothing of it."""
+        what = where(site) if site.rule.startswith("GS10") else f"{site.mechanism} in {called(step)}"
+        lost = self.steps.lost(site, step)
+        if lost:
+            verb = "is" if len(lost) == 1 else "are"
+            message = f"{what}: {', '.join(lost)} {verb} handed to an optimizer, and no gradient gets back there."
+            return Judgement(facts, site, "error", "likely", message, [step], KEEP_OR_TAKE_OUT)
+        if self.steps.stops_all(site, step):
+            message = f"{what}: {called(step)} goes backward from nothing else."
+            return Judgement(facts, site, "warning", "likely", message, [step])
+        if not site.rule.startswith("GS10"):
+            return None
+        if self.steps.is_untrained(site, step):
+            why = f"nothing that it runs is handed to the optimizer of {called(step)}"
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+        part = self.steps.part_lost(site, step)
+        if part:
+            message = f"{what}: no gradient gets back to {part}, while one gets to other parts of it."
+            return Judgement(facts, site, "warning", "likely", message, [step], KEEP_OR_TAKE_OUT)
+        return None
 
     def _region(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         if not site.function:
@@ -210,8 +240,9 @@ class Judge:
             return "it prepares targets or weights of a loss"
         # A forward pass that does nothing but run a teacher is stopped all the same.
         if place.name.rpartition(".")[2] not in FORWARDS or self.reach.flows(place, self.reach.owner(place)):
-            called = (atom.rpartition("self.")[2] for atom in live if "call:self." in atom)
-            teacher = meant_by_module(called, (atom.rpartition("attr:")[2] for atom in site.depends if "attr:" in atom))
+            run = (source_of(atom).removeprefix("call:") for atom in live if "call:" in atom)
+            parts = (part for name in run for part in name.split("."))
+            teacher = meant_by_module(parts, (atom.rpartition("attr:")[2] for atom in site.depends if "attr:" in atom))
             if teacher:
                 return teacher
         return meant_by_result(site.gives)
@@ -258,15 +289,15 @@ class Judge:
             return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
         if site.how == "block" and not self.reach.is_given_back(site, place):
             return self._not_given_back(facts, site, place)
-        if site.how == "block" and self.reach.gets_past(site.depends, place):
-            return self._in_part(facts, site, way)
+        if site.how == "block" and self.reach.gets_past(site, place):
+            return self._in_part(facts, site, place, way)
         if len(way) > 1:
             loss, way = self.training.loss(site.depends, place, only)
             if loss is Loss.NONE:
                 why = f"no forward pass hands {place.name} anything that wants a gradient"
                 return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
             if loss is Loss.PART:
-                return self._in_part(facts, site, way)
+                return self._in_part(facts, site, place, way)
         return self._lost(facts, site, place, way, outside)
 
     def _lost(self, facts: FileFacts, site: Site, place: Place, way: Way, live: Atoms) -> Judgement:
@@ -283,7 +314,10 @@ class Judge:
         why = f"nothing that {place.name} gives back carries a gradient from it"
         return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
 
-    def _in_part(self, facts: FileFacts, site: Site, way: Way) -> Judgement:
+    def _in_part(self, facts: FileFacts, site: Site, place: Place, way: Way) -> Judgement:
+        if site.gives and are_figures(site.gives) and self.reach.is_beside_loss(site, place):
+            why = f"it computes {', '.join(site.gives)}, figures beside a loss"
+            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
         message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
         return Judgement(facts, site, "warning", "possible", message, way)
 
@@ -347,10 +381,13 @@ class Judge:
             return self._cached(facts, site, place)
         function = self.package.function(place)
         way = self.training.reached.get(place)
-        flows_out = function is not None and f"cut:{site.line}" in function.returns
+        given = function.returns if function is not None else NOTHING
+        if LOSS in given and are_copies(site.gives):
+            why = "a copy beside the loss, which keeps its gradient"
+            return Judgement(facts, site, "note", "likely", f"{site.mechanism} in {site.function}: {why}.")
         if (
-            site.rule in FLOWING and way is not None and flows_out and self.reach.live(site.depends, place)
-            and not meant_by_name(place)
+            site.rule in FLOWING and way is not None and f"cut:{site.line}" in given
+            and self.reach.live(site.depends, place) and not meant_by_name(place)
         ):  # fmt: skip
             message = f"{site.mechanism} in {site.function}: its result is part of what {way[0].name} gives back."
             return Judgement(facts, site, "warning", "possible", message, way)
@@ -385,9 +422,9 @@ def _what(site: Site) -> str:
 
 def where(site: Site) -> str:
     """Say what a site does in its function."""
-    name = site.mechanism.rpartition(".")[2]
+    name, function = site.mechanism.rpartition(".")[2], site.function or "The script"
     if site.how == "call":
-        return f"{site.function} calls {name} and leaves gradients off"
+        return f"{function} calls {name} and leaves gradients off"
     if site.how == "applied":
-        return f"{site.function} wraps a function in {name}"
-    return f"{site.function} {'runs' if site.how == 'decorator' else 'computes'} under {name}"
+        return f"{function} wraps a function in {name}"
+    return f"{function} {'runs' if site.how == 'decorator' else 'computes'} under {name}"

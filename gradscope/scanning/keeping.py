@@ -13,6 +13,7 @@ from gradscope.scanning.instances import class_named, is_factory, itself
 from gradscope.scanning.makers import Making, one_of, side_by_side, some_of
 from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names
+from gradscope.scanning.torch_ops import is_weightless
 from gradscope.scanning.values import is_own
 from gradscope.scanning.wrappers import statements
 
@@ -204,7 +205,8 @@ class Keeping:
         if dotted in _FASTER and call.args:
             return self._kind(call.args[0])
         if dotted.startswith("torch.nn."):
-            return (some_of(self._classes(call.args)) if last in _CONTAINERS else "") or "module"
+            kind = "weightless" if is_weightless(last) else "module"
+            return (some_of(self._classes(call.args)) if last in _CONTAINERS else "") or kind
         if last[:1].isupper():
             return dotted
         return f"?{dotted}" if self._is_in_scan(dotted) or f"\ndef {dotted}(" in self.names.source else ""

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
-from gradscope.scanning.facts import APART, DATA, Atoms, Function, Site
+from gradscope.scanning.facts import APART, DATA, LOSS, Atoms, Function, Site
 from gradscope.scanning.intent import is_tool
 from gradscope.scanning.package import Package, Place
 
@@ -157,15 +157,33 @@ class Reach:
         # returned from inside the block: marked by no line, since nothing is assigned
         return f"in:{site.line}" in function.returns or not site.gives
 
-    def gets_past(self, atoms: Atoms, place: Place) -> bool:
-        """Tell whether all that these depend on also reaches the result of the function with gradients on.
+    def gets_past(self, site: Site, place: Place) -> bool:
+        """Tell whether all that a block computes with also reaches the result of its function with gradients on.
 
-        A result that is made of the stopped values alone (``apart``) is lost whatever the others do.
+        A result that is made of the stopped values alone (``apart``) is lost whatever the others do, but for a
+        figure beside a loss: nobody trains through that.
         """
         function, owner = self.package.function(place), self.owner(place)
-        if function is None or APART in function.returns:
+        if function is None or (APART in function.returns and not self.is_beside_loss(site, place)):
             return False
-        return {source_of(atom) for atom in self.live(atoms, place)} <= self.flowing(function.returns, place, owner)
+        sources = {source_of(atom) for atom in self.live(site.depends, place)}
+        return sources <= self.flowing(function.returns, place, owner)
+
+    def is_beside_loss(self, site: Site, place: Place) -> bool:
+        """Tell whether a block only makes figures, of what was computed before, in a function that gives a loss."""
+        function = self.package.function(place)
+        return function is not None and LOSS in function.returns and not self._runs_model(site, place)
+
+    def _runs_model(self, site: Site, place: Place) -> bool:
+        """Tell whether a block itself runs a module or uses a weight."""
+        owner = self.owner(place)
+        if any(self.is_live(atom, place, owner) for atom in site.runs):
+            return True
+        called = (atom[5:] for atom in site.runs if atom.startswith("call:"))
+        return any(
+            self.touches(target, self.owner_for(target, owner))
+            for name in called for target in self.package.targets(name, place, owner)
+        )  # fmt: skip
 
     def flowing(self, atoms: Atoms, place: Place, owner: Place | None) -> set[str]:
         """Return what a gradient reaches through these, of all that they are about."""
@@ -194,7 +212,7 @@ class Reach:
         kind = self.package.attribute(owner, name)
         if kind in ("parameter", "module"):
             return True
-        if kind in ("", "buffer", "plain"):
+        if kind in ("", "buffer", "plain", "weightless"):
             return False
         classes = self.package.classes_of(owner, name)
         if classes:

@@ -41,7 +41,7 @@ TENSOR_OPS = re.compile(
 # The same where no dot need come before: literals, each with the characters that tell it from a longer name.
 BARE_OPS = {"checkpoint(": " (.", "custom_op(": " (.@=", "Function)": "(", "float(": " (=", "grad(": " (="}
 _COMPARISON = re.compile(r"[<>]|[=!]=|\b(?:in|is)\b")
-_MADE_AT_TOP = re.compile(r"^\w+[ \t]*=[ \t]*(?:\w+\.)*[A-Z]\w*(?:\.from_\w+)?\(", re.MULTILINE)
+_MADE_AT_TOP = re.compile(r"^\w+(?:,[ \t]*\w+)*[ \t]*=[ \t]*(?:\w+\.)*[A-Z]\w*(?:\.from_\w+)?\(", re.MULTILINE)
 _FORM_FEED = re.compile(r"^[ \t\f]*\f", re.MULTILINE)
 _COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)", re.MULTILINE)
 
@@ -145,19 +145,19 @@ class Needles:
         return sorted(
             at
             for name in self.names
-            for at in _places(source, name)
+            for at in places(source, name)
             if (name in GRAD_MODE or _stands_alone(source, at, name)) and not _is_remark(source, at)
         )
 
 
 def parameters_made(source: str) -> list[int]:
     """Return the offsets at which parameters are made, ascending."""
-    return list(_places(source, "Parameter("))
+    return list(places(source, "Parameter("))
 
 
 def buffers_registered(source: str) -> list[int]:
     """Return the offsets at which buffers are registered, ascending."""
-    return list(_places(source, "register_buffer("))
+    return list(places(source, "register_buffer("))
 
 
 def made_by_script(source: str, is_glue: bool) -> list[int]:
@@ -168,7 +168,7 @@ def made_by_script(source: str, is_glue: bool) -> list[int]:
     if ".backward(" not in source:
         return []
     made = [match.start() for match in _MADE_AT_TOP.finditer(source)]
-    return sorted([*made, *_places(source, ".backward(")]) if is_glue else made
+    return sorted([*made, *places(source, ".backward(")]) if is_glue else made
 
 
 def tensor_ops(source: str, parameters: list[int]) -> list[int]:
@@ -179,7 +179,7 @@ def tensor_ops(source: str, parameters: list[int]) -> list[int]:
         if match[0] != ".float()" or _may_compare(source, match.start())
     ]
     for literal, before in BARE_OPS.items():
-        for at in _places(source, literal):
+        for at in places(source, literal):
             end = at + len(literal)
             if source[at - 1 : at] in before and not (literal == "float(" and source.startswith(('"', "'"), end)):
                 found.append(end - 1)  # not float("inf")
@@ -217,7 +217,8 @@ def _may_compare(source: str, end: int) -> bool:
     return _COMPARISON.search(line) is not None or line.count(")") > line.count("(")
 
 
-def _places(source: str, literal: str) -> Iterator[int]:
+def places(source: str, literal: str) -> Iterator[int]:
+    """Yield the offsets of a literal."""
     at = source.find(literal)
     while at >= 0:
         yield at

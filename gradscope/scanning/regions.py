@@ -8,10 +8,13 @@ it is what comes out: the values that are returned, used after it, or stored on 
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from gradscope.scanning.calls import Calls
-from gradscope.scanning.facts import NOTHING, Atoms, Class, How, Site
+from gradscope.scanning.detaches import DETACH_RULES, is_within
+from gradscope.scanning.facts import APART, LOSS, NOTHING, Atoms, Class, How, Site
+from gradscope.scanning.outputs import losses, name_of, named_parts
 from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names, Switch, effective, off_when_not_wanted, rule_of
 from gradscope.scanning.values import Value
@@ -39,6 +42,7 @@ class Region:
     names: dict[str, Atoms] = field(default_factory=dict)
     returned: set[str] = field(default_factory=set)
     effects: set[str] = field(default_factory=set)
+    runs: Atoms = NOTHING
 
 
 class Regions(Calls):
@@ -53,6 +57,7 @@ class Regions(Calls):
         self.node = node
         self.regions: list[Region] = []
         self.returned: set[str] = set()
+        self.gives_apart = False
         self.yields = False
         self.applied: list[tuple[Site, str, str]] = []
         self._loops = 0
@@ -123,6 +128,33 @@ class Regions(Calls):
             blocks[-1].leaks = True
             self.report(node, "GS107", f"{word} inside {blocks[-1].switch.mechanism}", Value(frozenset(self.returned)))
 
+    def hand_out(self, parts: Sequence[Value]) -> None:
+        """Take note of a part of the result that nothing but stopped values are in, or nothing but one call's."""
+        for value in parts:
+            if value.atoms and _is_stopped(value) and value.kind != "array":
+                self.gives_apart = True
+        self.note_results_of_one_call(parts)
+
+    def note_results_of_one_call(self, parts: Sequence[Value]) -> None:
+        """Whether that call is of a stopped function is known when the files are joined."""
+        for value in parts:
+            if not value.atoms:
+                continue
+            made_of = [atom for atom in value.atoms if not atom.startswith(("arg:", "cut:", "from:"))]
+            if len(made_of) == 1 and made_of[0].startswith("call:"):
+                self.returned.add(f"{APART}:{made_of[0][5:]}")
+
+    def note_names(self, node: ast.expr, targets: Sequence[ast.expr], since: int) -> None:
+        """Take note of a loss among what is given out, and of the names that detached copies beside it go by."""
+        if any(not _is_stopped(self.as_computed(value)) for value in self._silently(losses(node))):
+            self.returned.add(LOSS)
+        for number in range(since, len(self.sites)):
+            site = self.sites[number]
+            if site.rule in DETACH_RULES:
+                names = [name for name, part in named_parts(node) if is_within(site, part)]
+                names += [name_of(part) for target in targets for part in (target, *_container_and_key(target))]
+                self.sites[number] = replace(site, gives=tuple(filter(None, names)))
+
     # --- opening and closing ----------------------------------------------------------------------
 
     def _open(self, switch: Switch, how: How, node: ast.expr, held_by: str = "") -> Region:
@@ -148,13 +180,14 @@ class Regions(Calls):
                 bound.add(self.names.dotted(item.optional_vars))
         return bound
 
-    def _close_with(self, node: ast.With | ast.AsyncWith, depth: int, bound: set[str]) -> None:
+    def _close_with(self, node: ast.With | ast.AsyncWith, depth: int, bound: set[str], runs: Atoms) -> None:
         """Close what was opened in a ``with``, but for what somebody else holds."""
         opened = self.regions[depth:]
         stay = [region for region in opened if region.how == "call" or (region.held_by and region.held_by not in bound)]
         self.regions[depth:] = stay
         for region in reversed(opened):
             if region not in stay:
+                region.runs = runs
                 self._end(region, node.end_lineno or node.lineno)
 
     def _end(self, region: Region, line: int) -> None:
@@ -182,7 +215,7 @@ class Regions(Calls):
                 region.switch.wrapper or region.switch.mechanism, region.how,
                 frozenset(region.returned).union(*leaves),
                 frozenset(region.effects), tuple(sorted(region.names)) if region.how == "block" else (),
-                region.conditional or region.switch.disables is None, region.harmless,
+                region.conditional or region.switch.disables is None, region.harmless, region.runs,
             )
         )  # fmt: skip
 
@@ -248,6 +281,14 @@ class Regions(Calls):
         if self.klass is not None and name.startswith("self."):
             name, new = (text.replace("self", self.klass.name, 1) for text in (name, new))
         self.applied.append((self.sites[-1], name, new))
+
+
+def _is_stopped(value: Value) -> bool:
+    return all("off:" in atom or atom.startswith("in:") for atom in value.atoms)
+
+
+def _container_and_key(target: ast.expr) -> tuple[ast.expr, ...]:
+    return (target.value, target.slice) if isinstance(target, ast.Subscript) else ()
 
 
 def _last_loads(node: ast.AST) -> dict[str, int]:

@@ -10,6 +10,8 @@ from gradscope.scanning.torch_ops import INTEGER_ANNOTATIONS, INTEGER_NAMES
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
+# What Lightning, Transformers and Keras call for the loss of a step; they go backward themselves.
+GIVE_LOSS = ("training_step", "compute_loss", "train_step")
 _INTEGER_NAME = re.compile(INTEGER_NAMES)
 _INTEGER_ANNOTATION = re.compile(INTEGER_ANNOTATIONS)
 _INTEGER_OF_TENSOR = re.compile(r"(?:Long|Int|Bool|Byte)Tensor|\b(?:Int\d*|UInt\d*|Integer|Bool)\b")

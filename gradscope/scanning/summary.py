@@ -13,7 +13,7 @@ from gradscope.findings import SEVERITIES, Excerpt, Finding
 from gradscope.gate import codes, scan_verdict
 from gradscope.paths import short_path
 from gradscope.rules import rule_name
-from gradscope.scanning.borrowing import borrowed, steps_of
+from gradscope.scanning.borrowing import borrowed
 from gradscope.scanning.collect import Collected
 from gradscope.scanning.entries import ClassReport, Entry
 from gradscope.scanning.facts import Site
@@ -21,6 +21,7 @@ from gradscope.scanning.judge import Judge, Judgement, where
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import FORWARDS, Chain
 from gradscope.scanning.reading import decode
+from gradscope.scanning.steps import steps as steps_of
 from gradscope.scanning.unfollowed import makers_not_followed
 from gradscope.session import Session
 
@@ -55,7 +56,7 @@ def session_of(
     remarks += [_not_followed(entry, names) for report, _, entry in asked if not entry.chain
                 and (names := judge.reach.not_followed(entry.place, report.place))]  # fmt: skip
     trained = ((entry, owner) for owner, entry in judge.training.trained)
-    unknown = makers_not_followed(judge, [*uses, *steps_of(judge), *trained]) if is_followed else []
+    unknown = makers_not_followed(judge, [*uses, *steps_of(judge.package), *trained]) if is_followed else []
     if unknown:
         remarks.append(f"What {some(unknown)} gives was not followed: the source does not show of which class it is.")
     own = len(collected.own)

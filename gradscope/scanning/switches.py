@@ -57,6 +57,8 @@ class Names:
         self.is_glue = False  # the file trains, or puts models together that functions of others make
         self.instances: dict[str, str] = {}  # what the names of a script are instances of
         self.source = ""
+        self.backward: list[int] = []  # the lines that go backward
+        self.handed: frozenset[str] = frozenset()  # what the optimizers of the file are given
         self._elsewhere: set[str] = set()
         self._own_builtins: frozenset[str] | None = None
         self._known_imports = 0

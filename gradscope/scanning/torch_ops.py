@@ -6,6 +6,8 @@ and the tensor methods that return no tensor.
 
 from __future__ import annotations
 
+import re
+
 # The result holds indices, truth values or integers: no gradient can pass, whatever the mode.
 INDEX_VALUED = frozenset(
     "argmax argmin argsort nonzero multinomial bincount bucketize searchsorted one_hot randint randperm isnan isinf "
@@ -26,6 +28,15 @@ SHAPE_ONLY = frozenset(
 )
 # Methods that take the dtype, device or shape of another tensor and none of its numbers.
 LIKE_ANOTHER = frozenset("to type_as view_as expand_as reshape_as".split())
+# Methods by which no model is run: those of tensors, and a module's own.
+RUN_NOTHING = frozenset(
+    "to cuda cpu float double half bfloat16 type view view_as reshape flatten permute transpose t unsqueeze squeeze "
+    "repeat expand clone contiguous detach sum mean std var min max amax amin norm pow sqrt exp log abs clamp chunk "
+    "split unbind gather index_select masked_fill softmax log_softmax sigmoid tanh matmul mm bmm dot add sub mul div "
+    "item numpy tolist backward requires_grad_ argmax argmin round floor long int bool size dim new_tensor "
+    "type_as parameters named_parameters modules named_modules children buffers state_dict load_state_dict eval train "
+    "zero_grad step".split()
+)
 # Derivatives, which are constants to autograd unless create_graph says otherwise.
 DERIVATIVES = frozenset(
     [
@@ -49,6 +60,19 @@ PLAIN_FUNCTIONS = frozenset(
     "vars dir hash super".split()
 )
 WEIGHTS = frozenset("weight bias in_proj_weight in_proj_bias out_proj_weight running_mean running_var grad".split())
+# Modules of torch.nn that hold no parameter, whatever they are made with.
+_WEIGHTLESS = re.compile(
+    r"Identity|(?:Unf|F)latten|(?:Unf|F)old|Upsampl(?:e|ing\w+)|\w+Shuffle|\w*Unshuffle|\w*(?:Pool|Unpool|Pad)\dd|"
+    r"\w*Dropout(?:\dd)?|(?:Leaky|R|)ReLU6?|[CSG]?ELU|GLU|SiLU|Mish|(?:Log)?Sigmoid|Tanh(?:shrink)?|Soft\w+|LogSoftmax|"
+    r"Hard\w+|Threshold|CosineSimilarity|PairwiseDistance|LocalResponseNorm|(?!Linear|Adaptive)\w+Loss\w*"
+)
+
+
+def is_weightless(name: str) -> bool:
+    """Tell whether a module of torch.nn holds no parameter: a pool, an activation, a loss."""
+    return _WEIGHTLESS.fullmatch(name) is not None
+
+
 # Methods that list what a module holds, and what that is.
 LISTS = {
     **dict.fromkeys("parameters named_parameters buffers named_buffers get_parameters".split(), "tensor"),

@@ -7,7 +7,7 @@ from enum import IntEnum
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
 
-from gradscope.scanning.facts import APART, NOTHING, Atoms
+from gradscope.scanning.facts import APART, LOSS, NOTHING, Atoms
 from gradscope.scanning.intent import meant_by_class
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, NOT_COMPUTE, Reach, Use, source_of
@@ -96,8 +96,17 @@ class Training:
 
     def runs_what_is_frozen(self, atoms: Atoms, place: Place) -> bool:
         """Tell whether all that these say of modules is of some that their class freezes."""
+        owner = self.reach.owner(place)
         names = {source_of(atom).partition(":")[2].removeprefix("self.").partition(".")[0] for atom in atoms}
-        return bool(names) and all(self.freezes(self.reach.owner(place), {name}) for name in names)
+        names = {name for name in names if not (owner and self._is_weightless(owner, name))}
+        return bool(names) and all(self.freezes(owner, {name}) for name in names)
+
+    def _is_weightless(self, owner: Place, name: str) -> bool:
+        """Tell whether a part has no parameters, or a method uses none."""
+        method = self.package.method(owner, name)
+        if method is not None:
+            return not self.reach.touches(method, owner)
+        return self.package.attribute(owner, name) == "weightless"
 
     @cached_property
     def _frozen(self) -> dict[Place, set[str]]:
@@ -156,12 +165,14 @@ class Training:
             return worst
         for caller in callers[use]:
             targets = {call.target for call, target in self.package.callees(*caller) if target == use[0]}
+            if self._is_lost_anyway(caller, targets):
+                continue
             lost = self._lost_to(caller, use, targets, sources)
             if lost is None:
                 return Loss.WHOLE, [*self.reached[caller[0]], *way]
             if not lost:
                 continue
-            if self._gets_past(caller, targets, lost):
+            if self._gets_past(caller, use, targets, lost):
                 found = Loss.PART, [*self.reached[caller[0]], *way]
             else:
                 found = self._loss_at(caller, lost, entry, callers, [*passed, use])
@@ -170,16 +181,31 @@ class Training:
                 break
         return worst
 
+    def _is_lost_anyway(self, caller: Use, targets: set[str]) -> bool:
+        """Tell whether a caller has these calls under a switch of its own, which does no harm."""
+        function = self.package.function(caller[0])
+        made = [
+            atom for atom in (function.returns if function else ())
+            if source_of(atom).partition(":")[2] in targets or ((given := _argument(atom)) and given.target in targets)
+        ]  # fmt: skip
+        return bool(made) and all(atom.startswith("off:") for atom in made) and not self.reach.blockers(caller[0])
+
     def _may_carry(self, atom: str, place: Place, owner: Place | None) -> bool:
         """Tell whether an atom can carry a gradient, as far as is known: so may what ``self`` holds of unknown kind."""
         kind, _, name = source_of(atom).partition(":")
         is_unknown = kind == "attr" and owner is not None and not self.package.attribute(owner, name)
         return is_unknown or self.reach.is_live(atom, place, owner)
 
-    def _gets_past(self, caller: Use, targets: set[str], sources: Sources) -> bool:
-        """Tell whether a gradient for all of these also reaches the caller's result beside the calls of a function."""
+    def _gets_past(self, caller: Use, use: Use, targets: set[str], sources: Sources) -> bool:
+        """Tell whether a gradient for all of these also reaches the caller's result beside the calls of a function.
+
+        What such a call alone gives is lost, but for a figure beside a loss (see :meth:`Reach.gets_past`).
+        """
         function = self.package.function(caller[0])
-        if function is None or any(f"{APART}:{target}" in function.returns for target in targets):
+        if function is None:
+            return False
+        is_apart = any(f"{APART}:{target}" in function.returns for target in targets)
+        if is_apart and (LOSS not in function.returns or self.reach.touches(*use)):
             return False
         results = {f"call:{target}" for target in targets}
         beside = frozenset(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 from gradscope.scanning import torch_ops
+from gradscope.scanning.detaches import DETACH_RULES, Pairs
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
 from gradscope.scanning.instances import class_made, itself
 from gradscope.scanning.made import maker_of
@@ -60,9 +62,12 @@ class Expressions:
         self.making = Making(names) if names.is_glue else None
         self.calls: list[Call] = []
         self.reads: set[str] = set()
+        self.runs: set[str] = set()  # what calls and reads do not show: methods of a parameter that run a model
         self.sites: list[Site] = []
+        self.pairs = Pairs()
         self.parameters: set[str] = set()
         self.renamed: dict[str, tuple[str, ...]] = {}  # local names, and what of ``self`` they stand for
+        self.is_step = False  # of training: what it goes backward from, or gives a trainer, is followed more closely
         self.discarded: ast.expr | None = None
         self.sometimes = ""
         self.has_numbers = False  # as long as there are none, nobody looks for them
@@ -112,9 +117,9 @@ class Expressions:
         """Return the class of the scan that a value is known to be an instance of."""
         node = itself(node)
         known = self.made.get(node.id, "") if isinstance(node, ast.Name) else class_made(node, self.names)
-        return known if known or self.making is None else self._given(node, self.making)
+        return known if known or self.making is None else self._made_by(node, self.making)
 
-    def _given(self, node: ast.expr, making: Making) -> str:
+    def _made_by(self, node: ast.expr, making: Making) -> str:
         """Return the notation for what a function gives that models are got from (``makers.py``)."""
         kinds = [kind for kind in making.kinds(node) if not kind.startswith("?") or self._is_of_maker(kind)]
         return one_of(kinds)
@@ -158,7 +163,10 @@ class Expressions:
             Site(rule, line, column, end, self.function, mechanism, "call", depends=value.atoms,
                  conditional=rule == "GS901" and bool(self.conditions), harmless=harmless)
         )  # fmt: skip
-        return value.atoms | {f"cut:{line}"}
+        atoms = value.atoms
+        if self.is_step:
+            atoms = frozenset(atom if atom.startswith(_STOPPED) else f"off:{atom}" for atom in atoms)
+        return atoms | {f"cut:{line}"}
 
     def _silently(self, nodes: Sequence[ast.expr]) -> list[Value]:
         """Return the values of expressions that were evaluated before: nothing is noted twice."""
@@ -215,7 +223,7 @@ class Expressions:
             return Value(NOTHING, "tensor")
         if known == "plain" or name in torch_ops.PLAIN_ATTRIBUTES:
             return PLAIN
-        kind = "module" if known.startswith("|") else {"parameter": "tensor", "module": "module"}.get(known, "unknown")
+        kind = "module" if known.startswith("|") else _KINDS.get(known, "unknown")
         return Value(frozenset({f"attr:{name}"}), kind)
 
     def _plain(self, _: ast.Constant | None) -> Value:
@@ -238,14 +246,13 @@ class Expressions:
     def _binary(self, node: ast.BinOp) -> Value:
         before = len(self.sites)
         value = joined([self.value(node.left), self.value(node.right)])
-        if isinstance(node.op, (ast.Add, ast.Sub)) and len(self.sites) > before and _is_straight_through(node):
-            for index in range(before, len(self.sites)):
-                site = self.sites[index]
-                if site.rule in ("GS201", "GS202", "GS402"):
-                    self.sites[index] = Site(
-                        site.rule, site.line, site.column, site.end_line, site.function, site.mechanism, site.how,
-                        site.depends, harmless="part of a straight-through estimator",
-                    )  # fmt: skip
+        if isinstance(node.op, (ast.Add, ast.Sub)) and len(self.sites) > before:
+            meant = self.pairs.meant_in_sum(node)
+            for number in range(before, len(self.sites)) if meant else ():
+                if self.sites[number].rule in (*DETACH_RULES, "GS402"):
+                    self.sites[number] = replace(self.sites[number], harmless=meant)
+            if isinstance(node.op, ast.Sub):
+                self.pairs.note(node.left, node.right, self.sites[before:])
         return value
 
     def _subscript(self, node: ast.Subscript) -> Value:
@@ -304,6 +311,12 @@ class Expressions:
     }  # fmt: skip
 
 
+# Atoms of which no gradient comes anyway.
+_STOPPED = ("off:", "in:", "cut:", "from:")
+# What ``self`` keeps, as a value.
+_KINDS = {"parameter": "tensor", "module": "module", "weightless": "module"}
+
+
 def is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
     """Tell an attribute of ``self``."""
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
@@ -323,20 +336,3 @@ def gives_indices(node: ast.expr) -> bool:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return False
     return node.func.attr in ("topk", "sort", "max", "min", "median", "kthvalue", "mode", "cummax", "cummin")
-
-
-def _is_straight_through(node: ast.BinOp) -> bool:
-    """Tell ``x + (q - x).detach()`` and its rearrangements: the detached part is a difference."""
-    for side, other in ((node.left, node.right), (node.right, node.left)):
-        if isinstance(side, ast.Attribute) and side.attr == "data":
-            inner: ast.expr = side.value
-        elif isinstance(side, ast.Call) and isinstance(side.func, ast.Attribute) and side.func.attr == "detach":
-            inner = side.func.value
-        else:
-            continue
-        if isinstance(inner, ast.BinOp) and isinstance(inner.op, (ast.Sub, ast.Add)):
-            return True
-        # soft - soft.detach(): the same name on both sides
-        if ast.dump(inner) in ast.dump(other):
-            return True
-    return False

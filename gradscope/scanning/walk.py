@@ -15,6 +15,7 @@ from gradscope.scanning.keeping import Keeping, called_on_self
 from gradscope.scanning.lines import count_within, line_numbers, within
 from gradscope.scanning.makers import Making, gives, is_named, one_of, own_statements, table
 from gradscope.scanning.operators import is_custom_op, without_autograd, without_gradient
+from gradscope.scanning.optimizers import frozen, optimizers
 from gradscope.scanning.reading import (
     GRAD_MODE,
     INITIALISERS,
@@ -24,9 +25,10 @@ from gradscope.scanning.reading import (
     made_by_script,
     parameters_made,
     parse,
+    places,
     tensor_ops,
 )
-from gradscope.scanning.signatures import FunctionNode
+from gradscope.scanning.signatures import GIVE_LOSS, FunctionNode
 from gradscope.scanning.switches import Names, Switch, add_imports, rule_of
 from gradscope.scanning.wrappers import statements, wrapper_of_class, wrapper_of_function
 
@@ -89,6 +91,7 @@ class FileReader:
         self._deep = [line_of[at] for at in deep]
         self._switches = [line_of[at] for at in switches]
         self.facts.ignores = ignores(source)
+        self._note_steps(source)
         if self.names.is_glue:
             self._made_at_top(tree.body)
         loose = self._top_level(tree.body)
@@ -99,10 +102,21 @@ class FileReader:
         self.facts.sites.sort(key=lambda site: (site.line, site.column))
         return self.facts
 
+    def _note_steps(self, source: str) -> None:
+        """Take note of where a file goes backward, and of what it hands to optimizers if it does."""
+        calls = sorted(at for name in (".backward(", "manual_backward(") for at in places(source, name))
+        self.names.backward = line_numbers(source, calls)
+        if self.names.backward or any(f"def {name}(" in source for name in GIVE_LOSS):
+            self.facts.optimizers, self.facts.frozen = optimizers(source), frozen(source)
+            self.names.handed = frozenset(name for each in self.facts.optimizers for name in each.given)
+
     # --- the top level --------------------------------------------------------------------------
 
-    def _top_level(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
-        """Read definitions; return the statements that run when the module is imported."""
+    def _top_level(self, body: Sequence[ast.stmt], *, whole: bool = False) -> list[ast.stmt]:
+        """Read definitions; return the statements that run when the module does: ``whole``, or those with a hit.
+
+        What a module does as a program counts where that is to train.
+        """
         loose: list[ast.stmt] = []
         for node in body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -112,21 +126,17 @@ class FileReader:
             elif isinstance(node, ast.ClassDef):
                 self._class(node, "")
             elif isinstance(node, (ast.If, ast.Try)):
-                if isinstance(node, ast.If) and _is_main(node.test) and not self._trains(node):
+                is_program = isinstance(node, ast.If) and _is_main(node.test)
+                if is_program and not within(self.names.backward, node):
                     continue
                 for part in _branches(node):
-                    loose += self._top_level(part)
+                    loose += self._top_level(part, whole=is_program)
             elif any(isinstance(part, _DEFINITIONS) for part in statements(getattr(node, "body", ()))):
                 loose += self._top_level(node.body)  # type: ignore[attr-defined]
-            elif within(self._lines, node):
+            elif whole or within(self._lines, node):
                 self._module_alias(node)
                 loose.append(node)
         return loose
-
-    def _trains(self, node: ast.stmt) -> bool:
-        """Tell whether a script trains in this statement."""
-        steps = (part for part in ast.walk(node) if isinstance(part, ast.Attribute)) if self.names.is_glue else ()
-        return any(part.attr == "backward" for part in steps)
 
     def _made_at_top(self, body: Sequence[ast.stmt]) -> None:
         """Take note of what a script's own names are instances of, and of the tables that models are got from."""

@@ -1,0 +1,105 @@
+"""What a file hands to its optimizers and what it freezes, by its text: that is often said in another function."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from gradscope.scanning.facts import Optimizer
+
+# ``opt = torch.optim.AdamW(``, ``self.opt_g = Lion(``; without a name where it is given back at once.
+_OPTIMIZER = re.compile(
+    r"(?i)(?:^[ \t]*([\w.]+)[ \t]*(?::[^=\n]+)?=[ \t]*|\breturn[ \t]+|[\[({,=][ \t\n]*)"
+    r"(?:\w+\.)*(?:\w*(?:adam|optim)\w*|sgd|rmsprop|adagrad|adadelta|adafactor|lion|lamb|lbfgs|muon|rprop)[ \t]*\(",
+    re.MULTILINE,
+)
+_PARAMETERS = re.compile(r"([A-Za-z_][\w.]*)\.(?:named_)?parameters\(\)")
+_NAME = re.compile(r"(?<![\w.\"'])((?:self\.)?[A-Za-z_]\w*)(?![\w.(=])")
+_OF_A_CALL = re.compile(r"\w\(([^()]*)\)\.(?:named_)?parameters\(\)")
+# What a model or a part of one is called: ``build_optimizer(args, model)``, ``Wrapper(encoder, head)``.
+_MODEL = re.compile(
+    r"(?:^|[._])(?:model|net|network|module|enc(?:oder)?|dec(?:oder)?|backbone|heads?|trunk|stem|tower|unet|vae|vit|clip|bert|"
+    r"resnet\w*|transformer|policy|actor|critic|student|generator|discriminator|classifier|projector|projection|proj|"
+    r"embedder|embeddings?|layers?\d*|blocks?)\d*$"
+)
+_FREEZES = re.compile(
+    r"([A-Za-z_][\w.]*?)(?:\.(?:eval|train|to|cuda|half)\([^()\n]*\))*"
+    r"\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False|"
+    r"for[ \t]+\w+[ \t]+in[ \t]+([A-Za-z_][\w.]*)\.parameters\(\)[ \t]*:\s*\w+\.requires_grad(?:_\(|[ \t]*=)[ \t]*False"
+)
+# ``vae = VAE().requires_grad_(False)``
+_MADE_FROZEN = re.compile(
+    r"^[ \t]*([\w.]+)[ \t]*=[^=\n]*\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False", re.MULTILINE
+)
+# What stands at the margin ends a class or a function, whatever it is.
+_BLOCK = re.compile(r"^(?:(?:class|def|async[ \t]+def)[ \t]+(\w+)|[A-Za-z_@])", re.MULTILINE)
+FARTHEST = 4000
+
+
+def optimizers(source: str) -> list[Optimizer]:
+    """Return the optimizers that a file makes; one that is given back at once has no name."""
+    found = []
+    for match in _OPTIMIZER.finditer(source):
+        scope, text = _scope(source, match.start())
+        given = _in_brackets(source, match.end())
+        names = {*_PARAMETERS.findall(given), *_through_names(given, text)}
+        names.update(*map(_NAME.findall, _OF_A_CALL.findall(given)))
+        if "parameters()" not in given:
+            names.update(filter(is_model, _NAME.findall(given)))
+        if names:
+            names.update(*(filter(is_model, _parts(name, text)) for name in names))
+            found.append(Optimizer(match[1] or "", scope, tuple(sorted(names))))
+    return found
+
+
+def is_model(name: str) -> bool:
+    """Tell whether something is a model, or a part of one, by its name."""
+    return _MODEL.search(name) is not None
+
+
+def frozen(source: str) -> tuple[str, ...]:
+    """Return what a file freezes, on some way or always: ``encoder.requires_grad_(False)``, or by a loop."""
+    found = {match[1] or match[2] for match in _FREEZES.finditer(source)}
+    return tuple(sorted(found.union(_MADE_FROZEN.findall(source))))
+
+
+def _scope(source: str, at: int) -> tuple[str, str]:
+    """Return the top-level class or function that an offset lies in, and its text; no name at the top level itself."""
+    line = source.rfind("\n", 0, at + 1) + 1
+    blocks = [*_BLOCK.finditer(source)]
+    above = [block for block in blocks if block.start() <= at]
+    ends = [block.start() for block in blocks[1:]] + [len(source)]
+    if source[line : line + 1] not in " \t\n" or not above or above[-1][1] is None:
+        parts = (source[block.start() : end] for block, end in zip(blocks, ends, strict=True) if block[1] is None)
+        return "", "".join(parts)
+    return above[-1][1], source[above[-1].start() : ends[len(above) - 1]]
+
+
+def _in_brackets(source: str, start: int) -> str:
+    """Return the text up to the bracket that closes the one before an offset."""
+    depth = 1
+    for at in range(start, min(len(source), start + FARTHEST)):
+        if source[at] in "([{":
+            depth += 1
+        elif source[at] in ")]}":
+            depth -= 1
+            if not depth:
+                return source[start:at]
+    return source[start : start + FARTHEST]
+
+
+def _through_names(given: str, text: str) -> Iterator[str]:
+    """Yield what is handed over by way of a list: ``params = [*a.parameters(), *b.parameters()]``."""
+    for name in set(_NAME.findall(given)):
+        for assigned in re.finditer(rf"^[ \t]*{re.escape(name)}[ \t]*(?::[^=\n]+)?\+?=[ \t]*", text, re.MULTILINE):
+            end = text.find("\n", assigned.end())
+            end = len(text) if end < 0 else end
+            goes_on = text[end - 1] in "([{"
+            yield from _PARAMETERS.findall(text[assigned.end() : end] + (_in_brackets(text, end) if goes_on else ""))
+
+
+def _parts(name: str, text: str) -> Iterator[str]:
+    """Yield what a model is put together of: ``model = nn.Sequential(encoder, head)``."""
+    made = rf"^[ \t]*{re.escape(name)}[ \t]*(?::[^=\n]+)?=[ \t]*(?:\w+\.)*[A-Z]\w*\("
+    for match in re.finditer(made, text, re.MULTILINE):
+        yield from _NAME.findall(_in_brackets(text, match.end()))

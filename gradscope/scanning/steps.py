@@ -1,0 +1,187 @@
+"""What a step of training loses itself: an optimizer is given parameters, and no gradient gets back to them.
+
+A step is a function that goes backward, a script that does, or a method that gives a trainer its loss. What it stops
+on purpose and by mistake looks alike; what its optimizer is given tells them apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+
+from gradscope.scanning.facts import Atoms, FileFacts, Function, Site
+from gradscope.scanning.intent import meant_by_module
+from gradscope.scanning.optimizers import is_model
+from gradscope.scanning.package import Package, Place
+from gradscope.scanning.reach import Reach, Use, source_of
+from gradscope.scanning.signatures import GIVE_LOSS
+
+SCRIPT = "<module>"
+# What these give is no part of any graph, so that nothing tells where it goes.
+INDEXING = ("GS401", "GS402", "GS403")
+_LOSS = re.compile(r"(?:^|[._])(?:\w*loss\w*|criterion\w*|mse|bce|ce|crit)$", re.IGNORECASE)
+# Parameters that carry several models, of which some are trained.
+_HOLD_ANYTHING = frozenset({"state", "ctx", "context", "trainer", "args", "models", "modules"})
+
+
+def steps(package: Package) -> Iterator[Use]:
+    """Yield the functions scanned that go backward, or give a trainer what it goes backward from."""
+    for facts in package.own:
+        for function in facts.functions.values():
+            if is_step(function):
+                place = Place(facts.module, function.name)
+                klass = package.class_of(place)
+                yield place, Place(place.module, klass.name) if klass else None
+
+
+def is_step(function: Function) -> bool:
+    """Tell a step of training."""
+    owner, _, name = function.name.rpartition(".")
+    return function.goes_backward or (bool(owner) and name in GIVE_LOSS)
+
+
+def called(place: Place) -> str:
+    """Return what a step is called in a sentence."""
+    return "the script" if place.name == SCRIPT else place.name
+
+
+class Steps:
+    """Answers what a step loses of what it trains."""
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self.package = reach.package
+        self._flowing = lru_cache(maxsize=None)(self._names_flowing)
+
+    def place_of(self, facts: FileFacts, site: Site) -> Place | None:
+        """Return the step that a site stands in itself."""
+        place = Place(facts.module, site.function or SCRIPT)
+        function = self.package.function(place)
+        return place if function is not None and is_step(function) else None
+
+    def lost(self, site: Site, place: Place) -> list[str]:
+        """Return what a site computes with, the step's optimizer is given, and no gradient gets back to."""
+        facts, function = self.package.files[place.module], self.package.function(place)
+        if function is None or site.conditional:
+            return []
+        given, flowing = trained(facts, function), self._flowing(place)
+        if not self._is_part(site, function) and not (site.rule in INDEXING and _is_of_data(flowing, function)):
+            return []
+        found = {
+            name.removesuffix(".forward") for name in self._names(site.depends, place)
+            if _covers(given, name) and not _touch(flowing, name) and not _covers(facts.frozen, name)
+            and not meant_by_module(name.split("."))
+        }  # fmt: skip
+        return sorted(name for name in found if not _covers(found - {name}, name))
+
+    def stops_all(self, site: Site, place: Place) -> bool:
+        """Tell whether a step goes backward from nothing but what a site, or one like it, has stopped."""
+        function = self.package.function(place)
+        is_part = function is not None and self._is_part(site, function) and not site.conditional
+        return is_part and not self._flowing(place) and any(map(_is_work, site.depends))
+
+    def part_lost(self, site: Site, place: Place) -> str:
+        """Return a part that a step loses of what it is given and trains other parts of: ``model.encoder``."""
+        function, flowing = self.package.function(place), self._flowing(place)
+        if function is None or site.conditional or not self._is_part(site, function):
+            return ""
+        frozen = self.package.files[place.module].frozen
+        for name in sorted(self._names(site.depends, place)):
+            root, _, rest = name.partition(".")
+            is_part = rest.isidentifier() and root in function.parameters and root not in _HOLD_ANYTHING
+            if (
+                is_part
+                and _touch(flowing, root)
+                and not _touch(flowing, name)
+                and not _covers(flowing, root)
+                and not _covers(frozen, name)
+            ):
+                return name
+        return ""
+
+    def is_untrained(self, site: Site, place: Place) -> bool:
+        """Tell whether it is seen what the step's optimizer is given, and nothing that a site computes with is."""
+        facts, function = self.package.files[place.module], self.package.function(place)
+        given = trained(facts, function) if function is not None else frozenset()
+        names = self._names(site.depends, place)
+        return bool(given and names) and not any(_touch(given, name) for name in names)
+
+    def _is_part(self, site: Site, function: Function) -> bool:
+        """Tell whether what a site gives out is part of what the step goes backward from."""
+        marks = {f"cut:{site.line}", f"in:{site.line}"}
+        marks |= {f"off:{mark}" for mark in marks}
+        return not marks.isdisjoint(function.returns)
+
+    def _names_flowing(self, place: Place) -> frozenset[str]:
+        """Return the names of all that a gradient gets back to."""
+        function = self.package.function(place)
+        atoms = frozenset(atom for atom in (function.returns if function else ()) if not _is_stopped(atom))
+        return self._names(atoms, place)
+
+    def _names(self, atoms: Atoms, place: Place) -> frozenset[str]:
+        """Return what atoms are about by the names that an optimizer is given: ``encoder``, ``self.head``.
+
+        A method stands for all that it reads and calls of ``self``.
+        """
+        owner = self.reach.owner(place)
+        found: set[str] = set()
+        given: set[str] = set()
+        for atom in atoms:
+            kind, _, name = source_of(atom).partition(":")
+            if kind == "call":
+                found |= self._of_call(name, place, owner)
+            elif kind == "attr":
+                given.add(f"self.{name}")
+            elif kind == "param":
+                given.add(name)
+        # Of model.encoder(x), the encoder is what it is about.
+        return frozenset(found | {name for name in given if not any(each.startswith(f"{name}.") for each in found)})
+
+    def _of_call(self, name: str, place: Place, owner: Place | None) -> set[str]:
+        """Return what a call runs: a part by its name, else all that it is called on, of which it may be any method."""
+        target = self.package.target(name, place, owner) if name.startswith("self.") else None
+        if target is None:
+            whole, _, part = name.rpartition(".")
+            return {name if not whole or whole == "self" or is_model(part) else whole}
+        found: set[str] = set()
+        for each in self.reach.reachable(target, self.reach.owner_for(target, owner)):
+            function = self.package.function(each)
+            if function is not None and self.reach.owner(each) is not None:
+                found |= {f"self.{attribute}" for attribute in function.reads}
+        return found or {name}
+
+
+def trained(facts: FileFacts, function: Function) -> frozenset[str]:
+    """Return what the optimizers of a step are given; nothing where it is not seen which these are."""
+    scope = function.name.partition(".")[0] if function.name != SCRIPT else ""
+    own = [each for each in facts.optimizers if each.scope == scope]
+    named = [each for each in own if each.name in function.steps]
+    if not named and not set(function.signature).intersection(function.steps):
+        named = [each for each in facts.optimizers if each.name in function.steps and not each.scope] or own
+    if not named and len(facts.optimizers) == 1:
+        named = facts.optimizers
+    return frozenset(name for each in named for name in each.given)
+
+
+def _is_of_data(flowing: Collection[str], function: Function) -> bool:
+    """Tell whether a step goes backward from losses of what it was given alone: from nothing that may run a model."""
+    return all(name in function.parameters or _LOSS.search(name) for name in flowing)
+
+
+def _is_stopped(atom: str) -> bool:
+    return "off:" in atom or atom.startswith("from:")
+
+
+def _is_work(atom: str) -> bool:
+    return source_of(atom).startswith(("call:", "attr:"))
+
+
+def _covers(names: Collection[str], name: str) -> bool:
+    """Tell whether a name, or what it is a part of, is among some."""
+    return any(name == each or name.startswith(f"{each}.") for each in names)
+
+
+def _touch(names: Collection[str], name: str) -> bool:
+    """Tell whether a name is part of one of some, or one of them of it."""
+    return _covers(names, name) or any(each.startswith(f"{name}.") for each in names)

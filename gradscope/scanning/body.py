@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from gradscope.scanning.branches import leaves_in_training, may_be_empty, modes
@@ -263,6 +265,8 @@ class Body(Regions):
             root = _root(target)
             if root == "self" or root in self.parameters:
                 self.returned |= blocks
+            if root == "self":
+                self.mark_kept(blocks)
 
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
         self._binds_names = True
@@ -295,6 +299,8 @@ class Body(Regions):
                 self._go_backward(node, node.func, value)
             elif node.func.attr == "step":  # scaler.step(optimizer)
                 self.steps += [self.names.dotted(each) for each in (node.func.value, *node.args)]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _hands_over(node.func.attr):
+            self._hand_over(node, node.func)
         # x.copy_(y), self.cache.append(y): what is changed in place comes out of the region too
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _changes(node.func.attr):
             base = node.func.value
@@ -308,6 +314,14 @@ class Body(Regions):
                 root = _root(base)
                 if root in self.env:
                     self.env[root] = _merged(self.env[root], self.as_computed(Value(atoms)))
+
+    def _hand_over(self, node: ast.Call, func: ast.Attribute) -> None:
+        """``layer.condition_on(features)``: what a part of ``self`` is given, it keeps for its own forward pass."""
+        part, *given = self._silently([func.value, *node.args, *(keyword.value for keyword in node.keywords)])
+        if any(atom.startswith(("attr:", "call:self.")) for atom in part.atoms):
+            blocks = {atom for atom in joined(given).atoms if atom.startswith("in:")}
+            self.returned |= blocks
+            self.mark_kept(blocks)
 
     def _go_backward(self, node: ast.Call, func: ast.Attribute, value: Value) -> None:
         """``loss.backward()``, ``scaler.scale(loss).backward()``, ``accelerator.backward(loss)``: a training step."""
@@ -378,6 +392,7 @@ class Body(Regions):
     }  # fmt: skip
 
 
+_HANDS_OVER = re.compile(r"(?:set|condition|inject|feed|attach|store|remember|cache)_")
 _BACKWARD = ("backward", "manual_backward")
 _SWITCH_FORMS = (ast.Call, ast.IfExp, ast.Name, ast.Attribute, ast.BoolOp, ast.Lambda)
 
@@ -394,6 +409,11 @@ def _root(target: ast.expr) -> str:
     while isinstance(target, (ast.Attribute, ast.Subscript)):
         target = target.value
     return target.id if isinstance(target, ast.Name) else ""
+
+
+@lru_cache(maxsize=4096)
+def _hands_over(method: str) -> bool:
+    return _HANDS_OVER.match(method) is not None
 
 
 def _changes(method: str) -> bool:

@@ -110,13 +110,14 @@ class Calls(Expressions):
         is_module = known in ("module", "weightless") or (
             not is_told and self.klass is not None and name not in self.klass.methods
         )
-        return Value(atoms, "tensor" if is_module else "unknown")
+        is_packed = is_module and any(value.kind == "packed" for value in given)
+        return Value(atoms, "packed" if is_packed else "tensor" if is_module else "unknown")
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
         name = dotted.rpartition(".")[2]
         value = joined(given if not self.has_numbers else [_cuts_of(v) if v.kind == "number" else v for v in given])
-        if name in torch_ops.SHAPE_ONLY:
-            return Value(NOTHING, "tensor")
+        if name in torch_ops.SHAPE_ONLY or name in torch_ops.PACKING:
+            return Value(NOTHING, "tensor") if name in torch_ops.SHAPE_ONLY else Value(value.atoms, "packed")
         if name in torch_ops.INDEX_VALUED:
             self._index_valued(node, name, value)
             return INDEX

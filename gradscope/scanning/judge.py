@@ -26,7 +26,7 @@ from gradscope.scanning.intent import (
 from gradscope.scanning.outputs import are_copies, are_figures
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
-from gradscope.scanning.steps import Steps, called
+from gradscope.scanning.steps import INDEXING, Steps, called
 from gradscope.scanning.training import Loss, Training, Way
 
 FROZEN = "What it runs is frozen here: only a gradient to its input is lost."
@@ -37,6 +37,9 @@ FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
 
 _LOSS_CLASS = re.compile(r"Loss|Criterion")
 _LOSS_FUNCTION = re.compile(r"(?:^|_)loss(?:es)?(?:_|$)")
+_IS_PREDICTION = re.compile(
+    r"(?:\w+_)?(?:pred|preds|predictions?|predicted|logits?|outputs?|y_?hat|probs?|scores?|fake)$|pred_\w+$"
+)
 _IS_MODEL = re.compile(r"param:(?:\w+_)?(?:model|net|network|unet|vae)$")
 GENERATES = re.compile(r"(?:generate(?:_.*)?|sample|(?:offline_)?inference|(?:validation|test|predict)_step)$")
 
@@ -265,7 +268,7 @@ class Judge:
         return self.package.method(owner, name) is None
 
     def _at_import(self, facts: FileFacts, site: Site) -> Judgement:
-        if site.rule != "GS105" or site.conditional:
+        if site.rule != "GS105" or site.how != "call" or site.conditional:
             return Judgement(facts, site, "note", "possible", f"{_what(site)} at module level.")
         message = (
             "importing this module switches gradients off for the whole thread, and nothing switches them on again."
@@ -385,6 +388,10 @@ class Judge:
         if LOSS in given and are_copies(site.gives):
             why = "a copy beside the loss, which keeps its gradient"
             return Judgement(facts, site, "note", "likely", f"{site.mechanism} in {site.function}: {why}.")
+        if site.rule in INDEXING and self._starves_loss(site, place):
+            names = ", ".join(sorted(name[6:] for name in _predictions(site)))
+            message = f"{site.mechanism} in {site.function}: no gradient of this loss gets back to {names}."
+            return Judgement(facts, site, "warning", "likely", message)
         if (
             site.rule in FLOWING and way is not None and f"cut:{site.line}" in given
             and self.reach.live(site.depends, place) and not meant_by_name(place)
@@ -392,6 +399,15 @@ class Judge:
             message = f"{site.mechanism} in {site.function}: its result is part of what {way[0].name} gives back."
             return Judgement(facts, site, "warning", "possible", message, way)
         return Judgement(facts, site, "note", "possible", f"{site.mechanism} in {site.function or 'the module body'}.")
+
+    def _starves_loss(self, site: Site, place: Place) -> bool:
+        """Tell whether a loss makes integers or hard decisions of a prediction and computes with nothing else of it."""
+        owner, _, name = place.name.rpartition(".")
+        is_loss = bool(_LOSS_CLASS.search(owner) and name in FORWARDS) or "loss" in name.lower()
+        function, found = self.package.function(place), _predictions(site)
+        if not is_loss or not found or function is None or not function.gives_value:
+            return False
+        return found.isdisjoint(self.reach.flowing(function.returns, place, self.reach.owner(place)))
 
     def _cached(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         """An inference tensor kept on self: of weight where a forward pass reads it elsewhere."""
@@ -404,6 +420,12 @@ class Judge:
                 message = f"{site.mechanism}; {way[0].name} reads it, and autograd cannot save an inference tensor."
                 return Judgement(facts, site, "warning", "possible", message, way)
         return Judgement(facts, site, "note", "possible", f"{site.mechanism}.")
+
+
+def _predictions(site: Site) -> set[str]:
+    """Return the parameters that a site computes with and that are predictions by their names."""
+    sources = (source_of(atom) for atom in site.depends)
+    return {source for source in sources if source.startswith("param:") and _IS_PREDICTION.match(source[6:])}
 
 
 def _in_mixin(place: Place) -> bool:

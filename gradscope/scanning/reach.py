@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
-from gradscope.scanning.facts import APART, DATA, LOSS, Atoms, Function, Site
+from gradscope.scanning.facts import APART, DATA, LOSS, Atoms, Call, Function, Site
 from gradscope.scanning.intent import is_tool
 from gradscope.scanning.package import Package, Place
 
@@ -27,6 +27,8 @@ _PREPARES = re.compile(
 _GIVES_TEXT = re.compile(r"^(?:.*\.)?_?transcribe(?:_\w+)?$")
 # A module that counts what it is given (reinforcement learning's observations and returns): buffers, no parameter.
 _COUNTS = re.compile(r"(?:^|_)(?:running|mean)_(?:mean_)?(?:std|var)$|^(?:obs|value|reward|return)_rms$")
+# Modules that crop, flip and resample: they have nothing to train.
+_TRANSFORMS = re.compile(r"\|?torch(?:vision|audio)\.transforms\.")
 # A class of another package that is a module, as far as its name says.
 _MODEL_NAME = re.compile(r"(?:Model|Module|Network|Net|Encoder|Decoder|Transformer|Backbone|LM|Generation|VAE)$")
 # nn.Module's own methods: they compute nothing of the forward pass.
@@ -102,7 +104,8 @@ class Reach:
     def _gives_live(self, name: str, place: Place, owner: Place | None) -> bool:
         """Tell whether what a call gives can carry a gradient whatever it is given: it runs a module."""
         if name.startswith("self."):
-            return owner is not None and self.computes(owner, name[5:])
+            is_part = owner is not None and not _TRANSFORMS.match(self.package.attribute(owner, name[5:]))
+            return owner is not None and is_part and self.computes(owner, name[5:])
         if name.startswith("super()."):
             found = self.package.target(name, place, owner)
             if found is not None:
@@ -358,11 +361,16 @@ class Reach:
         while queue:
             here, current_owner = queue.popleft()
             for call, target in self.package.callees(here, current_owner):
-                is_taken = call.used and not (always and call.sometimes not in ("", "training"))
+                is_taken = self.counts(call, target) and not (always and call.sometimes not in ("", "training"))
                 if is_taken and target not in found and target.name.rpartition(".")[2] not in NOT_COMPUTE:
                     found[target] = [*found[here], target]
                     queue.append((target, self.owner_for(target, current_owner)))
         return found
+
+    def counts(self, call: Call, target: Place) -> bool:
+        """Tell whether a call adds to its caller's result: by its value, or by what a block leaves on ``self``."""
+        sites = self.regions.get(target, ())
+        return call.used or any(site.how == "block" and site.effects and site.depends for site in sites)
 
     def not_followed(self, entry: Place, owner: Place | None) -> list[str]:
         """Return what ``self`` keeps and an entry runs, and the source does not show: of no class that is scanned."""

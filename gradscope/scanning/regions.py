@@ -112,6 +112,12 @@ class Regions(Calls):
             mechanism = f"{name} is kept from inside inference_mode"
             self.sites.append(Site("GS602", line, column, line, self.function, mechanism, "call", atoms, gives=(name,)))
 
+    def mark_kept(self, blocks: set[str]) -> None:
+        """Take note that ``self`` keeps what closed blocks, ``in:12``, have computed."""
+        for number, site in enumerate(self.sites) if blocks else ():
+            if site.how == "block" and f"in:{site.line}" in blocks:
+                self.sites[number] = replace(site, effects=site.effects | site.depends)
+
     def _effective_regions(self) -> list[Region]:
         switches = [region.switch for region in self.regions]
         return [

@@ -26,6 +26,8 @@ SHAPE_ONLY = frozenset(
     "randn_like new_zeros new_ones new_empty new_full tril_indices triu_indices meshgrid is_tensor get_device "
     "manual_seed Generator device finfo iinfo".split()
 )
+# What gives a sequence of tensors of several lengths, which has its numbers under ``data``.
+PACKING = frozenset(["pack_padded_sequence", "pack_sequence", "PackedSequence"])
 # Methods that take the dtype, device or shape of another tensor and none of its numbers.
 LIKE_ANOTHER = frozenset("to type_as view_as expand_as reshape_as".split())
 # Methods by which no model is run: those of tensors, and a module's own.

@@ -146,7 +146,7 @@ class Training:
         while pending:
             use = pending.pop()
             for call, target in self.package.callees(*use):
-                if call.used and target.name.rpartition(".")[2] not in NOT_COMPUTE:
+                if self.reach.counts(call, target) and target.name.rpartition(".")[2] not in NOT_COMPUTE:
                     called = (target, self.reach.owner_for(target, use[1]))
                     if called not in callers:
                         pending.append(called)

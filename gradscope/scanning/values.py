@@ -24,6 +24,7 @@ class Value(NamedTuple):
     """Atoms and kind: ``tensor``, ``index`` (integers or truth values), ``module``, ``plain`` or ``unknown``.
 
     An ``array`` is what another library makes of tensors: it depends on them, and no gradient gets into it.
+    A ``packed`` sequence is no tensor, and its ``data`` carries a gradient.
     A ``number`` is what ``.item()`` makes of a tensor: it depends on it, and no gradient gets into what is made of it.
     """
 
@@ -213,6 +214,8 @@ class Expressions:
             return Value(base.atoms if written else cut, base.kind)
         if node.attr == "indices":
             return INDEX
+        if base.kind == "packed":
+            return Value(base.atoms, "tensor" if node.attr == "data" else "packed")
         kind = base.kind if node.attr in ("T", "mT", "H", "mH", "real", "imag", "data") else "unknown"
         return Value(base.atoms, "plain" if base.kind == "plain" else kind)
 

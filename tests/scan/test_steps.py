@@ -132,7 +132,12 @@ def in_a_script(given: str, body: str) -> str:
     return HEAD + dedent(lines) + "\n"
 
 
-SHAPES = {"function": in_a_function, "class": in_a_class, "script": in_a_script}
+def in_a_program(given: str, body: str) -> str:
+    lines = in_a_function(given, body).partition("def train():\n")[2].rpartition("\n\n\ntrain()")[0]
+    return f'{HEAD}\nif __name__ == "__main__":\n{lines}\n'
+
+
+SHAPES = {"function": in_a_function, "class": in_a_class, "script": in_a_script, "program": in_a_program}
 
 
 def loses(source: str) -> bool:
@@ -147,7 +152,7 @@ def loses(source: str) -> bool:
 
     source = source.replace("from torch.optim import Adam\n", "")
     try:
-        exec(compile(source, "script", "exec"), {"Adam": Recorded, "print": lambda *_: None, "__name__": "script"})
+        exec(compile(source, "script", "exec"), {"Adam": Recorded, "print": lambda *_: None, "__name__": "__main__"})
     finally:
         torch.set_grad_enabled(True)
     given = [each for optimizer in made for group in optimizer.param_groups for each in group["params"]]

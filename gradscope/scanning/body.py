@@ -93,6 +93,8 @@ class Body(Regions):
             note = words(argument.annotation)
             if name in ("self", "cls"):
                 continue
+            if self.made:
+                self.made.pop(name, None)
             telling = "" if argument is arguments.vararg else name  # *args are called so whatever they hold
             if holds_no_floats(telling, note) or (name in plain and "Tensor" not in note):
                 self.env[name] = INDEX if "Tensor" in note else PLAIN
@@ -227,13 +229,15 @@ class Body(Regions):
             self.note_names(node, targets, before)
         if also is not PLAIN:
             value = Value(value.atoms | also.atoms, also.kind)
-        made = self.class_of(node) if self.made or isinstance(node, ast.Call) else ""
+        made = self.class_of(node) if self.making is None and (self.made or isinstance(node, ast.Call)) else ""
         for target in targets:
             if isinstance(target, ast.Name) and self.function and not self.regions:  # by far the most
                 self.env[target.id] = value
             else:
                 self._assign_to(target, node, value)
-            if isinstance(target, ast.Name) and (made or self.made):
+            if self.making is not None:
+                self.note_made(target, node)
+            elif isinstance(target, ast.Name) and (made or self.made):
                 self.note_class(target.id, made)
 
     def _assign_to(self, target: ast.expr, node: ast.expr, value: Value) -> None:

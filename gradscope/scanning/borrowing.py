@@ -14,6 +14,7 @@ from gradscope.findings import SEVERITIES, Severity
 from gradscope.paths import short_path
 from gradscope.scanning.facts import Call, FileFacts, Function, Site
 from gradscope.scanning.judge import FROZEN, Judge, Judgement, where
+from gradscope.scanning.made import maker_of
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Use, source_of
 from gradscope.scanning.steps import called, steps
@@ -142,7 +143,8 @@ def _at_the_call(judge: Judge, group: list[Borrowed], text_of: Callable[[str], s
     lines = text_of(facts.path).split("\n")
     written = _written(first.call, function, lines)
     message = f"{where(site)} ({_spot(inner)}){inner.message.removeprefix(where(site))}"
-    behind = list(dict.fromkeys(f"{each.judgement.site.function} ({_spot(each.judgement)})" for each in group[1:]))
+    others = (each.judgement for each in group[1:] if each.judgement.site is not site)
+    behind = list(dict.fromkeys(f"{each.site.function} ({_spot(each)})" for each in others))
     if behind:
         message += f" Behind it: {', '.join(behind)}."
     severity = min((each.judgement.severity for each in group), key=SEVERITIES.index)
@@ -152,8 +154,8 @@ def _at_the_call(judge: Judge, group: list[Borrowed], text_of: Callable[[str], s
     if judge.training.freezes(judge.reach.owner(first.caller), {kept}):
         severity, message = max(severity, "warning", key=SEVERITIES.index), f"{message} {FROZEN}"
     here = replace(site, line=written.line, column=1, end_line=written.line, function=first.caller.name, how="call")
-    others = tuple(each.judgement.site for each in group)
-    return Judgement(facts, here, severity, inner.confidence, message, first.way, _advice(judge, inner), others)
+    sites = tuple(each.judgement.site for each in group)
+    return Judgement(facts, here, severity, inner.confidence, message, first.way, _advice(judge, inner), sites)
 
 
 def _spot(judgement: Judgement) -> str:
@@ -172,18 +174,27 @@ def _written(call: Call, function: Function, lines: list[str]) -> Written:
     """Return where a function makes a call; the function's own line where it is written otherwise."""
     owner, _, last = call.target.rpartition(".")
     name = rf"({re.escape(owner)})" if owner.startswith("self") else r"(\w+)"
-    patterns = [rf"(?<![\w.]){name}\.{re.escape(last)}\s*\(", rf"(?<![\w.])()(?:\w+\.)*{re.escape(last)}\b"]
+    item = r"(?:\[[^\]\n]*\])?"
+    patterns = [rf"(?<![\w.]){name}{item}\.{re.escape(last)}\s*\(", rf"(?<![\w.])()(?:\w+\.)*{re.escape(last)}\b"]
+    patterns += [rf"()\.{re.escape(last)}\s*\("]
     if last == "__call__":  # of an instance: under its own name
-        made = re.escape(owner.rpartition(".")[2])
-        own = re.compile(rf"(\w+)[ \t]*(?::[^,=)]*|=[ \t]*[\w.]*)\b{made}\b")
-        names = (own.search(line) for line in lines[function.line - 1 : function.end_line])
-        patterns = [rf"(?<![\w.])({found[1]})\s*\(" for found in names if found]
+        names = _names_of(owner, lines[function.line - 1 : function.end_line]) or _names_of(owner, lines)
+        patterns = [rf"(?<![\w.])({name}){item}\s*\(" for name in names]
     for pattern in patterns:
         for number in range(function.line, min(function.end_line, len(lines)) + 1):
             found = re.search(pattern, lines[number - 1])
             if found:
                 return Written(number, found[1])
     return Written(function.line)
+
+
+def _names_of(kind: str, lines: list[str]) -> list[str]:
+    """Return the names by which some lines know what is an instance of a class, or of what a function gives."""
+    made = re.escape((maker_of(kind) or kind).rpartition(".")[2])
+    own = re.compile(rf"((?:\w+[ \t]*,[ \t]*)*\w+)[ \t]*(?::[^,=)]*|=[ \t]*[\w.]*)\b{made}\b")
+    item = re.search(r"\[(\d+)\]$", kind)
+    found = [[name.strip() for name in match[1].split(",")] for line in lines if (match := own.search(line))]
+    return [names[int(item[1])] if item and int(item[1]) < len(names) else names[-1] for names in found]
 
 
 def _is_trained(name: str, function: Function, lines: list[str]) -> bool:

@@ -13,7 +13,7 @@ from gradscope.scanning.detaches import compared, is_computed, is_discriminator
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, classes_in
 from gradscope.scanning.instances import GIVE_THEMSELVES
 from gradscope.scanning.switches import Switch
-from gradscope.scanning.values import INDEX, PLAIN, Expressions, Value, is_own, joined
+from gradscope.scanning.values import INDEX, PLAIN, UNKNOWN, Expressions, Value, is_own, joined
 
 
 class Calls(Expressions):
@@ -131,8 +131,7 @@ class Calls(Expressions):
             value = given[0]  # the others say which dtype and device
             if _carries(value) or (self.is_step and value.kind == "unknown" and is_computed(value.atoms)):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
-            results = (atom.removeprefix("off:") for atom in value.atoms)
-            made_of = {f"from:{atom}" for atom in results if atom.startswith("call:")}
+            made_of = {f"from:{found[1]}" for atom in value.atoms if (found := _RESULT.search(atom))}
             return Value(_cuts_of(value).atoms | made_of, "tensor")
         if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
             given_out = self.report(node, "GS207", f"{name} without create_graph", value)
@@ -172,7 +171,7 @@ class Calls(Expressions):
             self.hand_out(given)
         if last == "Parameter" and _carries(value):
             self.report(node, "GS203", "nn.Parameter", value)
-        if isinstance(node.func, ast.Name) and node.func.id in self.env:
+        if isinstance(node.func, ast.Name) and (node.func.id in self.env or node.func.id in self.made):
             return self._local(node, node.func.id, given)
         if not dotted:
             return self._unnamed(node, value)
@@ -216,7 +215,10 @@ class Calls(Expressions):
     def _unnamed(self, node: ast.Call, value: Value) -> Value:
         """Return the value of calling what has no name: ``Tower()(x)``, ``self.layers[0](x)``, ``getattr(...)(x)``."""
         made = self.names.dotted(node.func.func) if isinstance(node.func, ast.Call) else ""
-        if made.rpartition(".")[2][:1].isupper():
+        given = self.class_of(node.func) if self.making is not None else ""
+        if given.startswith(("?", "|")):
+            self._note_call(f"{given}.__call__", node)
+        elif made.rpartition(".")[2][:1].isupper():
             self._note_call(f"{made}.forward", node)
         callee = self.value(node.func)
         atoms = value.atoms | callee.atoms | self._kept_called(callee.atoms, node)
@@ -228,7 +230,7 @@ class Calls(Expressions):
 
     def _local(self, node: ast.Call, name: str, given: list[Value]) -> Value:
         """Return the value of calling a parameter, a function defined here, or whatever else a local name holds."""
-        callee = self.env[name]
+        callee = self.env.get(name, UNKNOWN)
         if callee.kind == "function" or name in self.parameters:
             self._note_call(name, node)
         if name in self.made:
@@ -254,8 +256,8 @@ class Calls(Expressions):
             return PLAIN if name not in ("pop", "keys") else Value(base.atoms, "unknown")
         if name in torch_ops.LISTS:
             return Value(base.atoms, torch_ops.LISTS[name])
-        made = self.made.get(func.value.id) if self.made and isinstance(func.value, ast.Name) else None
-        if made and name not in GIVE_THEMSELVES:
+        made = self.class_of(func.value) if self.making is not None or self.made else ""
+        if made and name not in GIVE_THEMSELVES and not (made[0] in "?|" and name in _ESCAPES):
             return self._of_instance(node, f"{made}.{name}", base, given)
         if name in torch_ops.SHAPE_ONLY:
             return Value(NOTHING, base.kind)
@@ -341,6 +343,7 @@ _GIVES_INDICES = re.compile(
 # Called under an if, these are the other way than training: self.moe_infer(x), self.generate_step(x).
 _INFERS = re.compile(r"(?:^|[._])(?:infer|inference|generate|stream)(?:_\w+)?$")
 _UNPACKS = re.compile(r"^dequantize_(?:\d+bit|blockwise|int\d|nf4|fp[48])")  # packed integers in, a table's numbers out
+_RESULT = re.compile(r"(?:^|:)((?:call|attr):[^:]*)$")
 _RUNS = re.compile(r"^(?!batch_decode|encode_plus|decode_ids)(?:\w+_)?(?:forward|decode|encode)(?:_|$)")
 # The same few names in every file.
 _gives_indices, _unpacks, _runs, _keeps = (

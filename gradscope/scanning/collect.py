@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from gradscope.scanning.cache import Cache, key_of
 from gradscope.scanning.copies import Copies
 from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Optimizer, Site
+from gradscope.scanning.makers import definitions_of
 from gradscope.scanning.reading import GRAD_MODE, Needles, decode, headers, hides_text
 from gradscope.scanning.resolve import SourceFile
 from gradscope.scanning.walk import FileReader
@@ -34,17 +35,22 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a file is read with: the scan's top-level packages, names looked for, the package's own wrappers."""
+    """What a file is read with: the scan's top-level packages, names looked for, the package's own wrappers.
+
+    ``makers`` are the functions and tables that models are got from, by the dotted names that they are used by.
+    """
 
     roots: frozenset[str]
     names: tuple[str, ...] = ()
     wrappers: tuple[tuple[str, str], ...] = ()
+    makers: tuple[str, ...] = ()
 
     def needles(self) -> tuple[Needles, Needles]:
         """Return what is looked for in a file of the targets, and in one outside of them."""
         own = {name.rpartition(".")[2] for name, _ in self.wrappers}
         names = (*GRAD_MODE, *sorted({*own, *self.names}))
-        return Needles(names), Needles(names, operations=False)
+        defined = sorted({begun for maker in self.makers for begun in definitions_of(maker)}.difference(names))
+        return Needles(names), Needles((*names, *defined), operations=False)
 
 
 @dataclass(slots=True)
@@ -210,9 +216,7 @@ def read_chunk(files: Part, settings: Settings, look_first: bool) -> list[FileFa
     With ``look_first`` there are none (None) of a file that holds nothing to look into.
     """
     needles, wrappers = settings.needles(), dict(settings.wrappers)
-    return [
-        _read_one(file, data, settings.roots, wrappers, needles[file.is_outside], look_first) for file, data in files
-    ]
+    return [_read_one(file, data, settings, wrappers, needles[file.is_outside], look_first) for file, data in files]
 
 
 def search_chunk(files: Part, needles: Sequence[Needle]) -> list[list[int]]:
@@ -232,7 +236,7 @@ def search_chunk(files: Part, needles: Sequence[Needle]) -> list[list[int]]:
 def _read_one(
     file: SourceFile,
     data: bytes | None,
-    roots: frozenset[str],
+    settings: Settings,
     wrappers: Mapping[str, str],
     needles: Needles,
     look_first: bool,
@@ -251,7 +255,8 @@ def _read_one(
         return facts
     facts.headers = headers(text.source)
     try:
-        return FileReader(facts, file.is_package, roots, wrappers, _copies).read(text.source, needles)
+        reader = FileReader(facts, file.is_package, settings.roots, wrappers, _copies, settings.makers)
+        return reader.read(text.source, needles)
     except RecursionError:
         return FileFacts(file.shown, file.module, skipped="nested too deeply to be read")
 
@@ -273,7 +278,7 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         "functions": [
             [f.name, f.line, f.end_line, f.parameters, f.signature,
              [list(call) for call in f.calls],
-             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind, f.goes_backward, f.steps]
+             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind, f.goes_backward, f.steps, f.gives]
             for f in facts.functions.values()
         ],
         "sites": [
@@ -282,6 +287,7 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         ],
         "wrappers": facts.wrappers,
         "headers": facts.headers,
+        "tables": facts.tables,
         "ignores": [[i.line, i.first, i.last, i.codes] for i in facts.ignores],
         "optimizers": facts.optimizers,
         "frozen": facts.frozen,
@@ -295,12 +301,13 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
     facts = FileFacts(empty.path, empty.module, imports=data["imports"], wrappers=data["wrappers"])
     for name, line, bases, methods, attributes, aliases in data["classes"]:
         facts.classes[name] = Class(name, line, tuple(bases), tuple(methods), attributes, aliases)
-    for name, line, end, parameters, signature, calls, reads, returns, gives, kind, backward, steps in data[
+    for name, line, end, parameters, signature, calls, reads, returns, value, kind, backward, *rest in data[
         "functions"
     ]:
+        steps, gives = rest
         facts.functions[name] = Function(
             name, line, end, tuple(parameters), tuple(signature), tuple(Call(*call) for call in calls),
-            frozenset(reads), frozenset(returns), gives, kind, backward, tuple(steps),
+            frozenset(reads), frozenset(returns), value, kind, backward, tuple(steps), gives,
         )  # fmt: skip
     for *place, function, mechanism, how, depends, effects, gives, conditional, harmless, runs in data["sites"]:
         rule, line, column, end = place
@@ -310,6 +317,7 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
         )  # fmt: skip
     facts.headers = {name: tuple(bases) for name, bases in data["headers"].items()}
     facts.ignores = [Ignore(line, first, last, tuple(codes)) for line, first, last, codes in data["ignores"]]
+    facts.tables = data["tables"]
     facts.optimizers = [Optimizer(name, scope, tuple(given)) for name, scope, given in data["optimizers"]]
     facts.frozen = tuple(data["frozen"])
     facts.parsed, facts.skipped = data["parsed"], data["skipped"]

@@ -77,7 +77,8 @@ class Function:
     ``self``), ``reads`` the attributes of ``self`` that it reads. Of the calls of other packages' functions
     and of builtins one is kept at most: they are two of three, lead nowhere, and only tell that it computes.
     ``goes_backward``: it is a step of training; what it goes backward from counts as given out. ``steps`` are the
-    optimizers whose ``step()`` it calls.
+    optimizers whose ``step()`` it calls. ``gives`` are the classes of what it makes, for those alone that a model is
+    got from (``makers.py``).
     """
 
     name: str
@@ -92,6 +93,7 @@ class Function:
     kind: str = ""
     goes_backward: bool = False
     steps: tuple[str, ...] = ()
+    gives: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -100,8 +102,9 @@ class Class:
 
     ``attributes`` maps a name to ``parameter``, ``buffer``, ``module``, ``weightless`` (a module without
     parameters), ``plain`` or the dotted name of the class it was made from. ``|A|B`` is a module that holds, or may
-    be, any of these classes (a container, one of two ways), ``?build`` what a function of the scan makes. ``aliases``
-    maps names to the functions they stand for, of which a list may have several (``Net.run|Net.stop``).
+    be, any of these classes (a container, one of two ways), ``?build`` what a function of the scan makes
+    (``makers.py`` has the notation). ``aliases`` maps names to the functions they stand for, of which a list may have
+    several (``Net.run|Net.stop``).
     """
 
     name: str
@@ -117,8 +120,8 @@ NO_CLASS = frozenset({"", "plain", "parameter", "buffer", "module", "weightless"
 
 
 def classes_in(kind: str) -> list[str]:
-    """Return the classes, or the function that makes one, in what ``Class.attributes`` says of an attribute."""
-    return [] if kind in NO_CLASS else kind.strip("|?").split("|")
+    """Return the classes, and the functions that make one, in what ``Class.attributes`` says of an attribute."""
+    return [] if kind in NO_CLASS else kind.strip("|").split("|")
 
 
 @dataclass(slots=True)
@@ -149,8 +152,9 @@ class Optimizer(NamedTuple):
 class FileFacts:
     """Everything that is known of one file.
 
-    ``headers`` are all top-level classes and their bases. ``optimizers`` and what is ``frozen`` are only known of a
-    file with a step of training.
+    ``headers`` are all top-level classes and their bases, ``tables`` what a model is got from by a key, and other names
+    for functions that make one (``makers.py``). ``optimizers`` and what is ``frozen`` are only known of a file with a
+    step of training.
     """
 
     path: str
@@ -161,6 +165,7 @@ class FileFacts:
     sites: list[Site] = field(default_factory=list)
     wrappers: dict[str, str] = field(default_factory=dict)
     headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tables: dict[str, dict[str, str]] = field(default_factory=dict)
     ignores: list[Ignore] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
     frozen: tuple[str, ...] = ()

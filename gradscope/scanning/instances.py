@@ -9,6 +9,12 @@ from gradscope.scanning.switches import Names
 
 # Methods that give out the object they are called on.
 GIVE_THEMSELVES = ("eval", "train", "to", "cuda", "cpu", "float", "half", "double", "requires_grad_")
+# What gives models, judged by its name.
+LOADS = re.compile(
+    r"(?:^|_)(?:load|create|build|make|instantiate|model|encoder|backbone|network|pipeline|pretrained)(?:_|$)|^from_"
+)
+# What is made like a model, and is none.
+_NO_MODEL = re.compile(r"(?:Tokenizer|Config|Processor|Extractor)$")
 # AutoModel.from_pretrained gives some other class; AutoencoderKL.from_pretrained gives that one.
 _FACTORY = re.compile(r"Auto(?:[A-Z]\w*)?$")
 
@@ -23,6 +29,12 @@ def itself(value: ast.expr) -> ast.expr:
 def is_factory(dotted: str) -> bool:
     """Tell whether the ``from_...`` methods of a class give out instances of others, judged by its name."""
     return _FACTORY.match(dotted.rpartition(".")[2]) is not None
+
+
+def loads_models(dotted: str) -> bool:
+    """Tell whether calling this gives a model, of whatever class, judged by its name."""
+    home, _, last = dotted.rpartition(".")
+    return LOADS.search(last) is not None and not _NO_MODEL.search(home)
 
 
 def class_named(annotation: ast.expr | None, names: Names) -> str:
@@ -50,9 +62,10 @@ def class_made(value: ast.expr, names: Names) -> str:
         return ""
     dotted = names.dotted(func)
     if last.startswith("from_"):
-        dotted = dotted.rpartition(".")[0]
-        if is_factory(dotted):
+        home = dotted.rpartition(".")[0]
+        if is_factory(home) or names.is_maker(dotted):
             return ""
+        dotted = home
     return of_the_scan(dotted, names)
 
 

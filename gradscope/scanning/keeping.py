@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gradscope.scanning.facts import Class, FileFacts, classes_in
 from gradscope.scanning.instances import class_named, is_factory, itself
+from gradscope.scanning.makers import Making, one_of, side_by_side, some_of
 from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names
 from gradscope.scanning.torch_ops import is_weightless
@@ -36,6 +37,7 @@ class Keeping:
         self.names = names
         self.facts = facts
         self._local: dict[str, str] = {}  # what the constructor's own names hold
+        self._making = Making(names)
 
     def read_body(self, body: Sequence[ast.stmt]) -> None:
         """Read what the statements of the class itself give it: ``run = _run``, the fields of a dataclass."""
@@ -117,7 +119,10 @@ class Keeping:
             self._grow(node.target, [node.value])
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                for part, value in _side_by_side(target, node.value):
+                if self.names.is_glue:
+                    self._making.assign(target, node.value)
+                together = side_by_side if self.names.is_glue else _side_by_side
+                for part, value in together(target, node.value):
                     self._assigned(part, value)
 
     def _assigned(self, target: ast.expr, value: ast.expr) -> None:
@@ -139,7 +144,7 @@ class Keeping:
         name = first.value if isinstance(first, ast.Constant) else None
         if kind and isinstance(name, str):
             classes = self._classes(node.args[1:]) if kind == "module" else []
-            self.klass.attributes[name] = _some_of(classes) or kind
+            self.klass.attributes[name] = some_of(classes) or kind
         elif node.func.attr in _GROW:
             self._grow(node.func.value, node.args)
 
@@ -154,7 +159,7 @@ class Keeping:
         classes = self._classes(values)
         if not classes:
             return
-        grown = _some_of([*classes_in(known), *classes])
+        grown = some_of([*classes_in(known), *classes])
         if isinstance(target, ast.Name):
             self._local[target.id] = grown
         else:
@@ -172,13 +177,19 @@ class Keeping:
         if isinstance(value, ast.BoolOp):
             return next(filter(None, map(self._kind, value.values)), "")
         if isinstance(value, (ast.List, ast.Tuple, ast.ListComp, ast.Dict, ast.DictComp)):
-            return _some_of(self._classes([value]))
+            return some_of(self._classes([value]))
         if isinstance(value, ast.Call):
-            return self._made(value)
+            return self._made(value) or self._given(value)
+        if isinstance(value, ast.Subscript):
+            return self._given(value)
         dotted = self.names.dotted(value)
         if dotted in self._local:  # self.model = model, where the constructor says what it takes
             return self._local[dotted]
         return "plain" if dotted.split(".")[0] in _SETTINGS else ""
+
+    def _given(self, value: ast.expr) -> str:
+        """Return what a value is that a function, or one of a table, gives."""
+        return one_of(self._making.kinds(value)) if self.names.is_glue else ""
 
     def _made(self, call: ast.Call) -> str:
         """Return what a call makes."""
@@ -187,14 +198,15 @@ class Keeping:
             dotted = self.klass.aliases.get(dotted[5:], dotted)
         home, _, last = dotted.rpartition(".")
         if last.startswith("from_"):  # Tower.from_pretrained(...); another package's may give anything
-            return home if self._is_own_class(home) else ""
+            is_maker = self.names.is_maker(dotted)
+            return f"?{dotted}" if is_maker else home if self._is_own_class(home) else ""
         if last in ("Parameter", "Buffer"):
             return last.lower()
         if dotted in _FASTER and call.args:
             return self._kind(call.args[0])
         if dotted.startswith("torch.nn."):
             kind = "weightless" if is_weightless(last) else "module"
-            return (_some_of(self._classes(call.args)) if last in _CONTAINERS else "") or kind
+            return (some_of(self._classes(call.args)) if last in _CONTAINERS else "") or kind
         if last[:1].isupper():
             return dotted
         return f"?{dotted}" if self._is_in_scan(dotted) or f"\ndef {dotted}(" in self.names.source else ""
@@ -214,14 +226,14 @@ class Keeping:
             parts = [node.elt]
         elif isinstance(node, ast.Starred):
             parts = [node.value]
-        elif isinstance(node, ast.Call) and not (found := self._own(self._made(node))):
+        elif isinstance(node, ast.Call) and not (found := self._own(self._made(node) or self._given(node))):
             parts = node.args  # list(...), OrderedDict(...), a container of another package
         else:
             yield from found if isinstance(node, ast.Call) else self._own(self._kind(node))
         yield from self._classes(parts)
 
     def _own(self, kind: str) -> list[str]:
-        return [each for each in classes_in(kind) if self._is_in_scan(each)]
+        return [each for each in classes_in(kind) if each[0] == "?" or self._is_in_scan(each)]
 
     def _is_in_scan(self, dotted: str) -> bool:
         root = dotted.partition(".")[0]
@@ -266,11 +278,6 @@ def _side_by_side(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr,
         yield from zip(target.elts, value.elts, strict=True)
     else:
         yield target, value
-
-
-def _some_of(classes: Iterable[str]) -> str:
-    """Return the kind of a module that holds or may be any of these; nothing where there is none."""
-    return "".join(f"|{each}" for each in dict.fromkeys(classes))
 
 
 def _either(known: str, kind: str) -> str:

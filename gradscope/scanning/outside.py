@@ -7,66 +7,56 @@ definition names in turn. What was found is what Python would import; what was n
 
 from __future__ import annotations
 
-import ast
 import os
-import re
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from gradscope.scanning.blanking import HEADER
-from gradscope.scanning.reading import decode
+from gradscope.scanning.makers import LOADERS
 from gradscope.scanning.resolve import SourceFile, find_first, locations_of
-from gradscope.scanning.switches import add_imports
+from gradscope.scanning.sources import (
+    IS_MODEL,
+    KNOWN,
+    WORD,
+    Source,
+    gives_others,
+    makes_models,
+    may_give_any,
+    names_used,
+    source_of_file,
+    starred,
+    words_given,
+)
 
 # So many characters are followed, the nearest first: what is further away is run less often.
 MOST_TEXT = 1_500_000
+# A package of more than so many characters is no script, of which all is told that was not followed.
+MOST_OF_A_SCRIPT = 300_000
 # Re-exports between a name and its definition.
 MOST_EXPORTS = 8
-# Modules imported with a star that are looked into for one name.
-MOST_STARRED = 20
-# torch's own functions are known by their rules; in the standard library and in these no tensor is computed with.
-KNOWN = frozenset({
-    "torch", "__future__", *sys.stdlib_module_names,
-    *("numpy scipy pandas PIL cv2 matplotlib sklearn tqdm yaml requests packaging typing_extensions einops "
-    "datasets wandb").split(),
-})  # fmt: skip
-
-# These begin with a line break, not with ``^``: a literal lets the search leap from line to line.
-_IMPORT = re.compile(
-    r"\n[ \t]*(?:from[ \t]+([.\w]+)[ \t]+import[ \t]*(?:\([^)]*\)|(?:[^\n\\]|\\\n)*)|"
-    r"import[ \t]+(\w+)(?:[^\n\\]|\\\n)*)"
-)
-_DEFINITION = re.compile(r"\n(?:class|def|async[ \t]+def)[ \t]+(\w+)")
-_COMMENT = re.compile(r"#[^\n]*")
-_WORD = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+# Functions, from one to the next, that have a model made.
+LONGEST_CHAIN = 24
 
 
 @dataclass(slots=True)
 class Outside:
-    """What the code scanned uses of others: their files with what each imports, and the packages not found here."""
+    """What the code scanned uses of others: their files with what each imports, and the packages not found here.
+
+    ``makers`` are what it may get models from (``makers.py``), by dotted name, each as the code scanned writes it.
+    """
 
     files: dict[SourceFile, dict[str, str]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A file as text: where its definitions begin, and what its names are imported from."""
-
-    file: SourceFile
-    text: str
-    blocks: dict[str, str]
-    imports: dict[str, str]
+    makers: dict[str, set[str]] = field(default_factory=dict)
 
 
 def follow(files: Iterable[tuple[SourceFile, bytes]]) -> Outside:
     """Return the files outside of these that define what they use, and what that is made of."""
-    search = _Search([_source(file, data) for file, data in files])
+    search = _Search([source_of_file(file, data) for file, data in files])
     search.run()
     return search.outside
 
@@ -75,16 +65,21 @@ class _Search:
     """The search from file to file, breadth first."""
 
     def __init__(self, own: list[Source]) -> None:
-        self.outside = Outside()
+        self.outside = Outside(makers={name: {name.partition(".")[2]} for name in LOADERS})
         # For this search alone: files and the import path may change from one to the next.
-        self._source = lru_cache(maxsize=None)(_source)
+        self._source = lru_cache(maxsize=None)(source_of_file)
         self._module_at = lru_cache(maxsize=None)(self._find_module)
         self._spec = lru_cache(maxsize=None)(self._find_spec)
         self._own = own
         self._own_paths = {os.path.abspath(source.file.shown) for source in own}
         self._own_modules = {source.file.module for source in own}
         self._folders = tuple(dict.fromkeys(_import_folder(source.file) for source in own if not source.file.archive))
+        # Where a script's own modules lie, which nobody installed.
+        self._beside = {folder for folder in self._folders if not folder.endswith("-packages")}
+        self._looked_into: set[SourceFile] = set()
         self._seen: set[tuple[str, str]] = set()
+        self._made: dict[str, None] = {}  # what makes models for the code scanned, and their classes
+        self._is_script = sum(len(source.text) for source in own) < MOST_OF_A_SCRIPT
         self._room = MOST_TEXT
 
     def run(self) -> None:
@@ -94,14 +89,91 @@ class _Search:
             here = {local: meant for local, meant in source.imports.items() if self._is_outside(meant)}
             gone = {local: meant for local, meant in here.items() if self._spec(meant.partition(".")[0]) is None}
             self.outside.missing += [meant.partition(".")[0] for local, meant in gone.items()
-                                     if _makes(source.text, local)]  # fmt: skip
+                                     if makes_models(source.text, local, in_script=self._is_script)]  # fmt: skip
             found = {local: meant for local, meant in here.items() if local not in gone}
-            pending.extend((dotted, 0) for dotted in (_used(source.text, found) if found else ()))
+            used = names_used(source.text, found) if found else {}
+            self._note_makers(source, used)
+            pending.extend((dotted, 0) for dotted in (*used, *self._made))
         while pending and self._room > 0:
             dotted, depth = pending.popleft()
             for source, name in self._definitions(dotted):
+                if self._is_beside(source) and source.file not in self._looked_into:
+                    self._looked_into.add(source.file)
+                    self._note_makers(source, self._used_outside(source))
+                    pending.extend((each, 0) for each in self._made)
                 pending.extend((each, depth + 1) for each in self._uses(source, name, whole=not depth))
         self.outside.missing = sorted(set(self.outside.missing))
+
+    # --- what models are got from -----------------------------------------------------------------
+
+    def _note_makers(self, source: Source, used: dict[str, str]) -> None:
+        """Take note of what a file of the code scanned may get models from, and of all that these are made by."""
+        for called, written in used.items():
+            dotted = called.removesuffix(".get")  # registry.get(name)
+            found = self._located(dotted) if written.endswith(("(", "[")) else None
+            if found is not None and (self._gives_models(*found) or (self._is_script and may_give_any(*found))):
+                self._is_maker(dotted, written[:-1])
+        roots = {written.partition(".")[0].rstrip("([") for written in used.values()}
+        for name, block in source.blocks.items() if roots else ():
+            if any(root in block for root in roots) and self._gives_models(source, name):
+                self._is_maker(f"{source.file.module}.{name}", name if block.startswith(f"\n{name}") else f"{name}(")
+
+    def _is_maker(self, dotted: str, *written: str) -> None:
+        self.outside.makers.setdefault(dotted, set()).update(written)
+
+    def _gives_models(self, source: Source, name: str, rest: str = "") -> bool:
+        """Tell whether calling this gives a model of a class that its name does not tell; note what makes it."""
+        block = source.blocks[name]
+        if block.startswith("\nclass"):
+            is_one = gives_others(block, name, rest)
+            if is_one:
+                self._is_maker(f"{source.file.module}.{name}.{rest}")
+                self._made[f"{source.file.module}.{name}"] = None
+            return is_one
+        chain, classes = self._chain(source, name)
+        if rest or not classes:
+            return False
+        for home, each in chain:
+            self._is_maker(f"{home.file.module}.{each}")
+        self._made.update(dict.fromkeys(f"{home.file.module}.{each}" for home, each in (*chain, *classes)))
+        return True
+
+    def _chain(self, source: Source, name: str) -> tuple[list[tuple[Source, str]], list[tuple[Source, str]]]:
+        """Return a function or table with those that make for it what it gives, and the classes of models they make."""
+        pending, seen = [(source, name)], {(source.file.shown, name)}
+        chain: list[tuple[Source, str]] = []
+        classes: list[tuple[Source, str]] = []
+        while pending and len(chain) < LONGEST_CHAIN:
+            home, each = pending.pop(0)
+            block = home.blocks[each]
+            if block.startswith("\nclass"):
+                classes += [(home, each)] if IS_MODEL.search(block) else []
+                continue
+            chain.append((home, each))
+            for word in words_given(block):
+                root, _, rest = word.partition(".")
+                found = (home, root, rest) if root in home.blocks and root != each else None
+                if root in home.imports:
+                    found = self._located(".".join(filter(None, (home.imports[root], rest))))
+                if found is not None and found[2] != "apply" and (found[0].file.shown, found[1]) not in seen:
+                    seen.add((found[0].file.shown, found[1]))
+                    pending.append(found[:2])
+        return chain, classes
+
+    def _located(self, dotted: str, exports: int = 0) -> tuple[Source, str, str] | None:
+        """Return the file that defines what a dotted name means, the name there and what is meant of that."""
+        module, rest = self._module(dotted)
+        name, _, of_it = rest.partition(".")
+        if module is None or not name or exports > MOST_EXPORTS or module.shown in self._own_paths:
+            return None
+        source = self._source(module)
+        if name in source.blocks:
+            return source, name, of_it
+        for meant in [source.imports[name]] if name in source.imports else starred(source, name):
+            found = self._located(f"{meant}.{of_it}" if of_it else meant, exports + 1) if meant != dotted else None
+            if found is not None:
+                return found
+        return None
 
     def _is_outside(self, dotted: str) -> bool:
         parts = dotted.split(".")
@@ -116,6 +188,13 @@ class _Search:
         found = self._module_at(root) if self._is_outside(root) else None
         return found is not None and _import_folder(found) in self._folders
 
+    def _is_beside(self, source: Source) -> bool:
+        return not source.file.archive and _import_folder(source.file) in self._beside
+
+    def _used_outside(self, source: Source) -> dict[str, str]:
+        here = {local: meant for local, meant in source.imports.items() if self._is_outside(meant)}
+        return names_used(source.text, here) if here else {}
+
     def _definitions(self, dotted: str, exports: int = 0) -> Iterator[tuple[Source, str]]:
         """Yield the file that defines what a dotted name means, through re-exports, once each."""
         module, rest = self._module(dotted)
@@ -128,16 +207,22 @@ class _Search:
         source = self._source(module)
         if name in source.blocks:
             head = HEADER.match(source.blocks[name])
-            if "torch" in source.text or (head and head[2]):  # it may derive from one that has to do with torch
+            # It may derive from one that has to do with torch, or have it made.
+            if "torch" in source.text or (head and head[2]) or f"{source.file.module}.{name}" in self._made:
                 self._keep(source)
                 yield source, name
             return
-        for meant in [source.imports[name]] if name in source.imports else _starred(source, name):
+        for meant in [source.imports[name]] if name in source.imports else starred(source, name):
             found = list(self._definitions(meant, exports + 1)) if meant != dotted else []
-            if found:
+            if found or self._is_kept(meant):
                 self._keep(source)
                 yield from found
                 return
+
+    def _is_kept(self, dotted: str) -> bool:
+        """Tell whether the file that defines what a name means was come to on another way."""
+        located = self._located(dotted)
+        return located is not None and located[0].file in self.outside.files
 
     def _keep(self, source: Source) -> None:
         if source.file not in self.outside.files:
@@ -155,10 +240,11 @@ class _Search:
             if not whole:
                 head = HEADER.match(block)
                 block = (head[2] or "") if head else ""
-            here = {word.partition(".")[0] for word in _WORD.findall(block)} & source.blocks.keys()
+            here = {word.partition(".")[0] for word in WORD.findall(block)} & source.blocks.keys()
             pending += here - seen
             seen |= here
-            yield from (each for each in _used(block, source.imports) if self._is_near(each, source))
+            follows = self._is_outside if self._is_beside(source) else partial(self._is_near, source=source)
+            yield from filter(follows, names_used(block, source.imports))
 
     def _find_module(self, dotted: str) -> SourceFile | None:
         """Return the file that holds the source of a module; None where there is none."""
@@ -181,11 +267,21 @@ class _Search:
         head, rest = dotted, ""
         while head:
             found = self._module_at(head)
-            if found is not None:
+            if found is not None and (rest or not self._is_rebound(head)):
                 return found, rest
             head, _, last = head.rpartition(".")
             rest = f"{last}.{rest}" if rest else last
         return None, ""
+
+    def _is_rebound(self, dotted: str) -> bool:
+        """Tell whether a package gives the name of a module in it to something else: ``from .score import score``."""
+        above, _, name = dotted.rpartition(".")
+        package = self._module_at(above) if above else None
+        source = self._source(package) if package is not None and package.is_package else None
+        if source is None:
+            return False
+        meant = [source.imports[name]] if name in source.imports else starred(source, name)
+        return name in source.blocks or any(each == f"{dotted}.{name}" for each in meant)
 
 
 def _import_folder(file: SourceFile) -> str:
@@ -193,66 +289,3 @@ def _import_folder(file: SourceFile) -> str:
     above = file.module.count(".") + (1 if file.is_package else 0)
     folders = Path(file.path).absolute().parents
     return str(folders[min(above, len(folders) - 1)])
-
-
-def _source(file: SourceFile, data: bytes | None = None) -> Source:
-    try:
-        text = f"\n{decode(file.read() if data is None else data).source}"
-    except OSError:
-        text = ""
-    starts = list(_DEFINITION.finditer(text))
-    ends = [*(match.start() for match in starts[1:]), len(text)]
-    blocks = {match[1]: text[match.start() : end] for match, end in zip(starts, ends, strict=False)}
-    imports: dict[str, str] = {}
-    module = f"{file.module}.__init__" if file.is_package else file.module
-    for match in _IMPORT.finditer(text):
-        base = match[1] or match[2]
-        if base.partition(".")[0] not in KNOWN or not base.partition(".")[0]:
-            _add(imports, match, module)
-    return Source(file, text, blocks, imports)
-
-
-def _add(imports: dict[str, str], match: re.Match[str], module: str) -> None:
-    """Take note of what an import binds, as :func:`add_imports` does with its syntax tree."""
-    text = _COMMENT.sub("", match[0]).replace("\\\n", " ")
-    names = text.partition("import")[2].strip().strip("()") if match[1] else text.strip()[len("import") :]
-    found = [each.split(" as ") for each in names.replace("\n", " ").split(",")]
-    aliases = [ast.alias(name[0].strip(), name[1].strip() if name[1:] else None) for name in found if name[0].strip()]
-    if match[1]:
-        home = match[1].lstrip(".")
-        node: ast.Import | ast.ImportFrom = ast.ImportFrom(home, aliases, len(match[1]) - len(home))
-    else:
-        node = ast.Import(aliases)
-    add_imports(imports, node, module)
-
-
-def _starred(source: Source, name: str) -> list[str]:
-    """Return what a name may be in the modules that a file imports everything from, the likeliest first.
-
-    transformers has four hundred of them, and ``BertModel`` is in the one called ``bert``.
-    """
-    bases = [base for key, base in source.imports.items() if key.startswith("*")]
-    lower = name.lower()
-
-    def unlikely(base: str) -> int:
-        last = base.rpartition(".")[2].replace("_", "")
-        return -len(last) if last in lower else 0
-
-    return [f"{base}.{name}" for base in sorted(bases, key=unlikely)[:MOST_STARRED]]
-
-
-def _used(text: str, imports: dict[str, str]) -> list[str]:
-    """Return the imported names that a text uses, dotted as far as it writes them."""
-    found: dict[str, None] = {}
-    for word in dict.fromkeys(_WORD.findall(text)):
-        root, _, rest = word.partition(".")
-        if root in imports:
-            found[".".join(filter(None, (imports[root], rest)))] = None
-    return list(found)
-
-
-def _makes(text: str, local: str) -> bool:
-    """Tell whether a text with modules or training in it makes an instance of a class that an import gave a name."""
-    is_trained = "nn.Module" in text or ".backward(" in text
-    found = re.search(rf"=[ \t]*({re.escape(local)}(?:\.\w+)*)\(", text) if is_trained else None
-    return found is not None and any(part[:1].isupper() for part in found[1].split("."))

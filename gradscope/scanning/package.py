@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gradscope.scanning.facts import Call, Class, FileFacts, Function, classes_in
+from gradscope.scanning.made import classes_made
 
 # Classes of other packages that are modules; torch.nn.* is one anyway.
 MODULE_BASES = frozenset(
@@ -54,12 +55,20 @@ class Package:
         # What no class has need not be looked for in all bases of one: three of four names that are asked for.
         self._method_names = {name for klass in classes for name in (*klass.methods, *klass.aliases)}
         self._attribute_names = {name for klass in classes for name in klass.attributes}
+        self._has_makers = False
         self._property_names: set[str] = set()
         self._inner_names: set[str] = set()  # of all functions made in functions, and of some more
+        self._renamed: dict[str, set[str]] = {}
+        for module in outside & self.files.keys():
+            for name, meant in self.files[module].imports.items():
+                last = meant.rpartition(".")[2]
+                if last != name and name[0] != "*":
+                    self._renamed.setdefault(last, set()).add(name)
         self._function_names: set[str] = set()  # also those that an import, or an assignment, gives to some
         for facts in self.files.values():
             self._function_names.update(name for name, meant in facts.imports.items() if not meant.endswith(f".{name}"))
             for function in facts.functions.values():
+                self._has_makers = self._has_makers or bool(function.gives)
                 scope, _, name = function.name.rpartition(".")
                 self._function_names.add(name)
                 if function.kind == "property":
@@ -78,6 +87,7 @@ class Package:
         self.method = lru_cache(maxsize=None)(self._method)
         self.methods = lru_cache(maxsize=None)(self._methods)
         self.find_class = lru_cache(maxsize=None)(self._find_class)
+        self.made = lru_cache(maxsize=None)(self._made)
         self._of_self = lru_cache(maxsize=None)(self._owned)
         self._global = lru_cache(maxsize=None)(self._called)
 
@@ -172,6 +182,10 @@ class Package:
                     pending.append(child)
         return found
 
+    def also_called(self, names: set[str]) -> set[str]:
+        """Return the other names that files outside hand these classes on by: ``from .m3 import Embedder as Model``."""
+        return set().union(*(self._renamed.get(name, ()) for name in names))
+
     def classes_called(self, names: set[str]) -> list[Place]:
         """Return the classes by these names, as ``descendants`` gives them: also those inside of others."""
         found = [Place(facts.module, name) for facts in self.files.values() for name in names & facts.headers.keys()]
@@ -237,7 +251,7 @@ class Package:
         facts = self.files.get(module)
         if facts is None or depth > 6 or not dotted:
             return None
-        if dotted in facts.functions or dotted in facts.headers or dotted in facts.classes:
+        if dotted in facts.functions or dotted in facts.headers or dotted in facts.classes or dotted in facts.tables:
             return Place(module, dotted)
         root, _, rest = dotted.partition(".")
         if root in facts.imports and facts.imports[root] != root:
@@ -271,8 +285,21 @@ class Package:
             return []
         found = []
         for call in (*function.calls, *self._properties(function, owner)):
-            found += [(call, target) for target in self.targets(call.target, place, owner) if target != place]
+            targets = self.targets(call.target, place, owner)
+            is_one_of = self._has_makers and targets and self._is_one_of(call.target, place, owner)
+            made = call._replace(sometimes=call.sometimes or "either") if is_one_of else call
+            found += [(made, target) for target in targets if target != place]
         return found
+
+    def _is_one_of(self, target: str, place: Place, owner: Place | None) -> bool:
+        """Tell whether a call means one function or another, as what was made is of one class or another."""
+        kind, _, method = target.rpartition(".")
+        module = place.module
+        if target.startswith("self.") and owner is not None:
+            name, _, method = target[5:].partition(".")
+            kind, module = self.attribute(owner, name), owner.module
+        classes = self.made(kind, module) if kind[:1] == "?" or target[:1] == "|" else ()
+        return len(classes) > 1 and len({self._run_by(klass, method or "__call__") for klass in classes}) > 1
 
     def _properties(self, function: Function, owner: Place | None) -> list[Call]:
         """Return the properties that a method reads: each is a call."""
@@ -305,6 +332,8 @@ class Package:
         """Return all functions that a call may mean: a container runs each of its parts."""
         if dotted.startswith("self."):
             return self._of_self(dotted, owner) if owner else ()
+        if dotted[:1] in ("?", "|"):
+            return self._of_made(dotted, place.module)
         found: Place | None = None
         if dotted.startswith("super()."):
             home = self.class_of(place)
@@ -324,36 +353,41 @@ class Package:
     def _called(self, dotted: str, module: str) -> Place | None:
         found = self.find(dotted, module)
         if found is None:
-            return self._of_instance(dotted, module)
+            return self.of_instance(dotted, module)
         # Constructors are made once, not in every pass.
-        return None if found.name in self.files[found.module].headers else found
+        home = self.files[found.module]
+        return None if found.name in home.headers or found.name in home.tables else found
 
-    def _of_instance(self, dotted: str, module: str) -> Place | None:
+    def of_instance(self, dotted: str, module: str) -> Place | None:
         """Return the method that ``Tower.encode`` means: a base class may have it; calling an instance runs it."""
         owner, _, name = dotted.rpartition(".")
         klass = self.find_class(owner, module) if owner.rpartition(".")[2][:1].isupper() else None
         if klass is None:
             return None
+        if self.function(klass) is not None:  # a function with the name of a class
+            return next(iter(self._of_made(dotted, module)), None)
+        return self._run_by(klass, name)
+
+    def _of_made(self, dotted: str, module: str) -> tuple[Place, ...]:
+        """Return the methods that ``?load.encode`` may mean: of each class that ``load`` may give."""
+        kind, _, name = dotted.rpartition(".")
+        found = (self._run_by(klass, name) for klass in self.made(kind, module))
+        return tuple(dict.fromkeys(each for each in found if each is not None))
+
+    def _run_by(self, klass: Place, name: str) -> Place | None:
         return self.method(klass, name) or (self.method(klass, "forward") if name == "__call__" else None)
 
     def _through_attribute(self, owner: Place, name: str, method: str) -> tuple[Place, ...]:
-        found = []
-        for klass in self.classes_of(owner, name):
-            if method:
-                found.append(self.method(klass, method))
-            else:
-                found.append(self.method(klass, "__call__") or self.method(klass, "forward"))
+        found = (self._run_by(klass, method or "__call__") for klass in self.classes_of(owner, name))
         return tuple(dict.fromkeys(each for each in found if each is not None))
 
     def classes_of(self, owner: Place, name: str) -> list[Place]:
         """Return the classes of the scan that an attribute may be of, or holds."""
-        found: list[Place] = []
-        for each in classes_in(self.attribute(owner, name)):
-            place = self.find_class(each, owner.module)
-            function = self.function(place) if place is not None else None
-            if place is not None:
-                found += [place] if function is None else self._made_by(function, place.module)
-        return found
+        return [each for kind in classes_in(self.attribute(owner, name)) for each in self.made(kind, owner.module)]
+
+    def _made(self, kind: str, module: str) -> tuple[Place, ...]:
+        """Return the classes of the scan that a value may be of (``made.py``)."""
+        return tuple(dict.fromkeys(classes_made(self, kind, module)))
 
     def makers_of(self, classes: Container[str]) -> set[str]:
         """Return the names of the functions that give out instances of these classes: ``build_tower``.
@@ -368,9 +402,3 @@ class Package:
                 atom.startswith("call:") and atom[5:].rpartition(".")[2] in classes for atom in function.returns
             )
         }  # fmt: skip
-
-    def _made_by(self, function: Function, module: str) -> list[Place]:
-        """Return the classes that a function gives out instances of, as far as its own calls show."""
-        made = (atom[5:] for atom in sorted(function.returns) if atom.startswith("call:"))
-        found = (self.find_class(each, module) for each in made)
-        return [klass for klass in found if klass is not None and self.function(klass) is None]

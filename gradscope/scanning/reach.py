@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -112,7 +112,14 @@ class Reach:
                 return self.touches(found, self.owner_for(found, owner))
             return name[8:] in FORWARDS and owner is not None and self.package.is_module(owner)
         function = self.package.function(place)
-        return function is not None and name in function.parameters
+        return (function is not None and name in function.parameters) or self._gives_module(name, place, owner)
+
+    def _gives_module(self, name: str, place: Place, owner: Place | None) -> bool:
+        """Tell whether a function gives a model that it made."""
+        found = self.package.target(name, place, owner)
+        function = self.package.function(found) if found is not None else None
+        made = self.package.made(f"?{name}", place.module) if function is not None and function.gives else ()
+        return any(map(self.package.is_module, made))
 
     def flows(self, place: Place, owner: Place | None) -> bool:
         """Tell whether some of what a function gives back is computed with gradients on, here and in what it calls."""
@@ -331,11 +338,18 @@ class Reach:
         found = set(goals)
         pending = list(goals)
         while pending:
-            for caller in self._callers.get(pending.pop(), ()):
+            goal = pending.pop()
+            for caller in (each for met in (goal, *self._in_place_of(goal)) for each in self._callers.get(met, ())):
                 if caller not in found:
                     found.add(caller)
                     pending.append(caller)
         return found
+
+    def _in_place_of(self, place: Place) -> Iterator[Place]:
+        """Yield the methods of base classes that one outside of the code scanned overrides: who calls them calls it."""
+        owner = self.owner(place) if place.module in self.package.outside else None
+        for base in self.package.mro(owner)[1:] if owner is not None else ():
+            yield Place(base.module, f"{base.name}.{place.name.rpartition('.')[2]}")
 
     def reachable(self, entry: Place, owner: Place | None, *, always: bool = False) -> dict[Place, list[Place]]:
         """Return every function that an entry's value is computed with, and the way to each.

@@ -160,9 +160,15 @@ def buffers_registered(source: str) -> list[int]:
     return list(places(source, "register_buffer("))
 
 
-def made_by_script(source: str) -> list[int]:
-    """Return the offsets at which a script that trains makes objects: what its loop calls is only told by these."""
-    return [match.start() for match in _MADE_AT_TOP.finditer(source)] if ".backward(" in source else []
+def made_by_script(source: str, is_glue: bool) -> list[int]:
+    """Return the offsets at which a script that trains makes objects, and goes backward if it puts models together.
+
+    What its loop calls is only told by these; a function that goes backward may use what the script made.
+    """
+    if ".backward(" not in source:
+        return []
+    made = [match.start() for match in _MADE_AT_TOP.finditer(source)]
+    return sorted([*made, *places(source, ".backward(")]) if is_glue else made
 
 
 def tensor_ops(source: str, parameters: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from gradscope._version import __version__
@@ -14,6 +14,8 @@ from gradscope.paths import short_path
 from gradscope.scanning.cache import Cache, default_folder, key_of
 from gradscope.scanning.collect import Collected, Collector, Settings, Text, default_jobs
 from gradscope.scanning.judge import Judge
+from gradscope.scanning.made import makers_in
+from gradscope.scanning.outside import Outside
 from gradscope.scanning.outside import follow as used_outside
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Reach
@@ -79,13 +81,13 @@ def _scan(targets: tuple[str, ...], entry: tuple[str, ...], collector: Collector
     store = collector.cache
     try:
         collector.open(resolved.files.values())
-        missing = _follow(collector) if follow else []
+        outside = _follow(collector) if follow else Outside()
         if not store.is_open:
-            return _scanned(collector, resolved, targets, wanted, missing)
-        key = _result_key(collector.collected, wanted, resolved, missing)
+            return _scanned(collector, resolved, targets, wanted, outside)
+        key = _result_key(collector.collected, wanted, resolved, outside)
         kept = store.get([key]).get(key)
         if kept is None:
-            session = _scanned(collector, resolved, targets, wanted, missing)
+            session = _scanned(collector, resolved, targets, wanted, outside)
             store.put({key: session.to_dict()})
         else:
             session = Session.restored(kept)
@@ -96,31 +98,32 @@ def _scan(targets: tuple[str, ...], entry: tuple[str, ...], collector: Collector
     return session
 
 
-def _follow(collector: Collector) -> list[str]:
-    """Open the files of other packages that the targets use; return the packages that are not to be found here.
+def _follow(collector: Collector) -> Outside:
+    """Open the files of other packages that the targets use; return what was found, and what is not to be found here.
 
     A package so large is no script that puts others together.
     """
     texts = collector.collected.texts.values()
     if sum(len(text.data) for text in texts) > LARGE:
-        return []
+        return Outside()
     outside = used_outside((text.file, text.data) for text in texts)
     collector.open(outside.files)
     for file, imports in outside.files.items():  # what it hands on counts, whether or not more of it is read
         collector.collected.texts[file.shown].facts.imports = imports
-    return outside.missing
+    return outside
 
 
-def _result_key(collected: Collected, wanted: tuple[str, ...], resolved: Resolved, missing: list[str]) -> str:
-    parts = [os.getcwd(), repr(wanted), repr(resolved.skipped), repr(missing), __version__]
+def _result_key(collected: Collected, wanted: tuple[str, ...], resolved: Resolved, outside: Outside) -> str:
+    makers = sorted((name, sorted(written)) for name, written in outside.makers.items())
+    parts = [os.getcwd(), repr(wanted), repr(resolved.skipped), repr(outside.missing), repr(makers), __version__]
     parts += [f"{text.file.shown}\0{text.file.module}\0{text.facts.skipped}" for text in collected.texts.values()]
     return key_of(*parts, *(text.data for text in collected.texts.values()))
 
 
 def _scanned(
-    collector: Collector, resolved: Resolved, targets: tuple[str, ...], wanted: tuple[str, ...], missing: list[str]
+    collector: Collector, resolved: Resolved, targets: tuple[str, ...], wanted: tuple[str, ...], outside: Outside
 ) -> Session:
-    judge = _read_in_rounds(collector, wanted)
+    judge = _read_in_rounds(collector, wanted, outside.makers)
     own = collector.collected.own
     skipped = [*resolved.skipped]
     skipped += [(text.facts.path, text.facts.skipped) for text in own if text.facts.skipped]
@@ -134,33 +137,42 @@ def _scanned(
         raise NotAnalysedError(
             f"{' '.join(targets)} holds no Python source.", hint="Name a package or a folder with .py files."
         )
-    session = session_of(judge, collector.collected, targets, wanted, skipped)
-    if missing:
-        session.remarks.append(f"Not installed here, so what is called of it was not followed: {some(missing)}.")
+    session = session_of(judge, collector.collected, targets, wanted, skipped, bool(outside.makers))
+    if outside.missing:
+        names = some(outside.missing)
+        session.remarks.append(f"Not installed here, so what is called of it was not followed: {names}.")
     return session
 
 
 # --- rounds ------------------------------------------------------------------------------------------
 
 
-def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
-    """Read what matches; again where the package's own wrappers are used; again where stopped functions are called."""
+def _read_in_rounds(collector: Collector, wanted: tuple[str, ...], makers: Mapping[str, set[str]]) -> Judge:
+    """Read what matches; again where the package's own wrappers are used; again where stopped functions are called.
+
+    ``makers`` are what models are got from, and what to look for to find where the code scanned uses it.
+    """
     asked = tuple(f"{word} {name.split('.')[0]}" for name in wanted for word in ("class", "def"))
+    asked += tuple(sorted({written for each in makers.values() for written in each}))
+    known_as = tuple(sorted(makers))
     texts = collector.collected.texts.values()
     roots = frozenset(text.file.module.partition(".")[0] for text in texts)
-    collector.read(Settings(roots, asked))
+    collector.read(Settings(roots, asked, (), known_as))
     finder = Finder(texts, collector.matching)
     for text in texts:
         if not text.facts.parsed and not text.facts.skipped:
             _note_headers(text)
     wrappers: tuple[tuple[str, str], ...] = ()
-    for _ in range(MOST_ROUNDS):  # a wrapper may be made of another one
-        known = {name for name, _ in wrappers}
+    for _ in range(MOST_ROUNDS):  # a wrapper may be made of another one, and a function give what another one does
+        known, known_makers = {name for name, _ in wrappers}, set(known_as)
         wrappers = tuple(sorted({*wrappers, *(item for text in texts for item in text.facts.wrappers.items())}))
+        known_as = tuple(sorted({*known_as, *(name for text in texts for name in makers_in(text.facts, known_makers))}))
         new = {name.rpartition(".")[2] for name, _ in wrappers if name not in known}
-        if not new:
+        given = {f"{name.rpartition('.')[2]}(" for name in known_as if name not in known_makers}
+        if not (new or given):
             break
-        collector.read(Settings(roots, asked, wrappers), finder.holding(new))
+        asked += tuple(sorted(given))
+        collector.read(Settings(roots, asked, wrappers, known_as), finder.holding(new | given))
     outside = frozenset(text.file.module for text in texts if text.file.is_outside)
     judge = Judge(Package((text.facts for text in texts), outside))
     goals = _goals(judge, errors_only=sum(len(text.data) for text in texts) > LARGE)
@@ -169,10 +181,16 @@ def _read_in_rounds(collector: Collector, wanted: tuple[str, ...]) -> Judge:
     for _ in range(MOST_ROUNDS):
         calls = _calls_of(reach.leading_to(goals), reach.package)
         found = {call: owners for call, owners in calls.items() if call not in seen}
+        if outside:  # a class outside may be found to have a method of that name only now
+            grown = {call: owners - seen[call] for call, owners in calls.items() if call in seen}
+            found |= {call: owners for call, owners in grown.items() if owners}
         if not found:
             break
-        seen |= found
-        collector.read(Settings(roots, (*asked, *sorted(seen)), wrappers), finder.calling(found))
+        seen.update((call, seen.get(call, set()) | owners) for call, owners in found.items())
+        callers = finder.calling(found)
+        if not callers:
+            break
+        collector.read(Settings(roots, (*asked, *sorted(seen)), wrappers, known_as), callers)
         reach = Reach(Package((text.facts for text in texts), outside), {})
     return judge if reach is judge.reach else Judge(reach.package)
 
@@ -203,6 +221,7 @@ def _calls_of(stopped: set[Place], package: Package) -> dict[str, set[str]]:
         is_method = owner in package.files[place.module].classes
         if is_method:
             owners = {each.rpartition(".")[2] for each in package.descendants(owner.rpartition(".")[2])}
+            owners |= package.also_called(owners)
             if name in FORWARDS:
                 for each in owners:  # also as an annotation: def __init__(self, tower: Tower)
                     calls[each] = set()

@@ -21,6 +21,8 @@ from gradscope.scanning.judge import Judge, Judgement, where
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import FORWARDS, Chain
 from gradscope.scanning.reading import decode
+from gradscope.scanning.steps import steps as steps_of
+from gradscope.scanning.unfollowed import makers_not_followed
 from gradscope.session import Session
 
 # So many names are given in one remark.
@@ -29,7 +31,7 @@ MOST_NAMED = 5
 
 def session_of(
     judge: Judge, collected: Collected, targets: tuple[str, ...], wanted: tuple[str, ...],
-    skipped: list[tuple[str, str]],
+    skipped: list[tuple[str, str]], is_followed: bool,
 ) -> Session:  # fmt: skip
     asked = _entries_asked(judge, wanted)
     uses = [(entry.place, report.place if report.place != entry.place else None) for report, _, entry in asked]
@@ -53,6 +55,10 @@ def session_of(
     findings, remarks = _without_ignored(findings, collected)
     remarks += [_not_followed(entry, names) for report, _, entry in asked if not entry.chain
                 and (names := judge.reach.not_followed(entry.place, report.place))]  # fmt: skip
+    trained = ((entry, owner) for owner, entry in judge.training.trained)
+    unknown = makers_not_followed(judge, [*uses, *steps_of(judge.package), *trained]) if is_followed else []
+    if unknown:
+        remarks.append(f"What {some(unknown)} gives was not followed: the source does not show of which class it is.")
     own = len(collected.own)
     return Session(
         kind="scan",

@@ -43,7 +43,7 @@ class Switch:
 class Names:
     """What the names of one file stand for: imports, aliases of switches, the package's wrappers.
 
-    ``roots`` are the top-level packages of the scan.
+    ``roots`` are the top-level packages of the scan; ``makers`` what models are got from (``makers.py``).
     """
 
     def __init__(
@@ -53,6 +53,9 @@ class Names:
         self.wrappers = wrappers
         self.module = module
         self.roots = roots
+        self.makers: frozenset[str] = frozenset()
+        self.is_glue = False  # the file trains, or puts models together that functions of others make
+        self.instances: dict[str, str] = {}  # what the names of a script are instances of
         self.source = ""
         self.backward: list[int] = []  # the lines that go backward
         self.handed: frozenset[str] = frozenset()  # what the optimizers of the file are given
@@ -87,6 +90,12 @@ class Names:
         else:
             return ""
         return ".".join(reversed(parts)).replace("self.__class__.", "self.", 1)
+
+    def is_maker(self, dotted: str) -> bool:
+        """Tell whether a dotted name means a function, or a table of some, that a model is got from."""
+        if not self.makers:
+            return False
+        return dotted in self.makers or f"{self.module.removesuffix('.__init__')}.{dotted}" in self.makers
 
     def is_elsewhere(self, root: str) -> bool:
         """Tell whether a dotted name that begins so means a builtin or something of a package outside the scan."""
@@ -193,6 +202,8 @@ class Names:
             return found[0] if found else None
         inner = self._meant_by(dotted) if dotted else self.switch(node.func)
         takes_function = inner is not None and inner.mechanism == "no_grad" and not inner.wrapper and node.args
+        if inner is not None and inner.called and inner.wrapper and not (node.args or node.keywords):
+            return inner  # mode = self.mode(); with mode(): the method gives the class, and no instance
         if inner is None or inner.called or takes_function:
             return None  # switch()(function) and no_grad(function) are applications
         return _instance(inner, node)

@@ -15,6 +15,8 @@ from gradscope.scanning import torch_ops
 from gradscope.scanning.detaches import DETACH_RULES, Pairs
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, Site
 from gradscope.scanning.instances import class_made, itself
+from gradscope.scanning.made import maker_of
+from gradscope.scanning.makers import Making, one_of, side_by_side
 from gradscope.scanning.switches import Names
 
 
@@ -57,7 +59,8 @@ class Expressions:
         self.klass = klass
         self.function = function
         self.env: dict[str, Value] = {}
-        self.made: dict[str, str] = {}  # local names that are known to be instances of a class of the scan
+        self.made = dict(names.instances)  # names that are known to be instances of a class of the scan
+        self.making = Making(names) if names.is_glue else None
         self.calls: list[Call] = []
         self.reads: set[str] = set()
         self.runs: set[str] = set()  # what calls and reads do not show: methods of a parameter that run a model
@@ -102,6 +105,8 @@ class Expressions:
 
     def bind_each(self, target: ast.expr, node: ast.expr) -> None:
         """Let the target of a loop stand for the items of a value; ``zip`` and ``enumerate`` give them side by side."""
+        if self.making is not None:
+            self.note_made(target, ast.copy_location(ast.Subscript(node, ast.Constant(0), ast.Load()), node))
         given: list[ast.expr | None] = _side_by_side(node) if isinstance(target, ast.Tuple) else []
         if isinstance(target, ast.Tuple) and len(given) == len(target.elts):
             for element, part in zip(target.elts, given, strict=True):
@@ -112,7 +117,16 @@ class Expressions:
     def class_of(self, node: ast.expr) -> str:
         """Return the class of the scan that a value is known to be an instance of."""
         node = itself(node)
-        return self.made.get(node.id, "") if isinstance(node, ast.Name) else class_made(node, self.names)
+        known = self.made.get(node.id, "") if isinstance(node, ast.Name) else class_made(node, self.names)
+        return known if known or self.making is None else self._made_by(node, self.making)
+
+    def _made_by(self, node: ast.expr, making: Making) -> str:
+        """Return the notation for what a function gives that models are got from (``makers.py``)."""
+        kinds = [kind for kind in making.kinds(node) if not kind.startswith("?") or self._is_of_maker(kind)]
+        return one_of(kinds)
+
+    def _is_of_maker(self, kind: str) -> bool:
+        return self.names.is_maker(maker_of(kind))
 
     def note_class(self, name: str, made: str) -> None:
         """Let a local name stand for an instance of a class, or of none that is known."""
@@ -120,6 +134,14 @@ class Expressions:
             self.made[name] = made
         else:
             self.made.pop(name, None)
+
+    def note_made(self, target: ast.expr, node: ast.expr) -> None:
+        """Take note of what a name, or each of several, is an instance of: ``model, transform = load()``."""
+        if self.making is not None:
+            self.making.assign(target, node)
+        for part, given in side_by_side(target, node):
+            if isinstance(part, ast.Name):
+                self.note_class(part.id, self.class_of(given))
 
     def rename_parts(self, targets: Sequence[ast.expr], node: ast.expr) -> None:
         """``model = self.model``: what is called by this name is what ``self`` keeps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from gradscope.scanning.blanking import CONSTRUCTORS
@@ -13,6 +13,7 @@ from gradscope.scanning.facts import Class, FileFacts, Function, Site
 from gradscope.scanning.ignores import ignores
 from gradscope.scanning.keeping import Keeping, called_on_self
 from gradscope.scanning.lines import count_within, line_numbers, within
+from gradscope.scanning.makers import Making, gives, is_named, one_of, own_statements, table
 from gradscope.scanning.operators import is_custom_op, without_autograd, without_gradient
 from gradscope.scanning.optimizers import frozen, optimizers
 from gradscope.scanning.reading import (
@@ -36,10 +37,17 @@ class FileReader:
     """Reads one file: parses the blocks that hold a needle, and reads whole the classes with a deep one."""
 
     def __init__(
-        self, facts: FileFacts, is_package: bool, roots: frozenset[str], wrappers: Mapping[str, str], known: Copies
+        self,
+        facts: FileFacts,
+        is_package: bool,
+        roots: frozenset[str],
+        wrappers: Mapping[str, str],
+        known: Copies,
+        makers: Iterable[str] = (),
     ) -> None:
         self.facts = facts
         self._known = known
+        self._makers = makers
         module = f"{facts.module}.__init__" if is_package else facts.module
         self.names = Names(facts.imports, wrappers, module, roots)
         self._lines: list[int] = []
@@ -57,13 +65,18 @@ class FileReader:
         self.names.wrappers = {
             name: mechanism for name, mechanism in self.names.wrappers.items() if name.rpartition(".")[2] in source
         }
+        # Scripts and what makes a model are read with an eye on what each name is an instance of.
+        self.names.makers = frozenset(name for name in self._makers if is_named(name, self.facts.module, source))
+        trains = bool(self._makers) and needles.operations and ".backward(" in source
+        self.names.is_glue = trains or bool(self.names.makers)
         switches = Needles().deep(source)
         needles = needles.with_renames(source, switches)
         deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
         parameters = parameters_made(source)
-        others = [*tensor_ops(source, parameters), *made_by_script(source)] if needles.operations else []
+        others = tensor_ops(source, parameters) if needles.operations else []
+        others += made_by_script(source, self.names.is_glue) if needles.operations else []
         offsets = sorted([*deep, *others])
-        parsed = parse(source, offsets, deep, () if self.names.wrappers else self._known)
+        parsed = parse(source, offsets, deep, () if self.names.wrappers or self.names.is_glue else self._known)
         self.facts.skipped = parsed.skipped
         tree = parsed.tree
         if tree is None:
@@ -79,6 +92,8 @@ class FileReader:
         self._switches = [line_of[at] for at in switches]
         self.facts.ignores = ignores(source)
         self._note_steps(source)
+        if self.names.is_glue:
+            self._made_at_top(tree.body)
         loose = self._top_level(tree.body)
         if any(within(self._lines, node) for node in loose):
             self._module_body(loose)
@@ -122,6 +137,22 @@ class FileReader:
                 self._module_alias(node)
                 loose.append(node)
         return loose
+
+    def _made_at_top(self, body: Sequence[ast.stmt]) -> None:
+        """Take note of what a script's own names are instances of, and of the tables that models are got from."""
+        making = Making(self.names)
+        for node in statements(body):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                add_imports(self.names.imports, node, self.names.module)
+        for node in own_statements(body):
+            if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+                continue
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                making.assign(target, node.value)
+                kept = table(node.value, self.names) if isinstance(target, ast.Name) else {}
+                if kept and isinstance(target, ast.Name):
+                    self.facts.tables[target.id] = kept
+        self.names.instances = {name: made for name, kinds in making.held.items() if (made := one_of(kinds))}
 
     def _module_alias(self, node: ast.stmt) -> None:
         """``inference = torch.no_grad``: a name of the package's own for a switch."""
@@ -172,6 +203,8 @@ class FileReader:
         body = Body(node, self.names, klass, name, None)
         self.names.none_here = none_here
         own = body.read()
+        if self.names.makers:
+            own.gives = gives(node, self.names)
         self.names.none_here = False
         for fact in (own, *body.nested):
             self._keep(fact)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from gradscope.scanning.branches import leaves_in_training, may_be_empty, modes
 from gradscope.scanning.calls import FROZEN
-from gradscope.scanning.facts import APART, DATA, Atoms, Call, Class, Function
+from gradscope.scanning.facts import APART, DATA, Call, Class, Function
 from gradscope.scanning.instances import class_named, of_the_scan
 from gradscope.scanning.lines import within
-from gradscope.scanning.regions import Regions
+from gradscope.scanning.regions import Regions, root_of
 from gradscope.scanning.signatures import (
     GIVE_LOSS,
     FunctionNode,
@@ -243,7 +243,7 @@ class Body(Regions):
     def _assign_to(self, target: ast.expr, node: ast.expr, value: Value) -> None:
         computed = self.as_computed(value)
         self.bind(target, computed)
-        self._keep(target, computed.atoms)
+        self.keep(target, computed.atoms)
         if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
             self.hand_out([computed])
         self.note_output(target, value.atoms, value.kind)
@@ -257,16 +257,6 @@ class Body(Regions):
             if off:
                 base = self.value(target.value)
                 self.report(target, "GS901", "requires_grad = False", base, FROZEN)
-
-    def _keep(self, target: ast.expr, atoms: Atoms) -> None:
-        """What is stored on ``self``, or in what it is not known to be, may come back: it counts as given out."""
-        blocks = {atom for atom in atoms if atom.startswith("in:")}
-        if blocks and not isinstance(target, ast.Name):
-            root = _root(target)
-            if root == "self" or root in self.parameters:
-                self.returned |= blocks
-            if root == "self":
-                self.mark_kept(blocks)
 
     def _alias(self, targets: Sequence[ast.expr], switch: Switch) -> None:
         self._binds_names = True
@@ -300,7 +290,7 @@ class Body(Regions):
             elif node.func.attr == "step":  # scaler.step(optimizer)
                 self.steps += [self.names.dotted(each) for each in (node.func.value, *node.args)]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _hands_over(node.func.attr):
-            self._hand_over(node, node.func)
+            self.hand_over(node, node.func)
         # x.copy_(y), self.cache.append(y): what is changed in place comes out of the region too
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _changes(node.func.attr):
             base = node.func.value
@@ -310,18 +300,10 @@ class Body(Regions):
                 self.hand_out(given)
             if isinstance(base, (ast.Name, ast.Attribute, ast.Subscript)) and atoms and not is_own(node.func):
                 self.note_output(base, atoms)
-                self._keep(base, atoms)
-                root = _root(base)
+                self.keep(base, atoms)
+                root = root_of(base)
                 if root in self.env:
                     self.env[root] = _merged(self.env[root], self.as_computed(Value(atoms)))
-
-    def _hand_over(self, node: ast.Call, func: ast.Attribute) -> None:
-        """``layer.condition_on(features)``: what a part of ``self`` is given, it keeps for its own forward pass."""
-        part, *given = self._silently([func.value, *node.args, *(keyword.value for keyword in node.keywords)])
-        if any(atom.startswith(("attr:", "call:self.")) for atom in part.atoms):
-            blocks = {atom for atom in joined(given).atoms if atom.startswith("in:")}
-            self.returned |= blocks
-            self.mark_kept(blocks)
 
     def _go_backward(self, node: ast.Call, func: ast.Attribute, value: Value) -> None:
         """``loss.backward()``, ``scaler.scale(loss).backward()``, ``accelerator.backward(loss)``: a training step."""
@@ -403,12 +385,6 @@ def _merged(first: Value, second: Value) -> Value:
         if value.kind == "number" and not other.atoms and kind == "unknown":
             kind = "number"
     return Value(first.atoms | second.atoms, kind)
-
-
-def _root(target: ast.expr) -> str:
-    while isinstance(target, (ast.Attribute, ast.Subscript)):
-        target = target.value
-    return target.id if isinstance(target, ast.Name) else ""
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from gradscope.findings import SEVERITIES, Severity
 from gradscope.paths import short_path
 from gradscope.scanning.facts import Call, FileFacts, Function, Site
-from gradscope.scanning.judge import FROZEN, Judge, Judgement, where
+from gradscope.scanning.judge import Judge
+from gradscope.scanning.judgement import FROZEN, Judgement, where
 from gradscope.scanning.made import maker_of
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Use, source_of

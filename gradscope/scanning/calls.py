@@ -13,7 +13,18 @@ from gradscope.scanning.detaches import compared, is_computed, is_discriminator
 from gradscope.scanning.facts import NOTHING, Atoms, Call, Class, classes_in
 from gradscope.scanning.instances import GIVE_THEMSELVES
 from gradscope.scanning.switches import Switch
-from gradscope.scanning.values import INDEX, PLAIN, UNKNOWN, Expressions, Value, is_own, joined
+from gradscope.scanning.values import (
+    INDEX,
+    PLAIN,
+    UNKNOWN,
+    Expressions,
+    Value,
+    as_array,
+    carries,
+    cuts_of,
+    is_own,
+    joined,
+)
 
 
 class Calls(Expressions):
@@ -115,7 +126,7 @@ class Calls(Expressions):
 
     def _torch_call(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
         name = dotted.rpartition(".")[2]
-        value = joined(given if not self.has_numbers else [_cuts_of(v) if v.kind == "number" else v for v in given])
+        value = joined(given if not self.has_numbers else [cuts_of(v) if v.kind == "number" else v for v in given])
         if name in torch_ops.SHAPE_ONLY or name in torch_ops.PACKING:
             return Value(NOTHING, "tensor") if name in torch_ops.SHAPE_ONLY else Value(value.atoms, "packed")
         if name in torch_ops.INDEX_VALUED:
@@ -125,14 +136,14 @@ class Calls(Expressions):
             self.report(node, "GS402", name, value)
         if name == "detach":
             return Value(self.report(node, "GS201", "torch.detach()", value), "tensor")
-        if name == "Parameter" and _carries(value):
+        if name == "Parameter" and carries(value):
             return Value(self.report(node, "GS203", "nn.Parameter", value), "tensor")
         if given and _makes_anew(node, name):
             value = given[0]  # the others say which dtype and device
-            if _carries(value) or (self.is_step and value.kind == "unknown" and is_computed(value.atoms)):
+            if carries(value) or (self.is_step and value.kind == "unknown" and is_computed(value.atoms)):
                 return Value(self.report(node, "GS203", f"torch.{name}", value), "tensor")
             made_of = {f"from:{found[1]}" for atom in value.atoms if (found := _RESULT.search(atom))}
-            return Value(_cuts_of(value).atoms | made_of, "tensor")
+            return Value(cuts_of(value).atoms | made_of, "tensor")
         if dotted in torch_ops.DERIVATIVES and not _keeps_graph(node):
             given_out = self.report(node, "GS207", f"{name} without create_graph", value)
             return Value(given_out - value.atoms, "tensor")  # a constant
@@ -152,7 +163,7 @@ class Calls(Expressions):
     def _hard_mask(self, node: ast.Compare) -> None:
         """``(score > 0.5).float()``: numbers again, and no gradient into the score."""
         compared = joined(self._silently([node.left, *node.comparators]))
-        if _carries(compared):
+        if carries(compared):
             self.report(node, "GS402", "comparison", compared)
 
     def _function(self, node: ast.Call, dotted: str, given: list[Value]) -> Value:
@@ -169,7 +180,7 @@ class Calls(Expressions):
             return known
         if last[:1].isupper() or dotted == "dict":
             self.hand_out(given)
-        if last == "Parameter" and _carries(value):
+        if last == "Parameter" and carries(value):
             self.report(node, "GS203", "nn.Parameter", value)
         if isinstance(node.func, ast.Name) and (node.func.id in self.env or node.func.id in self.made):
             return self._local(node, node.func.id, given)
@@ -184,7 +195,7 @@ class Calls(Expressions):
         if last in _INDEX_FUNCTIONS or _gives_indices(last) or _unpacks(last):
             return INDEX
         if dotted.startswith(torch_ops.ARRAY_LIBRARIES) and dotted.partition(".")[0] not in self.env:
-            return _as_array(value)
+            return as_array(value)
         return None
 
     def _kept_called(self, atoms: Atoms, node: ast.Call, method: str = "") -> Atoms:
@@ -293,7 +304,7 @@ class Calls(Expressions):
         if name in ("to", "type") and any(map(self._is_integer_type, (*node.args, *(k.value for k in node.keywords)))):
             self._index_valued(node, "long", base)
             return INDEX
-        if name == "new_tensor" and given and _carries(given[0]):
+        if name == "new_tensor" and given and carries(given[0]):
             return Value(self.report(node, "GS203", ".new_tensor()", given[0]), "tensor")
         if name in ("float", "to", "type_as", "double", "half") and isinstance(func.value, ast.Compare):
             self._hard_mask(func.value)
@@ -363,22 +374,6 @@ _ESCAPES = {
 
 
 FROZEN = "frozen, and frozen is not blocked"
-
-
-def _carries(value: Value) -> bool:
-    """Tell whether a value is a tensor that was computed of something."""
-    return value.kind == "tensor" and not all(atom.startswith("from:") for atom in value.atoms)
-
-
-def _cuts_of(value: Value) -> Value:
-    """Return what is left of a value of which no gradient comes: where it was lost."""
-    return Value(frozenset(atom for atom in value.atoms if atom.startswith(("cut:", "from:"))), "plain")
-
-
-def _as_array(value: Value) -> Value:
-    """Return what another library makes of a value: no gradient comes to it, and none is lost in a block around it."""
-    atoms = (atom for atom in value.atoms if not atom.startswith("in:"))
-    return Value(frozenset(atom if atom.startswith(("off:", "cut:")) else f"off:{atom}" for atom in atoms), "array")
 
 
 def _makes_anew(node: ast.Call, name: str) -> bool:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 
-from gradscope.findings import Confidence, Severity
 from gradscope.scanning.entries import ClassReport, Entries
 from gradscope.scanning.facts import LOSS, NOTHING, Atoms, FileFacts, Site
 from gradscope.scanning.intent import (
@@ -23,15 +21,13 @@ from gradscope.scanning.intent import (
     meant_by_name,
     meant_by_result,
 )
+from gradscope.scanning.judgement import FROZEN, KEEP_OR_TAKE_OUT, NOTHING_LIVE, Judgement, what, where
 from gradscope.scanning.outputs import are_copies, are_figures
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
 from gradscope.scanning.steps import INDEXING, Steps, called
 from gradscope.scanning.training import Loss, Training, Way
 
-FROZEN = "What it runs is frozen here: only a gradient to its input is lost."
-KEEP_OR_TAKE_OUT = "Leave it out where a gradient is wanted, or hand the optimizer only what is trained."
-NOTHING_LIVE = "what comes out of it depends on no parameter, module or float input"
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
 FLOWING = frozenset({"GS201", "GS202", "GS203", "GS205", "GS207", "GS301"})
 
@@ -42,23 +38,6 @@ _IS_PREDICTION = re.compile(
 )
 _IS_MODEL = re.compile(r"param:(?:\w+_)?(?:model|net|network|unet|vae)$")
 GENERATES = re.compile(r"(?:generate(?:_.*)?|sample|(?:offline_)?inference|(?:validation|test|predict)_step)$")
-
-
-@dataclass(slots=True)
-class Judgement:
-    """One site with its severity, how sure that is, the reason in words and the calls that lead to it.
-
-    ``stands_for`` are the sites outside of the code scanned that a call in it comes to.
-    """
-
-    facts: FileFacts
-    site: Site
-    severity: Severity
-    confidence: Confidence
-    message: str
-    chain: list[Place] = field(default_factory=list)
-    advice: str = ""
-    stands_for: tuple[Site, ...] = ()
 
 
 class Judge:
@@ -177,7 +156,7 @@ class Judge:
             return found
         why = self.harmless.get((place, site), "")
         if why:
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+            return Judgement(facts, site, "note", "likely", f"{what(site)}: {why}.")
         if site.rule == "GS107":
             return Judgement(
                 facts, site, "warning", "likely",
@@ -186,7 +165,7 @@ class Judge:
         if site.how == "class":
             return Judgement(
                 facts, site, "warning", "likely",
-                f"{_what(site)} on a class: the parameters made in its constructor become inference tensors.",
+                f"{what(site)} on a class: the parameters made in its constructor become inference tensors.",
             )  # fmt: skip
         if site.rule.startswith("GS10"):
             return self._region(facts, site, place)
@@ -194,23 +173,23 @@ class Judge:
 
     def _in_step(self, facts: FileFacts, site: Site, step: Place) -> Judgement | None:
         """Return what is to be said of a site in a step of training; None where that says nothing of it."""
-        what = where(site) if site.rule.startswith("GS10") else f"{site.mechanism} in {called(step)}"
+        said = where(site) if site.rule.startswith("GS10") else f"{site.mechanism} in {called(step)}"
         lost = self.steps.lost(site, step)
         if lost:
             verb = "is" if len(lost) == 1 else "are"
-            message = f"{what}: {', '.join(lost)} {verb} handed to an optimizer, and no gradient gets back there."
+            message = f"{said}: {', '.join(lost)} {verb} handed to an optimizer, and no gradient gets back there."
             return Judgement(facts, site, "error", "likely", message, [step], KEEP_OR_TAKE_OUT)
         if self.steps.stops_all(site, step):
-            message = f"{what}: {called(step)} goes backward from nothing else."
+            message = f"{said}: {called(step)} goes backward from nothing else."
             return Judgement(facts, site, "warning", "likely", message, [step])
         if not site.rule.startswith("GS10"):
             return None
         if self.steps.is_untrained(site, step):
             why = f"nothing that it runs is handed to the optimizer of {called(step)}"
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+            return Judgement(facts, site, "note", "likely", f"{what(site)}: {why}.")
         part = self.steps.part_lost(site, step)
         if part:
-            message = f"{what}: no gradient gets back to {part}, while one gets to other parts of it."
+            message = f"{said}: no gradient gets back to {part}, while one gets to other parts of it."
             return Judgement(facts, site, "warning", "likely", message, [step], KEEP_OR_TAKE_OUT)
         return None
 
@@ -219,7 +198,7 @@ class Judge:
             return self._at_import(facts, site)
         live = self.reach.live(site.depends | site.effects, place)
         if not live and not (site.how == "call" and site.rule == "GS105"):
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {NOTHING_LIVE}.")
+            return Judgement(facts, site, "note", "likely", f"{what(site)}: {NOTHING_LIVE}.")
         way = self.training.reached.get(place)
         only = self._only_way.get((place, site))
         is_dropped = site.how == "block" and not self.reach.is_given_back(site, place)
@@ -233,7 +212,7 @@ class Judge:
             return self.in_forward(facts, site, place, way)
         meant = meant_by_name(place)
         if meant:
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant}.")
+            return Judgement(facts, site, "note", "likely", f"{what(site)}: {meant}.")
         return self._beside(facts, site, place, live)
 
     def _meant(self, site: Site, place: Place, live: Atoms) -> str:
@@ -269,7 +248,7 @@ class Judge:
 
     def _at_import(self, facts: FileFacts, site: Site) -> Judgement:
         if site.rule != "GS105" or site.how != "call" or site.conditional:
-            return Judgement(facts, site, "note", "possible", f"{_what(site)} at module level.")
+            return Judgement(facts, site, "note", "possible", f"{what(site)} at module level.")
         message = (
             "importing this module switches gradients off for the whole thread, and nothing switches them on again."
         )
@@ -289,7 +268,7 @@ class Judge:
             return Judgement(facts, site, "warning", "possible", message, way)
         outside = _outside_atoms(self.reach.live(site.depends, place))
         if len(way) > 1 and not outside and meant_by_name(place):
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {meant_by_name(place)}.")
+            return Judgement(facts, site, "note", "likely", f"{what(site)}: {meant_by_name(place)}.")
         if site.how == "block" and not self.reach.is_given_back(site, place):
             return self._not_given_back(facts, site, place)
         if site.how == "block" and self.reach.gets_past(site, place):
@@ -298,7 +277,7 @@ class Judge:
             loss, way = self.training.loss(site.depends, place, only)
             if loss is Loss.NONE:
                 why = f"no forward pass hands {place.name} anything that wants a gradient"
-                return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+                return Judgement(facts, site, "note", "likely", f"{what(site)}: {why}.")
             if loss is Loss.PART:
                 return self._in_part(facts, site, place, way)
         return self._lost(facts, site, place, way, outside)
@@ -315,12 +294,12 @@ class Judge:
 
     def _not_given_back(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         why = f"nothing that {place.name} gives back carries a gradient from it"
-        return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+        return Judgement(facts, site, "note", "likely", f"{what(site)}: {why}.")
 
     def _in_part(self, facts: FileFacts, site: Site, place: Place, way: Way) -> Judgement:
         if site.gives and are_figures(site.gives) and self.reach.is_beside_loss(site, place):
             why = f"it computes {', '.join(site.gives)}, figures beside a loss"
-            return Judgement(facts, site, "note", "likely", f"{_what(site)}: {why}.")
+            return Judgement(facts, site, "note", "likely", f"{what(site)}: {why}.")
         message = f"{where(site)}; a gradient gets past it on another way, without the part that is lost here."
         return Judgement(facts, site, "warning", "possible", message, way)
 
@@ -436,17 +415,3 @@ def _in_mixin(place: Place) -> bool:
 def _outside_atoms(atoms: Atoms) -> Atoms:
     """Return the atoms that are about more than the function's own parameters: modules, attributes."""
     return frozenset(atom for atom in atoms if not source_of(atom).startswith("param:"))
-
-
-def _what(site: Site) -> str:
-    return f"{site.mechanism.rpartition('.')[2]} {site.how}"
-
-
-def where(site: Site) -> str:
-    """Say what a site does in its function."""
-    name, function = site.mechanism.rpartition(".")[2], site.function or "The script"
-    if site.how == "call":
-        return f"{function} calls {name} and leaves gradients off"
-    if site.how == "applied":
-        return f"{function} wraps a function in {name}"
-    return f"{function} {'runs' if site.how == 'decorator' else 'computes'} under {name}"

@@ -372,22 +372,6 @@ class Reach:
         sites = self.regions.get(target, ())
         return call.used or any(site.how == "block" and site.effects and site.depends for site in sites)
 
-    def not_followed(self, entry: Place, owner: Place | None) -> list[str]:
-        """Return what ``self`` keeps and an entry runs, and the source does not show: of no class that is scanned."""
-        found: dict[str, None] = {}
-        for place in self.reachable(entry, owner):
-            function, home = self.package.function(place), self.owner_for(place, owner)
-            if function is None or home is None:
-                continue
-            for call in function.calls:
-                name = call.target.removeprefix("self.")
-                is_known = self.package.targets(call.target, place, home) or self.package.classes_of(home, name)
-                if name == call.target or "." in name or is_known:
-                    continue
-                if self.package.attribute(home, name) != "module" and self.computes(home, name):
-                    found[call.target] = None
-        return list(found)
-
 
 def is_left_open(function: Function) -> bool:
     """Tell a method that gives nothing itself: where its value is used, a subclass has one in its place."""

@@ -17,7 +17,7 @@ from gradscope.scanning.facts import APART, LOSS, NOTHING, Atoms, Class, How, Si
 from gradscope.scanning.outputs import losses, name_of, named_parts
 from gradscope.scanning.signatures import FunctionNode
 from gradscope.scanning.switches import Names, Switch, effective, off_when_not_wanted, rule_of
-from gradscope.scanning.values import Value
+from gradscope.scanning.values import Value, joined
 
 ASYNC = "a decorator on an async function covers only the making of the coroutine: gradients stay on"
 BARE = "a switch that is neither entered nor applied does nothing"
@@ -111,6 +111,24 @@ class Regions(Calls):
             line, column = target.lineno, target.col_offset + 1
             mechanism = f"{name} is kept from inside inference_mode"
             self.sites.append(Site("GS602", line, column, line, self.function, mechanism, "call", atoms, gives=(name,)))
+
+    def keep(self, target: ast.expr, atoms: Atoms) -> None:
+        """What is stored on ``self``, or in what it is not known to be, may come back: it counts as given out."""
+        blocks = {atom for atom in atoms if atom.startswith("in:")}
+        if blocks and not isinstance(target, ast.Name):
+            root = root_of(target)
+            if root == "self" or root in self.parameters:
+                self.returned |= blocks
+            if root == "self":
+                self.mark_kept(blocks)
+
+    def hand_over(self, node: ast.Call, func: ast.Attribute) -> None:
+        """``layer.condition_on(features)``: what a part of ``self`` is given, it keeps for its own forward pass."""
+        part, *given = self._silently([func.value, *node.args, *(keyword.value for keyword in node.keywords)])
+        if any(atom.startswith(("attr:", "call:self.")) for atom in part.atoms):
+            blocks = {atom for atom in joined(given).atoms if atom.startswith("in:")}
+            self.returned |= blocks
+            self.mark_kept(blocks)
 
     def mark_kept(self, blocks: set[str]) -> None:
         """Take note that ``self`` keeps what closed blocks, ``in:12``, have computed."""
@@ -315,3 +333,10 @@ def _last_loads(node: ast.AST) -> dict[str, int]:
                 elif isinstance(value, ast.AST):
                     pending.append(value)
     return found
+
+
+def root_of(target: ast.expr) -> str:
+    """Return the name that an attribute or an item begins with: ``self`` of ``self.parts[0].cache``."""
+    while isinstance(target, (ast.Attribute, ast.Subscript)):
+        target = target.value
+    return target.id if isinstance(target, ast.Name) else ""

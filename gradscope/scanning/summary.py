@@ -17,12 +17,13 @@ from gradscope.scanning.borrowing import borrowed
 from gradscope.scanning.collect import Collected
 from gradscope.scanning.entries import ClassReport, Entry
 from gradscope.scanning.facts import Site
-from gradscope.scanning.judge import Judge, Judgement, where
+from gradscope.scanning.judge import Judge
+from gradscope.scanning.judgement import Judgement, where
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import FORWARDS, Chain
 from gradscope.scanning.reading import decode
 from gradscope.scanning.steps import steps as steps_of
-from gradscope.scanning.unfollowed import makers_not_followed
+from gradscope.scanning.unfollowed import makers_not_followed, parts_not_followed
 from gradscope.session import Session
 
 # So many names are given in one remark.
@@ -54,7 +55,7 @@ def session_of(
         findings.append(_finding(f"F{number}", each, judge, collected))
     findings, remarks = _without_ignored(findings, collected)
     remarks += [_not_followed(entry, names) for report, _, entry in asked if not entry.chain
-                and (names := judge.reach.not_followed(entry.place, report.place))]  # fmt: skip
+                and (names := parts_not_followed(judge.reach, entry.place, report.place))]  # fmt: skip
     trained = ((entry, owner) for owner, entry in judge.training.trained)
     unknown = makers_not_followed(judge, [*uses, *steps_of(judge.package), *trained]) if is_followed else []
     if unknown:

@@ -9,7 +9,7 @@ from gradscope.scanning.instances import GIVE_THEMSELVES, loads_models
 from gradscope.scanning.judge import Judge
 from gradscope.scanning.made import maker_of
 from gradscope.scanning.package import DEEPEST, Package, Place
-from gradscope.scanning.reach import MODULE_API, Use
+from gradscope.scanning.reach import MODULE_API, Reach, Use
 
 
 def makers_not_followed(judge: Judge, uses: Iterable[Use]) -> list[str]:
@@ -59,3 +59,20 @@ def _split(judge: Judge, target: str, owner: Place | None) -> tuple[str, str]:
         return "", ""
     name, _, method = target[5:].partition(".")
     return judge.package.attribute(owner, name), method
+
+
+def parts_not_followed(reach: Reach, entry: Place, owner: Place | None) -> list[str]:
+    """Return what ``self`` keeps and an entry runs, and the source does not show: of no class that is scanned."""
+    found: dict[str, None] = {}
+    for place in reach.reachable(entry, owner):
+        function, home = reach.package.function(place), reach.owner_for(place, owner)
+        if function is None or home is None:
+            continue
+        for call in function.calls:
+            name = call.target.removeprefix("self.")
+            is_known = reach.package.targets(call.target, place, home) or reach.package.classes_of(home, name)
+            if name == call.target or "." in name or is_known:
+                continue
+            if reach.package.attribute(home, name) != "module" and reach.computes(home, name):
+                found[call.target] = None
+    return list(found)

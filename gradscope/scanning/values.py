@@ -314,6 +314,22 @@ class Expressions:
     }  # fmt: skip
 
 
+def carries(value: Value) -> bool:
+    """Tell whether a value is a tensor that was computed of something."""
+    return value.kind == "tensor" and not all(atom.startswith("from:") for atom in value.atoms)
+
+
+def cuts_of(value: Value) -> Value:
+    """Return what is left of a value of which no gradient comes: where it was lost."""
+    return Value(frozenset(atom for atom in value.atoms if atom.startswith(("cut:", "from:"))), "plain")
+
+
+def as_array(value: Value) -> Value:
+    """Return what another library makes of a value: no gradient comes to it, and none is lost in a block around it."""
+    atoms = (atom for atom in value.atoms if not atom.startswith("in:"))
+    return Value(frozenset(atom if atom.startswith(("off:", "cut:")) else f"off:{atom}" for atom in atoms), "array")
+
+
 # Atoms of which no gradient comes anyway.
 _STOPPED = ("off:", "in:", "cut:", "from:")
 # What ``self`` keeps, as a value.

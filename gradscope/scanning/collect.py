@@ -318,7 +318,7 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
     facts.headers = {name: tuple(bases) for name, bases in data["headers"].items()}
     facts.ignores = [Ignore(line, first, last, tuple(codes)) for line, first, last, codes in data["ignores"]]
     facts.tables = data["tables"]
-    facts.optimizers = [Optimizer(name, scope, tuple(given)) for name, scope, given in data["optimizers"]]
+    facts.optimizers = [Optimizer(*each) for each in data["optimizers"]]
     facts.frozen = tuple(data["frozen"])
     facts.parsed, facts.skipped = data["parsed"], data["skipped"]
     return facts

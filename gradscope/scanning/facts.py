@@ -140,12 +140,13 @@ class Ignore:
 class Optimizer(NamedTuple):
     """An optimizer that is made: its name, the top-level class or function it is made in, what it is to train.
 
-    ``given`` are the names of what it gets the parameters of: ``encoder``, ``self.head``, ``self``.
+    ``given`` maps the names of what it gets the parameters of (``encoder``, ``self.head``, ``self``) to what that is
+    put into, where only the whole is handed over.
     """
 
     name: str
     scope: str
-    given: tuple[str, ...]
+    given: dict[str, str]
 
 
 @dataclass(slots=True)

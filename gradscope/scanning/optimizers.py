@@ -40,7 +40,9 @@ _MODEL = re.compile(
 _FREEZES = re.compile(
     r"([A-Za-z_][\w.]*?)(?:\.(?:eval|train|to|cuda|half)\([^()\n]*\))*"
     r"\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False|"
-    r"for[ \t]+\w+[ \t]+in[ \t]+([A-Za-z_][\w.]*)\.parameters\(\)[ \t]*:\s*\w+\.requires_grad(?:_\(|[ \t]*=)[ \t]*False"
+    r"for[ \t]+\w+[ \t]+in[ \t]+([A-Za-z_][\w.]*)\.parameters\(\)[ \t]*:\s*"
+    r"\w+\.requires_grad(?:_\(|[ \t]*=)[ \t]*False|"
+    r"\b(?:(?:set_|toggle_)grad|(?:set_|toggle_)?requires_grad|freeze\w*)\((?:\w+=)?([A-Za-z_][\w.]*)[ \t]*[,)]"
 )
 # ``vae = VAE().requires_grad_(False)``
 _MADE_FROZEN = re.compile(
@@ -62,8 +64,8 @@ def optimizers(source: str) -> list[Optimizer]:
         if "parameters()" not in given:
             names.update(filter(is_model, _NAME.findall(given)))
         if names:
-            names.update(*(filter(is_model, _parts(name, text)) for name in names))
-            found.append(Optimizer(match[1] or "", scope, tuple(sorted(names))))
+            parts = {part: name for name in sorted(names) for part in _parts(name, text) if is_model(part)}
+            found.append(Optimizer(match[1] or "", scope, {**parts, **dict.fromkeys(sorted(names), "")}))
     return found
 
 
@@ -74,7 +76,7 @@ def is_model(name: str) -> bool:
 
 def frozen(source: str) -> tuple[str, ...]:
     """Return what a file freezes, on some way or always: ``encoder.requires_grad_(False)``, or by a loop."""
-    found = {match[1] or match[2] for match in _searched(_FREEZES, source, ["requires_grad"], above=1)}
+    found = {match[1] or match[2] or match[3] for match in _searched(_FREEZES, source, ["_grad", "freeze"], above=1)}
     found.update(match[1] for match in _searched(_MADE_FROZEN, source, ["requires_grad_("]))
     return tuple(sorted(found))
 

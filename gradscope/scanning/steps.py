@@ -65,12 +65,13 @@ class Steps:
         facts, function = self.package.files[place.module], self.package.function(place)
         if function is None or site.conditional:
             return []
-        given, flowing = trained(facts, function), self._flowing(place)
+        given, flowing = trained(facts, function), self._flowing(place) | self._flowing_beside(place)
         if not self._is_part(site, function) and not (site.rule in INDEXING and _is_of_data(flowing, function)):
             return []
+        kept = flowing | {part for part, whole in given.items() if whole and _touch(flowing, whole)}
         found = {
             name.removesuffix(".forward") for name in self._names(site.depends, place)
-            if _covers(given, name) and not _touch(flowing, name) and not _covers(facts.frozen, name)
+            if _covers(given, name) and not _touch(kept, name) and not _covers(facts.frozen, name)
             and not meant_by_module(name.split("."))
         }  # fmt: skip
         return sorted(name for name in found if not _covers(found - {name}, name))
@@ -103,7 +104,7 @@ class Steps:
     def is_untrained(self, site: Site, place: Place) -> bool:
         """Tell whether it is seen what the step's optimizer is given, and nothing that a site computes with is."""
         facts, function = self.package.files[place.module], self.package.function(place)
-        given = trained(facts, function) if function is not None else frozenset()
+        given = trained(facts, function) if function is not None else {}
         names = self._names(site.depends, place)
         return bool(given and names) and not any(_touch(given, name) for name in names)
 
@@ -118,6 +119,12 @@ class Steps:
         function = self.package.function(place)
         atoms = frozenset(atom for atom in (function.returns if function else ()) if not _is_stopped(atom))
         return self._names(atoms, place)
+
+    def _flowing_beside(self, place: Place) -> frozenset[str]:
+        """Return the same of the other steps of its class, which may train in turn."""
+        owner, facts = self.reach.owner(place), self.package.files[place.module]
+        others = [Place(place.module, name) for name, each in facts.functions.items() if owner and is_step(each)]
+        return frozenset().union(*(self._flowing(each) for each in others if self.reach.owner(each) == owner))
 
     def _names(self, atoms: Atoms, place: Place) -> frozenset[str]:
         """Return what atoms are about by the names that an optimizer is given: ``encoder``, ``self.head``.
@@ -152,16 +159,19 @@ class Steps:
         return found or {name}
 
 
-def trained(facts: FileFacts, function: Function) -> frozenset[str]:
+def trained(facts: FileFacts, function: Function) -> dict[str, str]:
     """Return what the optimizers of a step are given; nothing where it is not seen which these are."""
     scope = function.name.partition(".")[0] if function.name != SCRIPT else ""
     own = [each for each in facts.optimizers if each.scope == scope]
+    taken = set(function.signature).intersection(function.steps)  # made by the caller, who may call it otherwise
     named = [each for each in own if each.name in function.steps]
-    if not named and not set(function.signature).intersection(function.steps):
-        named = [each for each in facts.optimizers if each.name in function.steps and not each.scope] or own
+    if not named and not taken:
+        named = [each for each in facts.optimizers if each.name in function.steps and not each.scope]
+    if not named and not taken and len(own) == 1:
+        named = own
     if not named and len(facts.optimizers) == 1:
         named = facts.optimizers
-    return frozenset(name for each in named for name in each.given)
+    return {name: whole for each in named for name, whole in each.given.items()}
 
 
 def _is_of_data(flowing: Collection[str], function: Function) -> bool:

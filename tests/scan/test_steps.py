@@ -23,10 +23,16 @@ X, Y = torch.ones(3, 4), torch.zeros(3, 4)
 
 def own(y):
     return y.square().mean()
+
+
+def freeze(part):
+    for each in part.parameters():
+        each.requires_grad = False
 """
 IN_A_FUNCTION = """
 def train():
     enc, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(enc, head)
     opt = Adam({given})
     for _ in range(2):
         {body}
@@ -41,6 +47,7 @@ IN_A_CLASS = """
 class Trainer:
     def __init__(self):
         self.enc, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.model = nn.Sequential(self.enc, self.head)
         self.opt = Adam({given})
 
     def features(self, x):
@@ -73,7 +80,7 @@ LOSES = {
         "with torch.no_grad():\n    f = enc(X)\nloss = head(f).sum()",
     ),
     "a model put together": (
-        "nn.Sequential(enc, head).parameters()", "with torch.no_grad():\n    f = enc(X)\nloss = head(f).sum()",
+        "model.parameters()", "with torch.no_grad():\n    f = enc(X)\nloss = head(f).sum()",
     ),
     "indices": (BOTH, "loss = F.mse_loss(head(enc(X)).argmax(-1).float(), Y[:, 0])\nloss.requires_grad = True"),
     "a hard decision": (BOTH, "loss = F.mse_loss((head(enc(X)) > 0.5).float(), Y).requires_grad_()"),
@@ -113,6 +120,13 @@ KEEPS = {
     "an average": (
         BOTH, "loss = head(enc(X)).sum()\nwith torch.no_grad():\n    enc.weight.mul_(0.99)\n    loss_seen = loss.exp()",
     ),
+    "a part that is trained as part of the whole": (
+        "model.parameters()",
+        "with torch.no_grad():\n    middle = enc(X).mean(0)\nloss = F.mse_loss(model(X), middle.expand(3, 4))",
+    ),
+    "an encoder frozen by a function": (
+        BOTH, "freeze(enc)\nwith torch.no_grad():\n    f = enc(X)\nloss = head(f).sum()",
+    ),
     "state of a recurrent layer": (BOTH, "h = X\nfor _ in range(2):\n    h = enc(h.detach())\nloss = head(h).sum()"),
     "a scaler of gradients": (BOTH, "y = head(enc(X))\nloss = (y / y.detach().norm()).sum()"),
 }  # fmt: skip
@@ -123,7 +137,7 @@ def in_a_function(given: str, body: str) -> str:
 
 
 def in_a_class(given: str, body: str) -> str:
-    own, body = (re.sub(r"\b(enc|head)\b", r"self.\1", part) for part in (given, body.replace("(X)", "(x)")))
+    own, body = (re.sub(r"\b(enc|head|model)\b", r"self.\1", part) for part in (given, body.replace("(X)", "(x)")))
     return HEAD + IN_A_CLASS.replace("{given}", own).replace("{body}", body.replace("\n", "\n        "))
 
 
@@ -179,5 +193,45 @@ def test_what_is_handed_to_an_optimizer_and_gets_no_gradient_is_an_error(tmp_pat
 @pytest.mark.parametrize("case", KEEPS)
 def test_what_gets_its_gradient_or_wants_none_is_no_error(tmp_path: Path, case: str, shape: str) -> None:
     source = SHAPES[shape](*KEEPS[case])
+    assert not loses(source)
+    assert grave(tmp_path, source) == []
+
+
+TWO_STEPS = """
+class Trainer:
+    def __init__(self):
+        self.enc, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.{first} = Adam(self.enc.parameters())
+        self.{second} = Adam({given})
+
+    def step_enc(self, x):
+        loss = self.enc(x).sum()
+        loss.backward()
+        self.{first}.step()
+
+    def step_head(self, x):
+        with torch.no_grad():
+            f = self.enc(x)
+        loss = self.head(f).sum()
+        loss.backward()
+        {stepped}.step()
+
+
+trainer = Trainer()
+trainer.step_enc(X)
+trainer.step_head(X)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "stepped"),
+    [
+        ("self.head.parameters()", "self.opt_head"),
+        ("[*self.enc.parameters(), *self.head.parameters()]", "self.opt_head"),
+        ("self.head.parameters()", "{'head': self.opt_head}['head']"),
+    ],
+)
+def test_steps_that_take_turns_lose_nothing(tmp_path: Path, given: str, stepped: str) -> None:
+    source = HEAD + TWO_STEPS.format(first="opt_enc", second="opt_head", given=given, stepped=stepped)
     assert not loses(source)
     assert grave(tmp_path, source) == []

@@ -34,7 +34,7 @@ class Body(Regions):
     def __init__(self, node: FunctionNode, names: Names, klass: Class | None, name: str, outer: Body | None) -> None:
         super().__init__(node, names, klass, name)
         self.gives_value = False
-        self.goes_backward = False
+        self.backward: set[str] | None = None
         self.nested: list[Function] = []
         self.classes: list[Class] = []
         self._binds_names = False
@@ -72,7 +72,8 @@ class Body(Regions):
             parameters=tuple(sorted(self.parameters)), signature=positional(node),
             calls=tuple(dict.fromkeys(self.calls)), reads=frozenset(self.reads),
             returns=frozenset(self.returned), gives_value=self.gives_value, kind=kind,
-            goes_backward=self.goes_backward, steps=tuple(dict.fromkeys(self.steps)),
+            steps=tuple(dict.fromkeys(self.steps)),
+            backward=None if self.backward is None else frozenset(self.backward),
         )  # fmt: skip
 
     @property
@@ -307,8 +308,9 @@ class Body(Regions):
 
     def _go_backward(self, node: ast.Call, func: ast.Attribute, value: Value) -> None:
         """``loss.backward()``, ``scaler.scale(loss).backward()``, ``accelerator.backward(loss)``: a training step."""
-        self.goes_backward = True
-        self._give(joined([value, *self._silently([func.value, *node.args])]), something=False)
+        loss = joined([value, *self._silently([func.value, *node.args])])
+        self.backward = (self.backward or set()) | self.as_computed(loss).atoms
+        self._give(loss, something=False)
 
     def _handed_out(self, node: ast.expr | None) -> Value:
         """Return the value of what is given back; a function given back by its name is not called here."""

@@ -278,7 +278,8 @@ def facts_to(facts: FileFacts) -> dict[str, Any]:
         "functions": [
             [f.name, f.line, f.end_line, f.parameters, f.signature,
              [list(call) for call in f.calls],
-             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind, f.goes_backward, f.steps, f.gives]
+             sorted(f.reads), sorted(f.returns), f.gives_value, f.kind,
+             None if f.backward is None else sorted(f.backward), f.steps, f.gives]
             for f in facts.functions.values()
         ],
         "sites": [
@@ -307,7 +308,8 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
         steps, gives = rest
         facts.functions[name] = Function(
             name, line, end, tuple(parameters), tuple(signature), tuple(Call(*call) for call in calls),
-            frozenset(reads), frozenset(returns), value, kind, backward, tuple(steps), gives,
+            frozenset(reads), frozenset(returns), value, kind,
+            None if backward is None else frozenset(backward), tuple(steps), gives,
         )  # fmt: skip
     for *place, function, mechanism, how, depends, effects, gives, conditional, harmless, runs in data["sites"]:
         rule, line, column, end = place

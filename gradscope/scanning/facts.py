@@ -76,7 +76,7 @@ class Function:
     ``parameters`` are those that may hold floats or modules, ``signature`` are all by position (without
     ``self``), ``reads`` the attributes of ``self`` that it reads. Of the calls of other packages' functions
     and of builtins one is kept at most: they are two of three, lead nowhere, and only tell that it computes.
-    ``goes_backward``: it is a step of training; what it goes backward from counts as given out. ``steps`` are the
+    ``backward`` is what it goes backward from, if it is a step of training; that counts as given out. ``steps`` are the
     optimizers whose ``step()`` it calls. ``gives`` are the classes of what it makes, for those alone that a model is
     got from (``makers.py``).
     """
@@ -91,9 +91,14 @@ class Function:
     returns: Atoms = NOTHING
     gives_value: bool = False
     kind: str = ""
-    goes_backward: bool = False
+    backward: Atoms | None = None
     steps: tuple[str, ...] = ()
     gives: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def goes_backward(self) -> bool:
+        """Whether it is a step of training by itself."""
+        return self.backward is not None
 
 
 @dataclass(slots=True)
@@ -141,12 +146,13 @@ class Optimizer(NamedTuple):
     """An optimizer that is made: its name, the top-level class or function it is made in, what it is to train.
 
     ``given`` maps the names of what it gets the parameters of (``encoder``, ``self.head``, ``self``) to what that is
-    put into, where only the whole is handed over.
+    put into, where only the whole is handed over. ``filtered``: of these only what requires a gradient (adapters).
     """
 
     name: str
     scope: str
     given: dict[str, str]
+    filtered: bool = False
 
 
 @dataclass(slots=True)

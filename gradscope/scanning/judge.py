@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
+from gradscope.findings import Severity
 from gradscope.scanning.entries import ClassReport, Entries
 from gradscope.scanning.facts import LOSS, NOTHING, Atoms, FileFacts, Site
 from gradscope.scanning.intent import (
@@ -181,7 +182,8 @@ class Judge:
             return Judgement(facts, site, "error", "likely", message, [step], KEEP_OR_TAKE_OUT)
         if self.steps.stops_all(site, step):
             message = f"{said}: {called(step)} goes backward from nothing else."
-            return Judgement(facts, site, "warning", "likely", message, [step])
+            severity: Severity = "error" if self.steps.is_stepped(step) else "warning"
+            return Judgement(facts, site, severity, "likely", message, [step], KEEP_OR_TAKE_OUT)
         if not site.rule.startswith("GS10"):
             return None
         if self.steps.is_untrained(site, step):

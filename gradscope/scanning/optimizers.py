@@ -59,13 +59,16 @@ def optimizers(source: str) -> list[Optimizer]:
     for match in _searched(_OPTIMIZER, source, _OPTIMIZERS):
         scope, text = _scope(source, match.start())
         given = _in_brackets(source, match.end())
-        names = {*_PARAMETERS.findall(given), *_through_names(given, text)}
+        told = "\n".join([given, *_lists(given, text)])
+        names = set(_PARAMETERS.findall(told))
         names.update(*map(_NAME.findall, _OF_A_CALL.findall(given)))
         if "parameters()" not in given:
             names.update(filter(is_model, _NAME.findall(given)))
         if names:
             parts = {part: name for name in sorted(names) for part in _parts(name, text) if is_model(part)}
-            found.append(Optimizer(match[1] or "", scope, {**parts, **dict.fromkeys(sorted(names), "")}))
+            found.append(
+                Optimizer(match[1] or "", scope, parts | dict.fromkeys(sorted(names), ""), "requires_grad" in told)
+            )
     return found
 
 
@@ -120,14 +123,14 @@ def _in_brackets(source: str, start: int) -> str:
     return source[start : start + FARTHEST]
 
 
-def _through_names(given: str, text: str) -> Iterator[str]:
-    """Yield what is handed over by way of a list: ``params = [*a.parameters(), *b.parameters()]``."""
+def _lists(given: str, text: str) -> Iterator[str]:
+    """Yield what is assigned to the names that are handed over: ``params = [*a.parameters(), *b.parameters()]``."""
     for name in set(_NAME.findall(given)):
         for assigned in re.finditer(rf"^[ \t]*{re.escape(name)}[ \t]*(?::[^=\n]+)?\+?=[ \t]*", text, re.MULTILINE):
             end = text.find("\n", assigned.end())
             end = len(text) if end < 0 else end
             goes_on = text[end - 1] in "([{"
-            yield from _PARAMETERS.findall(text[assigned.end() : end] + (_in_brackets(text, end) if goes_on else ""))
+            yield text[assigned.end() : end] + (_in_brackets(text, end) if goes_on else "")
 
 
 def _parts(name: str, text: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ SCRIPT = "<module>"
 # What these give is no part of any graph, so that nothing tells where it goes.
 INDEXING = ("GS401", "GS402", "GS403")
 _LOSS = re.compile(r"(?:^|[._])(?:\w*loss\w*|criterion\w*|mse|bce|ce|crit)$", re.IGNORECASE)
+# Atoms that say where a value has been and nothing of what it is made of.
+_MARKS = re.compile(r"cut:|in:|apart:")
 # Parameters that carry several models, of which some are trained.
 _HOLD_ANYTHING = frozenset({"state", "ctx", "context", "trainer", "args", "models", "modules"})
 
@@ -71,23 +73,35 @@ class Steps:
         kept = flowing | {part for part, whole in given.items() if whole and _touch(flowing, whole)}
         found = {
             name.removesuffix(".forward") for name in self._names(site.depends, place)
-            if _covers(given, name) and not _touch(kept, name) and not _covers(facts.frozen, name)
+            if _touch(given, name) and not _touch(kept, name) and not _covers(frozen(facts), name)
             and not meant_by_module(name.split("."))
         }  # fmt: skip
         return sorted(name for name in found if not _covers(found - {name}, name))
 
     def stops_all(self, site: Site, place: Place) -> bool:
-        """Tell whether a step goes backward from nothing but what a site, or one like it, has stopped."""
+        """Tell whether a step goes backward from nothing but what a site, or one like it, has stopped.
+
+        What it is given may carry a gradient of its own, but for a step that moves the weights itself: that is data.
+        """
         function = self.package.function(place)
-        is_part = function is not None and self._is_part(site, function) and not site.conditional
-        return is_part and not self._flowing(place) and any(map(_is_work, site.depends))
+        if function is None or site.conditional or not self._is_part(site, function):
+            return False
+        flowing = [source_of(atom) for atom in given_out(function) if not _is_stopped(atom)]
+        if function.steps:
+            flowing = [each for each in flowing if _is_work(each) and not _LOSS.search(each)]
+        return any(map(_is_work, site.depends)) and not any(":" in each and not _MARKS.match(each) for each in flowing)
+
+    def is_stepped(self, place: Place) -> bool:
+        """Tell whether it is seen that an optimizer moves weights by what a step goes backward from."""
+        facts, function = self.package.files[place.module], self.package.function(place)
+        return function is not None and bool(function.steps or trained(facts, function))
 
     def part_lost(self, site: Site, place: Place) -> str:
         """Return a part that a step loses of what it is given and trains other parts of: ``model.encoder``."""
         function, flowing = self.package.function(place), self._flowing(place)
         if function is None or site.conditional or not self._is_part(site, function):
             return ""
-        frozen = self.package.files[place.module].frozen
+        fixed = frozen(self.package.files[place.module])
         for name in sorted(self._names(site.depends, place)):
             root, _, rest = name.partition(".")
             is_part = rest.isidentifier() and root in function.parameters and root not in _HOLD_ANYTHING
@@ -96,7 +110,7 @@ class Steps:
                 and _touch(flowing, root)
                 and not _touch(flowing, name)
                 and not _covers(flowing, root)
-                and not _covers(frozen, name)
+                and not _covers(fixed, name)
             ):
                 return name
         return ""
@@ -112,12 +126,12 @@ class Steps:
         """Tell whether what a site gives out is part of what the step goes backward from."""
         marks = {f"cut:{site.line}", f"in:{site.line}"}
         marks |= {f"off:{mark}" for mark in marks}
-        return not marks.isdisjoint(function.returns)
+        return not marks.isdisjoint(given_out(function))
 
     def _names_flowing(self, place: Place) -> frozenset[str]:
         """Return the names of all that a gradient gets back to."""
         function = self.package.function(place)
-        atoms = frozenset(atom for atom in (function.returns if function else ()) if not _is_stopped(atom))
+        atoms = frozenset(atom for atom in (given_out(function) if function else ()) if not _is_stopped(atom))
         return self._names(atoms, place)
 
     def _flowing_beside(self, place: Place) -> frozenset[str]:
@@ -172,6 +186,17 @@ def trained(facts: FileFacts, function: Function) -> dict[str, str]:
     if not named and len(facts.optimizers) == 1:
         named = facts.optimizers
     return {name: whole for each in named for name, whole in each.given.items()}
+
+
+def given_out(function: Function) -> Atoms:
+    """Return what a step goes backward from, or gives to whom goes backward."""
+    return function.returns if function.backward is None else function.backward
+
+
+def frozen(facts: FileFacts) -> set[str]:
+    """Return what a file freezes, but for what has parts that are trained all the same (adapters)."""
+    filtered = {name for each in facts.optimizers if each.filtered for name in each.given}
+    return set(facts.frozen) - filtered
 
 
 def _is_of_data(flowing: Collection[str], function: Function) -> bool:

@@ -62,6 +62,8 @@ PLAIN_FUNCTIONS = frozenset(
     "vars dir hash super".split()
 )
 WEIGHTS = frozenset("weight bias in_proj_weight in_proj_bias out_proj_weight running_mean running_var grad".split())
+# Where settings are kept, and no tensors.
+SETTINGS = frozenset("config cfg conf args opt opts hparams flags FLAGS params settings".split())
 # Modules of torch.nn that hold no parameter, whatever they are made with.
 _WEIGHTLESS = re.compile(
     r"Identity|(?:Unf|F)latten|(?:Unf|F)old|Upsampl(?:e|ing\w+)|\w+Shuffle|\w*Unshuffle|\w*(?:Pool|Unpool|Pad)\dd|"

@@ -206,6 +206,8 @@ class Expressions:
         base = self.value(node.value)
         if node.attr in torch_ops.PLAIN_ATTRIBUTES:
             return PLAIN
+        if self.is_step and base is UNKNOWN and isinstance(node.value, ast.Name):
+            return self._of_global(node.value.id)
         if node.attr in torch_ops.WEIGHTS:
             return Value(base.atoms, "tensor")
         if node.attr == "data" and base.kind == "tensor":
@@ -218,6 +220,11 @@ class Expressions:
             return Value(base.atoms, "tensor" if node.attr == "data" else "packed")
         kind = base.kind if node.attr in ("T", "mT", "H", "mH", "real", "imag", "data") else "unknown"
         return Value(base.atoms, "plain" if base.kind == "plain" else kind)
+
+    def _of_global(self, name: str) -> Value:
+        """Return what an object of the module keeps, in a step of training: ``policy.saved_log_probs``."""
+        is_settings = name in torch_ops.SETTINGS or name in self.names.imports
+        return UNKNOWN if is_settings else Value(frozenset({f"call:{name}"}))
 
     def _own_attribute(self, name: str) -> Value:
         self.reads.add(name)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from gradscope.scanning.cache import Cache, key_of
 from gradscope.scanning.copies import Copies
-from gradscope.scanning.facts import Call, Class, FileFacts, Function, Ignore, Optimizer, Site
+from gradscope.scanning.facts import Call, Class, FileFacts, Frozen, Function, Ignore, Optimizer, Site
 from gradscope.scanning.makers import definitions_of
 from gradscope.scanning.reading import GRAD_MODE, Needles, decode, headers, hides_text
 from gradscope.scanning.resolve import SourceFile
@@ -321,6 +321,6 @@ def facts_from(data: dict[str, Any], empty: FileFacts) -> FileFacts:
     facts.ignores = [Ignore(line, first, last, tuple(codes)) for line, first, last, codes in data["ignores"]]
     facts.tables = data["tables"]
     facts.optimizers = [Optimizer(*each) for each in data["optimizers"]]
-    facts.frozen = tuple(data["frozen"])
+    facts.frozen = [Frozen(*each) for each in data["frozen"]]
     facts.parsed, facts.skipped = data["parsed"], data["skipped"]
     return facts

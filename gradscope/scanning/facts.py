@@ -142,6 +142,13 @@ class Ignore:
     codes: tuple[str, ...]
 
 
+class Frozen(NamedTuple):
+    """What is frozen somewhere, on some way or always: its name, and the top-level class or function that says so."""
+
+    name: str
+    scope: str
+
+
 class Optimizer(NamedTuple):
     """An optimizer that is made: its name, the top-level class or function it is made in, what it is to train.
 
@@ -160,8 +167,8 @@ class FileFacts:
     """Everything that is known of one file.
 
     ``headers`` are all top-level classes and their bases, ``tables`` what a model is got from by a key, and other names
-    for functions that make one (``makers.py``). ``optimizers`` and what is ``frozen`` are only known of a file with a
-    step of training.
+    for functions that make one (``makers.py``). ``optimizers`` are only known of a file with a step of
+    training.
     """
 
     path: str
@@ -175,6 +182,6 @@ class FileFacts:
     tables: dict[str, dict[str, str]] = field(default_factory=dict)
     ignores: list[Ignore] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
-    frozen: tuple[str, ...] = ()
+    frozen: list[Frozen] = field(default_factory=list)
     parsed: bool = False
     skipped: str = ""

@@ -22,7 +22,7 @@ from gradscope.scanning.intent import (
     meant_by_name,
     meant_by_result,
 )
-from gradscope.scanning.judgement import FROZEN, KEEP_OR_TAKE_OUT, NOTHING_LIVE, Judgement, what, where
+from gradscope.scanning.judgement import FROZEN, KEEP_OR_TAKE_OUT, NOTHING_LIVE, Judgement, handed, what, where
 from gradscope.scanning.outputs import are_copies, are_figures
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
@@ -151,8 +151,7 @@ class Judge:
 
     def judged(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         """Return one site with all that is to be said of it."""
-        step = None if site.harmless else self.steps.place_of(facts, site)
-        found = self._in_step(facts, site, step) if step is not None else None
+        found = None if site.harmless else self._in_training(facts, site, place)
         if found is not None:
             return found
         why = self.harmless.get((place, site), "")
@@ -172,13 +171,24 @@ class Judge:
             return self._region(facts, site, place)
         return self._operation(facts, site, place)
 
+    def _in_training(self, facts: FileFacts, site: Site, place: Place) -> Judgement | None:
+        """Return what is to be said of a site by what a step makes of it: one that it stands in, or that calls it."""
+        step = self.steps.place_of(facts, site)
+        if step is not None:
+            return self._in_step(facts, site, step)
+        called_by = self.steps.lost_by_method(site, place) if site.rule.startswith("GS10") else None
+        if called_by is None:
+            return None
+        lost, step = called_by
+        message = f"{where(site)}: {handed(lost)}, and no gradient of {called(step)} gets back there."
+        return Judgement(facts, site, "error", "likely", message, [step, place], KEEP_OR_TAKE_OUT)
+
     def _in_step(self, facts: FileFacts, site: Site, step: Place) -> Judgement | None:
         """Return what is to be said of a site in a step of training; None where that says nothing of it."""
         said = where(site) if site.rule.startswith("GS10") else f"{site.mechanism} in {called(step)}"
         lost = self.steps.lost(site, step)
         if lost:
-            verb = "is" if len(lost) == 1 else "are"
-            message = f"{said}: {', '.join(lost)} {verb} handed to an optimizer, and no gradient gets back there."
+            message = f"{said}: {handed(lost)}, and no gradient gets back there."
             return Judgement(facts, site, "error", "likely", message, [step], KEEP_OR_TAKE_OUT)
         if self.steps.stops_all(site, step):
             message = f"{said}: {called(step)} goes backward from nothing else."

@@ -43,3 +43,8 @@ def where(site: Site) -> str:
     if site.how == "applied":
         return f"{function} wraps a function in {name}"
     return f"{function} {'runs' if site.how == 'decorator' else 'computes'} under {name}"
+
+
+def handed(names: list[str]) -> str:
+    """Say that an optimizer is given the parameters of these."""
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} handed to an optimizer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from gradscope.scanning.facts import Optimizer
+from gradscope.scanning.facts import Frozen, Optimizer
 from gradscope.scanning.reading import places
 
 # ``opt = torch.optim.AdamW(``, ``self.opt_g = Lion(``; without a name where it is given back at once.
@@ -39,18 +39,20 @@ _MODEL = re.compile(
 )
 _FREEZES = re.compile(
     r"([A-Za-z_][\w.]*?)(?:\.(?:eval|train|to|cuda|half)\([^()\n]*\))*"
-    r"\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False|"
-    r"for[ \t]+\w+[ \t]+in[ \t]+([A-Za-z_][\w.]*)\.parameters\(\)[ \t]*:\s*"
-    r"\w+\.requires_grad(?:_\(|[ \t]*=)[ \t]*False|"
+    r"\.(?:requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False|freeze\w*\()|"
     r"\b(?:(?:set_|toggle_)grad|(?:set_|toggle_)?requires_grad|freeze\w*)\((?:\w+=)?([A-Za-z_][\w.]*)[ \t]*[,)]"
 )
 # ``vae = VAE().requires_grad_(False)``
 _MADE_FROZEN = re.compile(
     r"^[ \t]*([\w.]+)[ \t]*=[^=\n]*\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False", re.MULTILINE
 )
+# ``for name, each in model.named_parameters():``, and what is done to each further down.
+_LOOP = re.compile(r"for[ \t]+[\w, \t]+[ \t]in[ \t]+([^\n]*parameters\(\)[^\n]*):")
+_FREEZES_EACH = re.compile(r"\w+\.requires_grad(?:_\(|[ \t]*=)[ \t]*False")
 # What stands at the margin ends a class or a function, whatever it is.
 _BLOCK = re.compile(r"^(?:(?:class|def|async[ \t]+def)[ \t]+(\w+)|[A-Za-z_@])", re.MULTILINE)
-FARTHEST = 4000
+FARTHEST = 4000  # characters between brackets, and
+LOOP = 6  # lines of a loop
 
 
 def optimizers(source: str) -> list[Optimizer]:
@@ -77,20 +79,22 @@ def is_model(name: str) -> bool:
     return _MODEL.search(name) is not None
 
 
-def frozen(source: str) -> tuple[str, ...]:
-    """Return what a file freezes, on some way or always: ``encoder.requires_grad_(False)``, or by a loop."""
-    found = {match[1] or match[2] or match[3] for match in _searched(_FREEZES, source, ["_grad", "freeze"], above=1)}
-    found.update(match[1] for match in _searched(_MADE_FROZEN, source, ["requires_grad_("]))
-    return tuple(sorted(found))
+def frozen(source: str) -> list[Frozen]:
+    """Return what a file freezes, on some way or always, whole or in part: by itself, by a loop, by a function."""
+    found = [(match[1] or match[2], match) for match in _searched(_FREEZES, source, ["_grad", "freeze"])]
+    found += [(match[1], match) for match in _searched(_MADE_FROZEN, source, ["requires_grad_("])]
+    for loop in _searched(_LOOP, source, ["parameters()"]):
+        lines = source[loop.end() : loop.end() + FARTHEST].split("\n", LOOP + 1)[: LOOP + 1]
+        if any(map(_FREEZES_EACH.search, lines)):
+            found += [(name, loop) for name in _PARAMETERS.findall(loop[1])]
+    return [*dict.fromkeys(Frozen(name, _scope(source, match.start())[0]) for name, match in found)]
 
 
-def _searched(pattern: re.Pattern[str], source: str, needles: Sequence[str], above: int = 0) -> Iterator[re.Match[str]]:
-    """Yield what an expression matches in the lines that hold a literal, and in so many above them."""
+def _searched(pattern: re.Pattern[str], source: str, needles: Sequence[str]) -> Iterator[re.Match[str]]:
+    """Yield what an expression matches in the lines that hold a literal: they are far less than all."""
     done = 0
     for at in sorted(at for needle in needles for at in places(source, needle)):
-        start = at
-        for _ in range(above + 1):
-            start = source.rfind("\n", 0, max(start, 0)) if start >= 0 else -1
+        start = source.rfind("\n", 0, at)
         end = source.find("\n", at)
         end = len(source) if end < 0 else end
         if end > done:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from gradscope.scanning.facts import Atoms, FileFacts, Function, Site
 from gradscope.scanning.intent import meant_by_module
@@ -23,6 +23,7 @@ INDEXING = ("GS401", "GS402", "GS403")
 _LOSS = re.compile(r"(?:^|[._])(?:\w*loss\w*|criterion\w*|mse|bce|ce|crit)$", re.IGNORECASE)
 # Atoms that say where a value has been and nothing of what it is made of.
 _MARKS = re.compile(r"cut:|in:|apart:")
+_WEIGHTLESS = frozenset({"", "plain", "buffer", "weightless"})
 # Parameters that carry several models, of which some are trained.
 _HOLD_ANYTHING = frozenset({"state", "ctx", "context", "trainer", "args", "models", "modules"})
 
@@ -64,17 +65,49 @@ class Steps:
 
     def lost(self, site: Site, place: Place) -> list[str]:
         """Return what a site computes with, the step's optimizer is given, and no gradient gets back to."""
-        facts, function = self.package.files[place.module], self.package.function(place)
+        function = self.package.function(place)
         if function is None or site.conditional:
             return []
-        given, flowing = trained(facts, function), self._flowing(place) | self._flowing_beside(place)
+        flowing = self._flowing(place)
         if not self._is_part(site, function) and not (site.rule in INDEXING and _is_of_data(flowing, function)):
             return []
+        return self._handed_over(self._names(site.depends, place), place, flowing)
+
+    def lost_by_method(self, site: Site, method: Place) -> tuple[list[str], Place] | None:
+        """Return the same of a method of its own that a step calls, with the step; None where there is none."""
+        call = f"call:self.{method.name.rpartition('.')[2]}"
+        for place in self._callers.get(method, ()) if not site.conditional else ():
+            function = self.package.function(place)
+            atoms = [atom for atom in (given_out(function) if function else ()) if not _is_stopped(atom)]
+            beside = frozenset(atom for atom in atoms if source_of(atom) != call)
+            if len(beside) == len(atoms):
+                continue
+            lost = self._handed_over(self._names(site.depends, method), place, self._names(beside, place))
+            if lost:
+                return lost, place
+        return None
+
+    @cached_property
+    def _callers(self) -> dict[Place, list[Place]]:
+        """The steps that call a method of their own, by the method."""
+        callers: dict[Place, list[Place]] = {}
+        for place, owner in steps(self.package):
+            for _, target in self.package.callees(place, owner) if owner is not None else ():
+                if self.reach.owner_for(target, owner) == owner and target in self.reach.regions:
+                    callers.setdefault(target, []).append(place)
+        return callers
+
+    def _handed_over(self, names: Collection[str], place: Place, flowing: frozenset[str]) -> list[str]:
+        """Return those of some names that the optimizer of a step is given and nothing flows to."""
+        facts, function = self.package.files[place.module], self.package.function(place)
+        assert function is not None  # it is a step
+        given, flowing = trained(facts, function), flowing | self._flowing_beside(place)
+        fixed = self._fixed(place)
         kept = flowing | {part for part, whole in given.items() if whole and _touch(flowing, whole)}
         found = {
-            name.removesuffix(".forward") for name in self._names(site.depends, place)
-            if _touch(given, name) and not _touch(kept, name) and not _covers(frozen(facts), name)
-            and not meant_by_module(name.split("."))
+            name.removesuffix(".forward") for name in names
+            if _touch(given, name) and not _touch(kept, name) and not _covers(fixed, name)
+            and not meant_by_module(name.split(".")) and self._may_hold_weights(name, place)
         }  # fmt: skip
         return sorted(name for name in found if not _covers(found - {name}, name))
 
@@ -101,7 +134,7 @@ class Steps:
         function, flowing = self.package.function(place), self._flowing(place)
         if function is None or site.conditional or not self._is_part(site, function):
             return ""
-        fixed = frozen(self.package.files[place.module])
+        fixed = self._fixed(place)
         for name in sorted(self._names(site.depends, place)):
             root, _, rest = name.partition(".")
             is_part = rest.isidentifier() and root in function.parameters and root not in _HOLD_ANYTHING
@@ -137,8 +170,26 @@ class Steps:
     def _flowing_beside(self, place: Place) -> frozenset[str]:
         """Return the same of the other steps of its class, which may train in turn."""
         owner, facts = self.reach.owner(place), self.package.files[place.module]
-        others = [Place(place.module, name) for name, each in facts.functions.items() if owner and is_step(each)]
-        return frozenset().union(*(self._flowing(each) for each in others if self.reach.owner(each) == owner))
+        others = (Place(place.module, name) for name, each in facts.functions.items() if owner and is_step(each))
+        beside = (each for each in others if each != place and self.reach.owner(each) == owner)
+        return frozenset().union(*map(self._flowing, beside))
+
+    def _may_hold_weights(self, name: str, place: Place) -> bool:
+        """Tell a part of ``self`` from one whose class is seen to hold buffers alone: a queue, a memory bank."""
+        owner = self.reach.owner(place)
+        classes = self.package.classes_of(owner, name.split(".")[1]) if owner and name.startswith("self.") else []
+        read = [self.package.files[klass.module].classes.get(klass.name) for klass in classes]
+        kinds = [set(klass.attributes.values()) for klass in read if klass is not None and klass.attributes]
+        return not kinds or len(kinds) < len(classes) or any(each - _WEIGHTLESS for each in kinds)
+
+    def _fixed(self, place: Place) -> set[str]:
+        """Return what a step finds frozen, but for what has parts that are trained all the same (adapters)."""
+        facts, owner = self.package.files[place.module], self.reach.owner(place)
+        found = {each.name for each in facts.frozen if not each.name.startswith("self")}
+        for klass in self.package.mro(owner) if owner is not None else ():
+            own = self.package.files[klass.module].frozen
+            found |= {each.name for each in own if each.scope == klass.name.partition(".")[0]}
+        return found - {name for each in facts.optimizers if each.filtered for name in each.given}
 
     def _names(self, atoms: Atoms, place: Place) -> frozenset[str]:
         """Return what atoms are about by the names that an optimizer is given: ``encoder``, ``self.head``.
@@ -168,7 +219,7 @@ class Steps:
         found: set[str] = set()
         for each in self.reach.reachable(target, self.reach.owner_for(target, owner)):
             function = self.package.function(each)
-            if function is not None and self.reach.owner(each) is not None:
+            if function is not None and self.reach.owner_for(each, owner) == owner:
                 found |= {f"self.{attribute}" for attribute in function.reads}
         return found or {name}
 
@@ -191,12 +242,6 @@ def trained(facts: FileFacts, function: Function) -> dict[str, str]:
 def given_out(function: Function) -> Atoms:
     """Return what a step goes backward from, or gives to whom goes backward."""
     return function.returns if function.backward is None else function.backward
-
-
-def frozen(facts: FileFacts) -> set[str]:
-    """Return what a file freezes, but for what has parts that are trained all the same (adapters)."""
-    filtered = {name for each in facts.optimizers if each.filtered for name in each.given}
-    return set(facts.frozen) - filtered
 
 
 def _is_of_data(flowing: Collection[str], function: Function) -> bool:

@@ -104,10 +104,11 @@ class FileReader:
 
     def _note_steps(self, source: str) -> None:
         """Take note of where a file goes backward, and of what it hands to optimizers if it does."""
+        self.facts.frozen = frozen(source)
         calls = sorted(at for name in (".backward(", "manual_backward(") for at in places(source, name))
         self.names.backward = line_numbers(source, calls)
         if self.names.backward or any(f"def {name}(" in source for name in GIVE_LOSS):
-            self.facts.optimizers, self.facts.frozen = optimizers(source), frozen(source)
+            self.facts.optimizers = optimizers(source)
             self.names.handed = frozenset(name for each in self.facts.optimizers for name in each.given)
 
     # --- the top level --------------------------------------------------------------------------

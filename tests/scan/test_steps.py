@@ -235,3 +235,103 @@ def test_steps_that_take_turns_lose_nothing(tmp_path: Path, given: str, stepped:
     source = HEAD + TWO_STEPS.format(first="opt_enc", second="opt_head", given=given, stepped=stepped)
     assert not loses(source)
     assert grave(tmp_path, source) == []
+
+
+OWN_METHOD = """
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        {freeze}
+
+
+class Reader(Base):
+    {decorator}
+    def features(self, x):
+        {body}
+
+    def training_step(self, x):
+        return self.head(self.features(x)).sum()
+
+    def configure_optimizers(self):
+        return Adam(self.parameters())
+
+
+reader = Reader()
+optimizer = reader.configure_optimizers()
+reader.training_step(X).backward()
+"""
+STOPPED = ("@torch.no_grad()", "return self.enc(x)"), ("", "with torch.no_grad():\n            return self.enc(x)")
+FREEZES = (
+    "self.enc.requires_grad_(False)",
+    "for each in self.enc.parameters(): each.requires_grad = False",
+    "for name, each in self.named_parameters():\n"
+    "            if 'enc' in name:\n                each.requires_grad = False",
+    "self.enc.freeze = lambda: self.enc.requires_grad_(False)\n        self.enc.freeze()",
+)
+
+
+@pytest.mark.parametrize(("decorator", "body"), STOPPED)
+def test_a_method_that_a_step_calls_is_judged_by_the_step(tmp_path: Path, decorator: str, body: str) -> None:
+    source = HEAD + OWN_METHOD.format(decorator=decorator, body=body, freeze="")
+    assert loses(source)
+    (found,) = grave(tmp_path, source)
+    assert (
+        "self.enc is handed to an optimizer, and no gradient of Reader.training_step gets back there" in found.message
+    )
+
+
+@pytest.mark.parametrize("freeze", FREEZES)
+@pytest.mark.parametrize(("decorator", "body"), STOPPED)
+def test_what_a_base_class_freezes_wants_no_gradient(tmp_path: Path, decorator: str, body: str, freeze: str) -> None:
+    source = HEAD + OWN_METHOD.format(decorator=decorator, body=body, freeze=freeze)
+    assert not loses(source)
+    assert grave(tmp_path, source) == []
+
+
+def test_a_step_that_gives_what_is_shown_loses_nothing(tmp_path: Path) -> None:
+    source = f"""{HEAD}
+def train():
+    enc, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    opt = Adam([*enc.parameters(), *head.parameters()])
+    for _ in range(2):
+        loss = head(enc(X)).sum()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with torch.no_grad():
+        shown = head(enc(X))
+    return loss.detach(), shown
+
+
+train()
+"""
+    assert not loses(source)
+    assert grave(tmp_path, source) == []
+
+
+def test_what_a_global_object_keeps_may_carry_a_gradient(tmp_path: Path) -> None:
+    """As in PyTorch's own example of REINFORCE, where only the returns are made anew."""
+    source = f"""{HEAD}
+policy = nn.Linear(4, 4)
+policy.saved, policy.rewards = [], [1.0, 2.0]
+optimizer = Adam(policy.parameters())
+
+
+def finish_episode():
+    losses, returns = [], []
+    for reward in policy.rewards[::-1]:
+        returns.insert(0, reward)
+    returns = torch.tensor(returns)
+    for log_prob, value in zip(policy.saved, returns):
+        losses.append(-log_prob * value)
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    optimizer.step()
+
+
+policy.saved = [policy(X).sum(), policy(X).mean()]
+finish_episode()
+"""
+    assert not loses(source)
+    assert grave(tmp_path, source) == []

@@ -18,14 +18,10 @@ from gradscope.scanning.judgement import FROZEN, Judgement, where
 from gradscope.scanning.made import maker_of
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Use, source_of
-from gradscope.scanning.steps import called, steps
+from gradscope.scanning.steps import called, is_trained, steps
 from gradscope.scanning.training import Way
 
 TRAINED = "Its parameters are handed to an optimizer all the same."
-_OPTIMIZED = (
-    r"(?is)(?:\w*(?:adam|sgd|optim|rmsprop|adagrad|adafactor|adadelta|lion|lamb|lbfgs|muon)\w*\s*\(|\bparam\w*\s*\+?=)"
-    r"[^=]{0,200}?(?<![\w.])(?<!in )NAME\.parameters\(\)"
-)
 
 
 @dataclass(slots=True)
@@ -149,7 +145,7 @@ def _at_the_call(judge: Judge, group: list[Borrowed], text_of: Callable[[str], s
     if behind:
         message += f" Behind it: {', '.join(behind)}."
     severity = min((each.judgement.severity for each in group), key=SEVERITIES.index)
-    if severity == "warning" and function.goes_backward and _is_trained(written.on, function, lines):
+    if severity == "warning" and function.goes_backward and is_trained(facts, function, written.on):
         severity, message = "error", f"{message} {TRAINED}"
     kept = first.call.target.split(".")[1] if first.call.target.startswith("self.") else ""
     if judge.training.freezes(judge.reach.owner(first.caller), {kept}):
@@ -196,12 +192,6 @@ def _names_of(kind: str, lines: list[str]) -> list[str]:
     item = re.search(r"\[(\d+)\]$", kind)
     found = [[name.strip() for name in match[1].split(",")] for line in lines if (match := own.search(line))]
     return [names[int(item[1])] if item and int(item[1]) < len(names) else names[-1] for names in found]
-
-
-def _is_trained(name: str, function: Function, lines: list[str]) -> bool:
-    """Tell whether the parameters of what goes by a name are handed to an optimizer, judged by how that is called."""
-    inside = lines if name.startswith("self.") else lines[function.line - 1 : function.end_line]
-    return bool(name) and re.search(_OPTIMIZED.replace("NAME", re.escape(name)), "\n".join(inside)) is not None
 
 
 def _advice(judge: Judge, inner: Judgement) -> str:

@@ -10,7 +10,7 @@ from gradscope.scanning.reading import places
 
 # ``opt = torch.optim.AdamW(``, ``self.opt_g = Lion(``; without a name where it is given back at once.
 _OPTIMIZER = re.compile(
-    r"(?i)(?:^[ \t]*([\w.]+)[ \t]*(?::[^=\n]+)?=[ \t]*|\breturn[ \t]+|[\[({,=][ \t\n]*)"
+    r"(?i)(?:^[ \t]*(?:([\w.]+)[ \t]*(?::[^=\n]+)?=[ \t]*)?|\breturn[ \t]+|[\[({,=][ \t\n]*)"
     r"(?:\w+\.)*(?:\w*(?:adam|optim)\w*|sgd|rmsprop|adagrad|adadelta|adafactor|lion|lamb|lbfgs|muon|rprop)[ \t]*\(",
     re.MULTILINE,
 )

@@ -239,6 +239,11 @@ def trained(facts: FileFacts, function: Function) -> dict[str, str]:
     return {name: whole for each in named for name, whole in each.given.items()}
 
 
+def is_trained(facts: FileFacts, function: Function, name: str) -> bool:
+    """Tell whether a step's optimizer is given what goes by a name."""
+    return bool(name) and _touch(trained(facts, function), name)
+
+
 def given_out(function: Function) -> Atoms:
     """Return what a step goes backward from, or gives to whom goes backward."""
     return function.returns if function.backward is None else function.backward

@@ -39,7 +39,7 @@ class Making:
         """Take note of what a name, or each of several, stands for from now on."""
         for part, given in side_by_side(target, value):
             if isinstance(part, ast.Name):
-                for known, kinds in ((self.held, self.kinds(given)), (self.called, self._called(given))):
+                for known, kinds in ((self.held, self.kinds(given)), (self.called, self.made_by_call(given))):
                     if kinds:
                         known[part.id] = tuple(dict.fromkeys((*known.get(part.id, ()), *kinds)))
 
@@ -56,7 +56,7 @@ class Making:
             return self._items(value)
         if isinstance(value, ast.Call):
             is_other_form = self.names.dotted(value.func) in _SAME_MODEL and value.args
-            return self.kinds(value.args[0]) if is_other_form else self._called(value.func)
+            return self.kinds(value.args[0]) if is_other_form else self.made_by_call(value.func)
         return tuple(f"{HOLDS}{kind}" for part in _kept_in(value) for kind in self.kinds(part))
 
     def _items(self, value: ast.Subscript) -> tuple[str, ...]:
@@ -66,12 +66,12 @@ class Making:
         held = [kind.removeprefix(HOLDS) for kind in known if kind.startswith(HOLDS)]
         return (*held, *(f"{kind}[{item}]" for kind in known if item and kind.startswith("?")))
 
-    def _called(self, func: ast.expr) -> tuple[str, ...]:
+    def made_by_call(self, func: ast.expr) -> tuple[str, ...]:
         """Return what a call of this makes an instance of."""
         if isinstance(func, ast.Name) and func.id in self.called:
             return self.called[func.id]
         if isinstance(func, ast.IfExp):
-            return (*self._called(func.body), *self._called(func.orelse))
+            return (*self.made_by_call(func.body), *self.made_by_call(func.orelse))
         if isinstance(func, ast.Lambda):
             return self.kinds(func.body)
         if isinstance(func, ast.Subscript):
@@ -84,7 +84,7 @@ class Making:
     def _from_call(self, func: ast.Call) -> tuple[str, ...]:
         dotted = self.names.dotted(func.func)
         if dotted.rpartition(".")[2] == "partial" and func.args:
-            return self._called(func.args[0])
+            return self.made_by_call(func.args[0])
         table, _, last = dotted.rpartition(".")
         if last == "get" and func.args and self.names.is_maker(table):
             return (f"?{table}@{_key(func.args[0]) or '*'}",)
@@ -128,9 +128,9 @@ def table(value: ast.expr, names: Names) -> dict[str, str]:
     making = Making(names)
     if isinstance(value, ast.Dict):
         kept = zip(value.keys, value.values, strict=True)
-        found = {_key(key) or str(number): making._called(each) for number, (key, each) in enumerate(kept)}
+        found = {_key(key) or str(number): making.made_by_call(each) for number, (key, each) in enumerate(kept)}
     else:
-        found = {"": making._called(value)} if isinstance(value, (ast.Name, ast.Attribute)) else {}
+        found = {"": making.made_by_call(value)} if isinstance(value, (ast.Name, ast.Attribute)) else {}
     return {key: some_of(kinds) for key, kinds in found.items() if kinds}
 
 

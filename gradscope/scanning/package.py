@@ -298,7 +298,7 @@ class Package:
         if target.startswith("self.") and owner is not None:
             name, _, method = target[5:].partition(".")
             kind, module = self.attribute(owner, name), owner.module
-        classes = self.made(kind, module) if kind[:1] == "?" or target[:1] == "|" else ()
+        classes = self.made(kind, module) if "?" in kind[:2] or target[:1] == "|" else ()
         return len(classes) > 1 and len({self._run_by(klass, method or "__call__") for klass in classes}) > 1
 
     def _properties(self, function: Function, owner: Place | None) -> list[Call]:

@@ -207,6 +207,8 @@ STOPPED = {
     "an item": module("from vendor import load_pair", "self.tower = load_pair()[0].train()"),
     "a part by its key": module("import vendor", "self.tower = vendor.load_parts()['image']"),
     "a local name": module("import vendor", "tower, *rest = vendor.load_pair()\n        self.tower = tower"),
+    "both ways of a condition": module(CLOSED, "self.tower = (registry['default'] if self else registry['closed'])()",
+                                       "self.tower(x)"),
     "a static method": module("from vendor import Tower", "self.tower = Tower.small()"),
     "a class method": module("from vendor import Tower", "self.tower = Tower.named('x')"),
     "the name of a class": module("import vendor", "self.tower = vendor.Embedder('tower')"),
@@ -218,7 +220,7 @@ STOPPED = {
     "another name for a function": module(CLOSED, "self.tower = registry['default']()", "self.tower(x)"),
     "one's own function": module(f"from vendor import load\n\n\n{OWN}", "self.tower = load_mine()"),
     "one's own table": module(f"from vendor import Tower\n\n{TABLE}", "self.tower = build('a')"),
-    "in a list": module(CLOSED, "self.towers = nn.ModuleList([registry[n]() for n in ('closed',)])",
+    "in a list": module(CLOSED, "self.towers = nn.ModuleList([registry['closed']() for _ in range(2)])",
                         "sum(tower(x) for tower in self.towers)"),
     "in a dict": module("import vendor", "self.towers = {'a': vendor.load()}", "self.towers['a'].encode(x)"),
     "a method that a base class calls": module("from vendor import Model", "self.tower = Model()"),
@@ -294,10 +296,22 @@ def test_a_look_alike_that_torch_lets_through_is_not(vendor: Path, way: str) -> 
     assert session.remarks == []
 
 
-def test_one_of_several_classes_is_no_certain_break(vendor: Path) -> None:
-    source = module("from vendor import load_one_of", "self.tower = load_one_of('stopped')")
+ONE_OF_SEVERAL = {
+    "a function": module("from vendor import load_one_of", "self.tower = load_one_of('stopped')"),
+    "a condition": module(f"{CLOSED}\n\nstopped = True",
+                          "self.tower = (registry['tower'] if stopped else registry['other'])()"),
+    "a key": module(f"{CLOSED}\n\nKEY = 'closed'", "self.towers = nn.ModuleList([registry[n]() for n in [KEY]])",
+                    "sum(tower(x) for tower in self.towers)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ONE_OF_SEVERAL)
+def test_one_of_several_classes_is_no_certain_break(vendor: Path, way: str) -> None:
+    source = other = ONE_OF_SEVERAL[way]
+    for stopped, not_stopped in (("'stopped'", "'other'"), ("= True", "= False"), ("KEY = 'closed'", "KEY = 'other'")):
+        other = other.replace(stopped, not_stopped)
     assert not gradient_arrives(source)
-    assert gradient_arrives(source.replace("'stopped'", "'other'"))
+    assert gradient_arrives(other)
     (finding,) = calls(scanned(source))
     assert (finding.severity, finding.confidence) == ("warning", "possible")
 

@@ -42,6 +42,7 @@ _FREEZES = re.compile(
     r"\.(?:requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False|freeze\w*\()|"
     r"\b(?:(?:set_|toggle_)grad|(?:set_|toggle_)?requires_grad|freeze\w*)\((?:\w+=)?([A-Za-z_][\w.]*)[ \t]*[,)]"
 )
+_FREEZING = ("requires_grad", "freeze", "set_grad(", "toggle_grad(")
 # ``vae = VAE().requires_grad_(False)``
 _MADE_FROZEN = re.compile(
     r"^[ \t]*([\w.]+)[ \t]*=[^=\n]*\.requires_grad_\((?:requires_grad[ \t]*=[ \t]*)?False", re.MULTILINE
@@ -51,6 +52,7 @@ _LOOP = re.compile(r"for[ \t]+[\w, \t]+[ \t]in[ \t]+([^\n]*parameters\(\)[^\n]*)
 _FREEZES_EACH = re.compile(r"\w+\.requires_grad(?:_\(|[ \t]*=)[ \t]*False")
 # What stands at the margin ends a class or a function, whatever it is.
 _BLOCK = re.compile(r"^(?:(?:class|def|async[ \t]+def)[ \t]+(\w+)|[A-Za-z_@])", re.MULTILINE)
+_MARGIN = re.compile(r"\n(?=[A-Za-z_@])")
 FARTHEST = 4000  # characters between brackets, and
 LOOP = 6  # lines of a loop
 
@@ -59,7 +61,8 @@ def optimizers(source: str) -> list[Optimizer]:
     """Return the optimizers that a file makes; one that is given back at once has no name."""
     found = []
     for match in _searched(_OPTIMIZER, source, _OPTIMIZERS):
-        scope, text = _scope(source, match.start())
+        block = _block(source, match.start())
+        scope, text = block[1] if block else "", _text(source, block)
         given = _in_brackets(source, match.end())
         told = "\n".join([given, *_lists(given, text)])
         names = set(_PARAMETERS.findall(told))
@@ -81,13 +84,16 @@ def is_model(name: str) -> bool:
 
 def frozen(source: str) -> list[Frozen]:
     """Return what a file freezes, on some way or always, whole or in part: by itself, by a loop, by a function."""
-    found = [(match[1] or match[2], match) for match in _searched(_FREEZES, source, ["_grad", "freeze"])]
+    if not any(word in source for word in _FREEZING):
+        return []
+    found = [(match[1] or match[2], match) for match in _searched(_FREEZES, source, _FREEZING)]
     found += [(match[1], match) for match in _searched(_MADE_FROZEN, source, ["requires_grad_("])]
     for loop in _searched(_LOOP, source, ["parameters()"]):
         lines = source[loop.end() : loop.end() + FARTHEST].split("\n", LOOP + 1)[: LOOP + 1]
         if any(map(_FREEZES_EACH.search, lines)):
             found += [(name, loop) for name in _PARAMETERS.findall(loop[1])]
-    return [*dict.fromkeys(Frozen(name, _scope(source, match.start())[0]) for name, match in found)]
+    within = ((name, _block(source, match.start())) for name, match in found)
+    return [*dict.fromkeys(Frozen(name, block[1] if block else "") for name, block in within)]
 
 
 def _searched(pattern: re.Pattern[str], source: str, needles: Sequence[str]) -> Iterator[re.Match[str]]:
@@ -102,16 +108,27 @@ def _searched(pattern: re.Pattern[str], source: str, needles: Sequence[str]) -> 
             done = end
 
 
-def _scope(source: str, at: int) -> tuple[str, str]:
-    """Return the top-level class or function that an offset lies in, and its text; no name at the top level itself."""
+def _block(source: str, at: int) -> re.Match[str] | None:
+    """Return how the top-level class or function begins that an offset lies in; None at the top level itself."""
     line = source.rfind("\n", 0, at + 1) + 1
+    if source[line : line + 1] not in " \t\n":
+        return None
+    while line > 0:
+        line = source.rfind("\n", 0, line - 1) + 1
+        found = _BLOCK.match(source, line) if source[line] not in " \t\n" else None
+        if found:
+            return found if found[1] else None
+    return None
+
+
+def _text(source: str, block: re.Match[str] | None) -> str:
+    """Return the text of a top-level class or function, or of all that is in none."""
+    if block:
+        end = _MARGIN.search(source, block.end())
+        return source[block.start() : end.end() if end else len(source)]
     blocks = [*_BLOCK.finditer(source)]
-    above = [block for block in blocks if block.start() <= at]
-    ends = [block.start() for block in blocks[1:]] + [len(source)]
-    if source[line : line + 1] not in " \t\n" or not above or above[-1][1] is None:
-        parts = (source[block.start() : end] for block, end in zip(blocks, ends, strict=True) if block[1] is None)
-        return "", "".join(parts)
-    return above[-1][1], source[above[-1].start() : ends[len(above) - 1]]
+    ends = [*(each.start() for each in blocks[1:]), len(source)]
+    return "".join(source[each.start() : end] for each, end in zip(blocks, ends, strict=True) if each[1] is None)
 
 
 def _in_brackets(source: str, start: int) -> str:
@@ -130,7 +147,9 @@ def _in_brackets(source: str, start: int) -> str:
 def _lists(given: str, text: str) -> Iterator[str]:
     """Yield what is assigned to the names that are handed over: ``params = [*a.parameters(), *b.parameters()]``."""
     for name in set(_NAME.findall(given)):
-        for assigned in re.finditer(rf"^[ \t]*{re.escape(name)}[ \t]*(?::[^=\n]+)?\+?=[ \t]*", text, re.MULTILINE):
+        for assigned in re.finditer(rf"{re.escape(name)}[ \t]*(?::[^=\n]+)?\+?=[ \t]*", text):
+            if text[text.rfind("\n", 0, assigned.start()) + 1 : assigned.start()].strip(" \t"):
+                continue
             end = text.find("\n", assigned.end())
             end = len(text) if end < 0 else end
             goes_on = text[end - 1] in "([{"

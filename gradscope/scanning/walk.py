@@ -91,7 +91,7 @@ class FileReader:
         self._deep = [line_of[at] for at in deep]
         self._switches = [line_of[at] for at in switches]
         self.facts.ignores = ignores(source)
-        self._note_steps(source)
+        self._note_steps(source, tree.body)
         if self.names.is_glue:
             self._made_at_top(tree.body)
         loose = self._top_level(tree.body)
@@ -102,12 +102,12 @@ class FileReader:
         self.facts.sites.sort(key=lambda site: (site.line, site.column))
         return self.facts
 
-    def _note_steps(self, source: str) -> None:
+    def _note_steps(self, source: str, body: Sequence[ast.stmt]) -> None:
         """Take note of where a file goes backward, and of what it hands to optimizers if it does."""
         self.facts.frozen = frozen(source)
-        calls = sorted(at for name in (".backward(", "manual_backward(") for at in places(source, name))
+        calls = [at for at in places(source, "backward(") if source[at - 1] == "." or source.endswith("manual_", 0, at)]
         self.names.backward = line_numbers(source, calls)
-        if self.names.backward or any(f"def {name}(" in source for name in GIVE_LOSS):
+        if self.names.backward or _gives_loss(body):
             self.facts.optimizers = optimizers(source)
             self.names.handed = frozenset(name for each in self.facts.optimizers for name in each.given)
 
@@ -350,6 +350,12 @@ def _branches(node: ast.If | ast.Try) -> Iterator[list[ast.stmt]]:
 def _is_main(test: ast.expr) -> bool:
     """``if __name__ == "__main__":``, also with more to it."""
     return any(isinstance(part, ast.Constant) and part.value == "__main__" for part in ast.walk(test))
+
+
+def _gives_loss(body: Iterable[ast.stmt]) -> bool:
+    """Tell whether a class has a method that gives a trainer what it goes backward from."""
+    classes = (node for node in body if isinstance(node, ast.ClassDef))
+    return any(getattr(method, "name", "") in GIVE_LOSS for node in classes for method in node.body)
 
 
 def _bare(base: ast.expr) -> ast.expr:

@@ -64,7 +64,7 @@ class _Borrowing:
                 judgement = self.judge.in_forward(facts, site, place, way, (entry, owner))
                 if judgement.severity != "note":
                     yield from self._leaving(judgement.chain, owner, judgement)
-        for use in dict.fromkeys([*steps(self.package), *asked]):
+        for use in dict.fromkeys([*steps(self.reach), *asked]):
             for facts, site, _, way in self._reached(use):
                 message = f"{where(site)}: no gradient gets back through this call of {called(use[0])}."
                 severity: Severity = "error" if use in asked and not site.conditional else "warning"

@@ -26,9 +26,9 @@ from gradscope.scanning.sources import (
     gives_others,
     makes_models,
     may_give_any,
+    meanings,
     names_used,
     source_of_file,
-    starred,
     words_given,
 )
 
@@ -169,7 +169,7 @@ class _Search:
         source = self._source(module)
         if name in source.blocks:
             return source, name, of_it
-        for meant in [source.imports[name]] if name in source.imports else starred(source, name):
+        for meant in meanings(source, name):
             found = self._located(f"{meant}.{of_it}" if of_it else meant, exports + 1) if meant != dotted else None
             if found is not None:
                 return found
@@ -212,7 +212,7 @@ class _Search:
                 self._keep(source)
                 yield source, name
             return
-        for meant in [source.imports[name]] if name in source.imports else starred(source, name):
+        for meant in meanings(source, name):
             found = list(self._definitions(meant, exports + 1)) if meant != dotted else []
             if found or self._is_kept(meant):
                 self._keep(source)
@@ -280,7 +280,7 @@ class _Search:
         source = self._source(package) if package is not None and package.is_package else None
         if source is None:
             return False
-        meant = [source.imports[name]] if name in source.imports else starred(source, name)
+        meant = meanings(source, name)
         return name in source.blocks or any(each == f"{dotted}.{name}" for each in meant)
 
 

@@ -160,15 +160,20 @@ def buffers_registered(source: str) -> list[int]:
     return list(places(source, "register_buffer("))
 
 
-def made_by_script(source: str, is_glue: bool) -> list[int]:
+def calls_of_backward(source: str) -> list[int]:
+    """Return the offsets at which a loss goes backward, ascending."""
+    return list(places(source, ".backward("))
+
+
+def made_by_script(source: str, backward: list[int], is_glue: bool) -> list[int]:
     """Return the offsets at which a script that trains makes objects, and goes backward if it puts models together.
 
     What its loop calls is only told by these; a function that goes backward may use what the script made.
     """
-    if ".backward(" not in source:
+    if not backward:
         return []
     made = [match.start() for match in _MADE_AT_TOP.finditer(source)]
-    return sorted([*made, *places(source, ".backward(")]) if is_glue else made
+    return sorted([*made, *backward]) if is_glue else made
 
 
 def tensor_ops(source: str, parameters: list[int]) -> list[int]:

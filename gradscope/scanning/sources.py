@@ -89,7 +89,12 @@ def _add(imports: dict[str, str], match: re.Match[str], module: str) -> None:
     add_imports(imports, node, module)
 
 
-def starred(source: Source, name: str) -> list[str]:
+def meanings(source: Source, name: str) -> list[str]:
+    """Return what a name may mean that a file does not define: what it is imported as, else what a star may bring."""
+    return [source.imports[name]] if name in source.imports else _starred(source, name)
+
+
+def _starred(source: Source, name: str) -> list[str]:
     """Return what a name may be in the modules that a file imports everything from, the likeliest first.
 
     transformers has four hundred of them, and ``BertModel`` is in the one called ``bert``.

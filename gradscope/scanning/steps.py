@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from gradscope.scanning.facts import Atoms, FileFacts, Function, Site
 from gradscope.scanning.intent import meant_by_module
 from gradscope.scanning.optimizers import is_model
-from gradscope.scanning.package import Package, Place
+from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Reach, Use, source_of
 from gradscope.scanning.signatures import GIVE_LOSS
 
@@ -28,14 +28,13 @@ _WEIGHTLESS = frozenset({"", "plain", "buffer", "weightless"})
 _HOLD_ANYTHING = frozenset({"state", "ctx", "context", "trainer", "args", "models", "modules"})
 
 
-def steps(package: Package) -> Iterator[Use]:
+def steps(reach: Reach) -> Iterator[Use]:
     """Yield the functions scanned that go backward, or give a trainer what it goes backward from."""
-    for facts in package.own:
+    for facts in reach.package.own:
         for function in facts.functions.values():
             if is_step(function):
                 place = Place(facts.module, function.name)
-                klass = package.class_of(place)
-                yield place, Place(place.module, klass.name) if klass else None
+                yield place, reach.owner(place)
 
 
 def is_step(function: Function) -> bool:
@@ -78,7 +77,7 @@ class Steps:
         call = f"call:self.{method.name.rpartition('.')[2]}"
         for place in self._callers.get(method, ()) if not site.conditional else ():
             function = self.package.function(place)
-            atoms = [atom for atom in (given_out(function) if function else ()) if not _is_stopped(atom)]
+            atoms = _carrying(function)
             beside = frozenset(atom for atom in atoms if source_of(atom) != call)
             if len(beside) == len(atoms):
                 continue
@@ -91,7 +90,7 @@ class Steps:
     def _callers(self) -> dict[Place, list[Place]]:
         """The steps that call a method of their own, by the method."""
         callers: dict[Place, list[Place]] = {}
-        for place, owner in steps(self.package):
+        for place, owner in steps(self.reach):
             for _, target in self.package.callees(place, owner) if owner is not None else ():
                 if self.reach.owner_for(target, owner) == owner and target in self.reach.regions:
                     callers.setdefault(target, []).append(place)
@@ -119,7 +118,7 @@ class Steps:
         function = self.package.function(place)
         if function is None or site.conditional or not self._is_part(site, function):
             return False
-        flowing = [source_of(atom) for atom in given_out(function) if not _is_stopped(atom)]
+        flowing = [source_of(atom) for atom in _carrying(function)]
         if function.steps:
             flowing = [each for each in flowing if _is_work(each) and not _LOSS.search(each)]
         return any(map(_is_work, site.depends)) and not any(":" in each and not _MARKS.match(each) for each in flowing)
@@ -163,9 +162,7 @@ class Steps:
 
     def _names_flowing(self, place: Place) -> frozenset[str]:
         """Return the names of all that a gradient gets back to."""
-        function = self.package.function(place)
-        atoms = frozenset(atom for atom in (given_out(function) if function else ()) if not _is_stopped(atom))
-        return self._names(atoms, place)
+        return self._names(_carrying(self.package.function(place)), place)
 
     def _flowing_beside(self, place: Place) -> frozenset[str]:
         """Return the same of the other steps of its class, which may train in turn."""
@@ -254,8 +251,10 @@ def _is_of_data(flowing: Collection[str], function: Function) -> bool:
     return all(name in function.parameters or _LOSS.search(name) for name in flowing)
 
 
-def _is_stopped(atom: str) -> bool:
-    return "off:" in atom or atom.startswith("from:")
+def _carrying(function: Function | None) -> Atoms:
+    """Return the atoms of what a step goes backward from that a gradient gets back to; none where it is not known."""
+    given = given_out(function) if function is not None else ()
+    return frozenset(atom for atom in given if "off:" not in atom and not atom.startswith("from:"))
 
 
 def _is_work(atom: str) -> bool:

@@ -57,7 +57,7 @@ def session_of(
     remarks += [_not_followed(entry, names) for report, _, entry in asked if not entry.chain
                 and (names := parts_not_followed(judge.reach, entry.place, report.place))]  # fmt: skip
     trained = ((entry, owner) for owner, entry in judge.training.trained)
-    unknown = makers_not_followed(judge, [*uses, *steps_of(judge.package), *trained]) if is_followed else []
+    unknown = makers_not_followed(judge, [*uses, *steps_of(judge.reach), *trained]) if is_followed else []
     if unknown:
         remarks.append(f"What {some(unknown)} gives was not followed: the source does not show of which class it is.")
     own = len(collected.own)

@@ -21,6 +21,7 @@ from gradscope.scanning.reading import (
     INITIALISERS,
     Needles,
     buffers_registered,
+    calls_of_backward,
     kept_parameters,
     made_by_script,
     parameters_made,
@@ -67,14 +68,15 @@ class FileReader:
         }
         # Scripts and what makes a model are read with an eye on what each name is an instance of.
         self.names.makers = frozenset(name for name in self._makers if is_named(name, self.facts.module, source))
-        trains = bool(self._makers) and needles.operations and ".backward(" in source
+        backward = calls_of_backward(source)
+        trains = bool(self._makers) and needles.operations and bool(backward)
         self.names.is_glue = trains or bool(self.names.makers)
         switches = Needles().deep(source)
         needles = needles.with_renames(source, switches)
         deep = needles.deep(source) if len(needles.names) > len(GRAD_MODE) else switches
         parameters = parameters_made(source)
         others = tensor_ops(source, parameters) if needles.operations else []
-        others += made_by_script(source, self.names.is_glue) if needles.operations else []
+        others += made_by_script(source, backward, self.names.is_glue) if needles.operations else []
         offsets = sorted([*deep, *others])
         parsed = parse(source, offsets, deep, () if self.names.wrappers or self.names.is_glue else self._known)
         self.facts.skipped = parsed.skipped
@@ -91,7 +93,7 @@ class FileReader:
         self._deep = [line_of[at] for at in deep]
         self._switches = [line_of[at] for at in switches]
         self.facts.ignores = ignores(source)
-        self._note_steps(source, tree.body)
+        self._note_steps(source, backward, tree.body)
         if self.names.is_glue:
             self._made_at_top(tree.body)
         loose = self._top_level(tree.body)
@@ -102,11 +104,10 @@ class FileReader:
         self.facts.sites.sort(key=lambda site: (site.line, site.column))
         return self.facts
 
-    def _note_steps(self, source: str, body: Sequence[ast.stmt]) -> None:
+    def _note_steps(self, source: str, backward: list[int], body: Sequence[ast.stmt]) -> None:
         """Take note of where a file goes backward, and of what it hands to optimizers if it does."""
         self.facts.frozen = frozen(source)
-        calls = [at for at in places(source, "backward(") if source[at - 1] == "." or source.endswith("manual_", 0, at)]
-        self.names.backward = line_numbers(source, calls)
+        self.names.backward = line_numbers(source, sorted([*backward, *places(source, "manual_backward(")]))
         if self.names.backward or _gives_loss(body):
             self.facts.optimizers = optimizers(source)
             self.names.handed = frozenset(name for each in self.facts.optimizers for name in each.given)

@@ -6,10 +6,8 @@ and the tower whose parameters are asked about.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
@@ -114,22 +112,6 @@ class Mine(nn.Module):
 
 """
 LOOK_ALIKES["a method of the same name"] = module(MINE, "Mine()", "self.tower.encode(x)")
-
-
-@pytest.fixture
-def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Install the package and return the folder it lies in."""
-    home = tmp_path / "site"
-    for name, source in VENDOR.items():
-        path = home / "vendor" / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dedent(source))
-    monkeypatch.syspath_prepend(str(home))
-    monkeypatch.chdir(tmp_path)
-    importlib.invalidate_caches()
-    yield home
-    for name in [name for name in sys.modules if name.partition(".")[0] == "vendor"]:
-        del sys.modules[name]
 
 
 def gradient_arrives(source: str) -> bool:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -233,22 +231,6 @@ LOOK_ALIKES = {
     "another key": module(CLOSED, "self.tower = registry['other']()", "self.tower(x) + self.tower.encode(x)"),
     "put in its place": module("import vendor", "self.tower = vendor.load()\n        self.tower = vendor.Other()"),
 }
-
-
-@pytest.fixture
-def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Install the package and return the folder it lies in."""
-    home = tmp_path / "site"
-    for name, source in VENDOR.items():
-        path = home / "vendor" / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dedent(source))
-    monkeypatch.syspath_prepend(str(home))
-    monkeypatch.chdir(tmp_path)
-    importlib.invalidate_caches()
-    yield home
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("vendor", "encoders")]:
-        del sys.modules[name]
 
 
 def gradient_arrives(source: str) -> bool:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from gradscope.findings import Severity
 from gradscope.scanning.entries import ClassReport, Entries
 from gradscope.scanning.facts import LOSS, NOTHING, Atoms, FileFacts, Site
 from gradscope.scanning.intent import (
@@ -22,11 +21,11 @@ from gradscope.scanning.intent import (
     meant_by_name,
     meant_by_result,
 )
-from gradscope.scanning.judgement import FROZEN, KEEP_OR_TAKE_OUT, NOTHING_LIVE, Judgement, handed, what, where
+from gradscope.scanning.judgement import FROZEN, NOTHING_LIVE, Judgement, what, where
 from gradscope.scanning.outputs import are_copies, are_figures
 from gradscope.scanning.package import Package, Place
 from gradscope.scanning.reach import FORWARDS, Chain, Reach, Use, source_of
-from gradscope.scanning.steps import INDEXING, Steps, called
+from gradscope.scanning.steps import INDEXING, Steps
 from gradscope.scanning.training import Loss, Training, Way
 
 # Tensor operations whose result, given back by a forward pass, may be a cut that nobody meant.
@@ -151,7 +150,7 @@ class Judge:
 
     def judged(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         """Return one site with all that is to be said of it."""
-        found = None if site.harmless else self._in_training(facts, site, place)
+        found = None if site.harmless else self.steps.judged(facts, site, place)
         if found is not None:
             return found
         why = self.harmless.get((place, site), "")
@@ -170,40 +169,6 @@ class Judge:
         if site.rule.startswith("GS10"):
             return self._region(facts, site, place)
         return self._operation(facts, site, place)
-
-    def _in_training(self, facts: FileFacts, site: Site, place: Place) -> Judgement | None:
-        """Return what is to be said of a site by what a step makes of it: one that it stands in, or that calls it."""
-        step = self.steps.place_of(facts, site)
-        if step is not None:
-            return self._in_step(facts, site, step)
-        called_by = self.steps.lost_by_method(site, place) if site.rule.startswith("GS10") else None
-        if called_by is None:
-            return None
-        lost, step = called_by
-        message = f"{where(site)}: {handed(lost)}, and no gradient of {called(step)} gets back there."
-        return Judgement(facts, site, "error", "likely", message, [step, place], KEEP_OR_TAKE_OUT)
-
-    def _in_step(self, facts: FileFacts, site: Site, step: Place) -> Judgement | None:
-        """Return what is to be said of a site in a step of training; None where that says nothing of it."""
-        said = where(site) if site.rule.startswith("GS10") else f"{site.mechanism} in {called(step)}"
-        lost = self.steps.lost(site, step)
-        if lost:
-            message = f"{said}: {handed(lost)}, and no gradient gets back there."
-            return Judgement(facts, site, "error", "likely", message, [step], KEEP_OR_TAKE_OUT)
-        if self.steps.stops_all(site, step):
-            message = f"{said}: {called(step)} goes backward from nothing else."
-            severity: Severity = "error" if self.steps.is_stepped(step) else "warning"
-            return Judgement(facts, site, severity, "likely", message, [step], KEEP_OR_TAKE_OUT)
-        if not site.rule.startswith("GS10"):
-            return None
-        if self.steps.is_untrained(site, step):
-            why = f"nothing that it runs is handed to the optimizer of {called(step)}"
-            return Judgement(facts, site, "note", "likely", f"{what(site)}: {why}.")
-        part = self.steps.part_lost(site, step)
-        if part:
-            message = f"{said}: no gradient gets back to {part}, while one gets to other parts of it."
-            return Judgement(facts, site, "warning", "likely", message, [step], KEEP_OR_TAKE_OUT)
-        return None
 
     def _region(self, facts: FileFacts, site: Site, place: Place) -> Judgement:
         if not site.function:

@@ -10,8 +10,10 @@ import re
 from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
 
+from gradscope.findings import Severity
 from gradscope.scanning.facts import Atoms, FileFacts, Function, Site
 from gradscope.scanning.intent import meant_by_module
+from gradscope.scanning.judgement import KEEP_OR_TAKE_OUT, Judgement, handed, what, where
 from gradscope.scanning.optimizers import is_model
 from gradscope.scanning.package import Place
 from gradscope.scanning.reach import Reach, Use, source_of
@@ -49,20 +51,54 @@ def called(place: Place) -> str:
 
 
 class Steps:
-    """Answers what a step loses of what it trains."""
+    """Judges what a step loses of what it trains."""
 
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         self.package = reach.package
         self._flowing = lru_cache(maxsize=None)(self._names_flowing)
 
-    def place_of(self, facts: FileFacts, site: Site) -> Place | None:
+    def judged(self, facts: FileFacts, site: Site, place: Place) -> Judgement | None:
+        """Return what is to be said of a site by what a step makes of it: one that it stands in, or that calls it."""
+        step = self._place_of(facts, site)
+        if step is not None:
+            return self._in_step(facts, site, step)
+        called_by = self._lost_by_method(site, place) if site.rule.startswith("GS10") else None
+        if called_by is None:
+            return None
+        lost, step = called_by
+        message = f"{where(site)}: {handed(lost)}, and no gradient of {called(step)} gets back there."
+        return Judgement(facts, site, "error", "likely", message, [step, place], KEEP_OR_TAKE_OUT)
+
+    def _in_step(self, facts: FileFacts, site: Site, step: Place) -> Judgement | None:
+        """Return what is to be said of a site in a step of training; None where that says nothing of it."""
+        said = where(site) if site.rule.startswith("GS10") else f"{site.mechanism} in {called(step)}"
+        lost = self._lost(site, step)
+        if lost:
+            message = f"{said}: {handed(lost)}, and no gradient gets back there."
+            return Judgement(facts, site, "error", "likely", message, [step], KEEP_OR_TAKE_OUT)
+        if self._stops_all(site, step):
+            message = f"{said}: {called(step)} goes backward from nothing else."
+            severity: Severity = "error" if self._is_stepped(step) else "warning"
+            return Judgement(facts, site, severity, "likely", message, [step], KEEP_OR_TAKE_OUT)
+        if not site.rule.startswith("GS10"):
+            return None
+        if self._is_untrained(site, step):
+            why = f"nothing that it runs is handed to the optimizer of {called(step)}"
+            return Judgement(facts, site, "note", "likely", f"{what(site)}: {why}.")
+        part = self._part_lost(site, step)
+        if part:
+            message = f"{said}: no gradient gets back to {part}, while one gets to other parts of it."
+            return Judgement(facts, site, "warning", "likely", message, [step], KEEP_OR_TAKE_OUT)
+        return None
+
+    def _place_of(self, facts: FileFacts, site: Site) -> Place | None:
         """Return the step that a site stands in itself."""
         place = Place(facts.module, site.function or SCRIPT)
         function = self.package.function(place)
         return place if function is not None and is_step(function) else None
 
-    def lost(self, site: Site, place: Place) -> list[str]:
+    def _lost(self, site: Site, place: Place) -> list[str]:
         """Return what a site computes with, the step's optimizer is given, and no gradient gets back to."""
         function = self.package.function(place)
         if function is None or site.conditional:
@@ -72,7 +108,7 @@ class Steps:
             return []
         return self._handed_over(self._names(site.depends, place), place, flowing)
 
-    def lost_by_method(self, site: Site, method: Place) -> tuple[list[str], Place] | None:
+    def _lost_by_method(self, site: Site, method: Place) -> tuple[list[str], Place] | None:
         """Return the same of a method of its own that a step calls, with the step; None where there is none."""
         call = f"call:self.{method.name.rpartition('.')[2]}"
         for place in self._callers.get(method, ()) if not site.conditional else ():
@@ -110,7 +146,7 @@ class Steps:
         }  # fmt: skip
         return sorted(name for name in found if not _covers(found - {name}, name))
 
-    def stops_all(self, site: Site, place: Place) -> bool:
+    def _stops_all(self, site: Site, place: Place) -> bool:
         """Tell whether a step goes backward from nothing but what a site, or one like it, has stopped.
 
         What it is given may carry a gradient of its own, but for a step that moves the weights itself: that is data.
@@ -123,12 +159,12 @@ class Steps:
             flowing = [each for each in flowing if _is_work(each) and not _LOSS.search(each)]
         return any(map(_is_work, site.depends)) and not any(":" in each and not _MARKS.match(each) for each in flowing)
 
-    def is_stepped(self, place: Place) -> bool:
+    def _is_stepped(self, place: Place) -> bool:
         """Tell whether it is seen that an optimizer moves weights by what a step goes backward from."""
         facts, function = self.package.files[place.module], self.package.function(place)
         return function is not None and bool(function.steps or trained(facts, function))
 
-    def part_lost(self, site: Site, place: Place) -> str:
+    def _part_lost(self, site: Site, place: Place) -> str:
         """Return a part that a step loses of what it is given and trains other parts of: ``model.encoder``."""
         function, flowing = self.package.function(place), self._flowing(place)
         if function is None or site.conditional or not self._is_part(site, function):
@@ -147,7 +183,7 @@ class Steps:
                 return name
         return ""
 
-    def is_untrained(self, site: Site, place: Place) -> bool:
+    def _is_untrained(self, site: Site, place: Place) -> bool:
         """Tell whether it is seen what the step's optimizer is given, and nothing that a site computes with is."""
         facts, function = self.package.files[place.module], self.package.function(place)
         given = trained(facts, function) if function is not None else {}
